@@ -1,0 +1,1 @@
+"""Chunkserver: append-only segments of verified chunks."""

@@ -1,0 +1,1 @@
+"""Shared core, client library and command line of the distributed file system."""

@@ -1,0 +1,1 @@
+"""Chunk format and chunker (pure)."""

@@ -1,0 +1,1 @@
+"""The client library: file system (the VFS), files, session, chunk IO."""

@@ -1,0 +1,1 @@
+"""Cluster map and placement: which nodes hold which partition (pure)."""

@@ -1,0 +1,1 @@
+"""The simulator: network, disk, scenarios, oracles; shipped for `dfs sim`."""

@@ -1,0 +1,1 @@
+"""State of one file system: items, prolly tree, view, effects, extents (pure)."""

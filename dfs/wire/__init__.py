@@ -1,0 +1,1 @@
+"""Frames, multiplexing and the RPC catalogue (sans-IO)."""

@@ -1,0 +1,70 @@
+"""The RPC catalogue: every method, its arguments, its answer and its errors.
+
+Arguments and results are tuples of `dfs.codec` values; `data` is the bulk part of a frame, which never
+passes through msgpack.  Methods are only ever extended by appending optional arguments; a change of
+meaning gets a new name.  Addresses are strings (`tcp://host:port`, `unix:///path`).  Nodes are named
+by their map number.  `volume` is a 16-byte volume id; hashes are 32-byte BLAKE3 digests.
+
+Every node (both roles)
+    ping()                               -> (role, node_number, node_id, map_epoch)
+    map.get()                            -> (map_bytes,)
+    node.status()                        -> (map of str -> value)   # see `STATUS_FIELDS`
+
+Metadata node: blobs (immutable, content-addressed; design.md section 4)
+    blob.put(((hash, length), ...)) data=the blobs, one after the other
+                                         -> (durable_count,)        # verified, then synced by group commit
+                                         errors: Corrupt, DiskFull, StaleEpoch
+    blob.get((hash, ...))                -> ((length or -1, ...),)  data=those found, one after the other
+    blob.has((hash, ...))                -> ((bool, ...),)
+
+Metadata node: journals (design.md section 5); casts, not calls, except the last two
+    jrnl(volume, from_node, message)     cast; message = one tuple of `metadata.journal`
+    jrnl.genesis(volume, entry)          -> (seq,)                  # idempotent; only while the registry says `creating`
+    jrnl.status(volume)                  -> (map of str -> value)   # for fsck, status and tests
+
+Metadata node: volume home (design.md section 6).  Any metadata node that is a home of the volume
+answers; one that does not own the ballot forwards to the owner.
+    vol.open(volume, mode, nonce, name)  -> (sid, seq, checkpoint_seq, root or b"", ((seq, entry), ...), owner, params)
+        mode: "rw" | "ro"; nonce: 16 bytes that make a resend idempotent; name: for people.
+        params: map of str -> value, from the genesis entry.  Entries are those after `checkpoint_seq`.
+    vol.commit(volume, sid, no, base, have, txns, oldest)
+                                         -> (no, seq, verdicts, ((seq, entry), ...), owner)
+        txns: ((keys, groups, effects), ...): keys and groups this transaction read, as bytes, and
+        effects as in `dfs.volume.effects`.  A transaction without effects is validated only.
+        base: the seq its reads come from.  have: the last seq applied to the caller's view.
+        oldest: stamp (ns) of the oldest chunk put or touch the effects rely on, 0 if none.
+        verdicts: one bool per transaction, True = committed (or valid), False = Conflict.
+        seq: of the entry that holds the committed ones (or of the last chosen entry, for none).
+        entries: every entry in (have, seq], so that the answer never overtakes the view.
+        Final and equal at every home.  Anything else (Unreachable, DeadlineExceeded, Busy, NoQuorum)
+        means: send the identical request again, to any home.
+        errors: Fenced (session unknown or over), InvalidArgument (effects on forbidden keys, bad encoding)
+    vol.watch(volume, sid, have, wait)   -> (seq, ((seq, entry), ...), reset or None, owner)
+        Long poll: answers at once when entries after `have` exist, else after `wait` seconds (<= 0.5),
+        and then only after a `Confirm` at a majority, so that the answer is a heartbeat: everything
+        committed before the answer is in it.  It is also the session's beat.
+        reset = (checkpoint_seq, root): `have` is below the last checkpoint's tail that is still
+        held; entries then start after checkpoint_seq and the caller diffs trees.
+    vol.sync(volume)                     -> (seq, owner)            # confirmed
+    vol.close(volume, sid)               -> ()
+
+Chunkserver (design.md section 8).  An encoded chunk is `dfs.chunks.format`: header + stored blocks.
+    chunk.put(chunk_id, durable, stamp)  data=encoded chunk -> (stored_new, boot)
+        verified completely before it is acknowledged; durable=True means fdatasync first.
+        errors: Corrupt, DiskFull, StaleEpoch
+    chunk.touch((chunk_id, ...), stamp)  -> ((bool, ...),)          # a put without bytes: True = held, durable, stamp renewed
+    chunk.sync()                         -> (boot,)                      # all puts acknowledged before are durable after
+        boot: random number of this run of the server.  A sync whose boot differs from a put's proves
+        nothing about that put (the server restarted in between): the client puts it again.
+    chunk.get(chunk_id, first_block, blocks) -> (plain_length,) data=header + those stored blocks
+        blocks = -1 means to the end.  errors: NotFound, Corrupt
+    chunk.report(chunk_id)               -> (action,)               # a reader saw a bad copy: "ok" | "quarantined" | "absent"
+    chunk.list(after_id, limit)          -> (((chunk_id, plain_length, stored_length, stamp), ...),)
+    chunk.delete((chunk_id, ...))        -> ()                      # tombstones; used by GC only
+"""
+
+STATUS_FIELDS = """Fields of `node.status`, all optional but the first four:
+role "metadata"|"chunkserver", number, name, map_epoch, uptime (s), disk_total, disk_free, used (bytes),
+version, errors: ((text, count), ...) that an operator should see (corrupt copies, quarantined tables),
+workers: ((name, state, progress, last error), ...), volumes: ((volume, seq, owner), ...),
+chunks, chunk_bytes, quarantined (counts)."""

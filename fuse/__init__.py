@@ -1,0 +1,1 @@
+"""FUSE mount: a thin pyfuse3 adapter over `dfs.client.filesystem`."""

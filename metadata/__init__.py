@@ -1,0 +1,1 @@
+"""Metadata node: LSM store, blobs, journals and volume homes."""

@@ -1,0 +1,1 @@
+"""LSM storage engine: WAL, memtable, SSTables, compaction."""
