@@ -11,6 +11,7 @@ import random
 import pytest
 import trio
 import trio.testing
+from localcluster import LocalCluster
 
 
 def pytest_addoption(parser):
@@ -53,3 +54,23 @@ def pytest_pyfunc_call(pyfuncitem):
     else:
         run_seeded(main)
     return True
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A fresh running three-node cluster of real processes."""
+    c = LocalCluster(tmp_path)
+    try:
+        yield c.init().up()
+    finally:
+        c.destroy()
+
+
+@pytest.fixture(scope="module")
+def shared_cluster(tmp_path_factory):
+    """One running three-node cluster for all tests of a module that do no harm to it."""
+    c = LocalCluster(tmp_path_factory.mktemp("shared"))
+    try:
+        yield c.init().up()
+    finally:
+        c.destroy()
