@@ -1,0 +1,142 @@
+"""Where replicas belong: weighted straw2 draws, spread over zones, racks and hosts in one sort.
+
+For each partition every candidate draws `-ln(u) / weight` with `u` uniform in (0, 1), for ever the
+same for one node and partition; taking the smallest draw chooses nodes in proportion to their
+weight and moves only what must move when a node comes or goes (straw2: Weil et al., "CRUSH",
+SC 2006, as corrected in Ceph's `bucket_straw2_choose`).  Replicas are taken one after the other,
+always the least
+
+    (replicas already in its zone, in its rack, on its host, draw)
+
+so that with at least as many zones as replicas no zone holds two of them, and with fewer the spread
+is as even as it can be.  Unlike CRUSH nothing is retried: the result always has as many distinct
+nodes as were asked for, if there are that many.
+
+The result is materialised in the cluster map, so that floating point never has to agree between two
+machines; only the order of fallback nodes is computed where it is needed.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from math import log
+from struct import unpack
+from typing import NamedTuple
+
+from blake3 import blake3
+
+from dfs.hashing import PARTITIONS
+
+
+class Candidate(NamedTuple):
+    """A node as placement sees it; failure domains nest: a rack is named within its zone."""
+
+    node_id: bytes
+    zone: str
+    rack: str
+    host: str
+    weight: float  # capacity, in any unit; 0 = never chosen
+
+
+def draws(node_id: bytes) -> tuple[float, ...]:
+    """`-ln(u)` of one node for every partition, u from 64 bits of BLAKE3(node id) at offset 8p."""
+    raw = blake3(b"dfs placement" + node_id).digest(8 * PARTITIONS)
+    # + 0.5 keeps u away from 0, and from 1 up to rounding: a draw of 0.0 is harmless
+    return tuple(-log((word + 0.5) * 2.0**-64) for word in unpack(f">{PARTITIONS}Q", raw))
+
+
+class Placer:
+    """Placement of one role over a fixed set of candidates, given in the order of their numbers.
+
+    Results are indexes into `candidates`.  The order of the candidates changes nothing but these
+    indexes, as long as node ids differ.
+    """
+
+    def __init__(self, candidates: Sequence[Candidate]) -> None:
+        """Draw for every candidate; costs about 0.7 ms each."""
+        self.candidates = tuple(candidates)
+        self._live = [i for i, c in enumerate(self.candidates) if c.weight > 0]
+        self._scores = {
+            i: [d / c.weight for d in draws(c.node_id)]
+            for i, c in enumerate(self.candidates)
+            if c.weight > 0
+        }
+        # small numbers instead of names: the sort below counts in lists
+        self._zone = _numbered([(c.zone,) for c in self.candidates])
+        self._rack = _numbered([(c.zone, c.rack) for c in self.candidates])
+        self._host = _numbered([(c.zone, c.rack, c.host) for c in self.candidates])
+
+    def place(self, partition: int, count: int, first: Sequence[int] = ()) -> tuple[int, ...]:
+        """`first`, then further candidates up to `count` in all (or as many as there are)."""
+        scores, zone, rack, host = self._scores, self._zone, self._rack, self._host
+        size = len(self.candidates)
+        zones, racks, hosts = [0] * size, [0] * size, [0] * size
+        chosen = list(first)
+        taken = set(first)
+        rest = sorted(
+            (i for i in self._live if i not in taken),
+            key=lambda i: (scores[i][partition], self.candidates[i].node_id),
+        )
+        for i in chosen:
+            zones[zone[i]] += 1
+            racks[rack[i]] += 1
+            hosts[host[i]] += 1
+        while rest and len(chosen) < count:
+            # the first in order of draws whose domains are the least used is the minimum asked for
+            best, least = -1, (size, size, size)
+            for i in rest:
+                used = (zones[zone[i]], racks[rack[i]], hosts[host[i]])
+                if used < least:
+                    best, least = i, used
+                    if used == (0, 0, 0):
+                        break
+            rest.remove(best)
+            chosen.append(best)
+            zones[zone[best]] += 1
+            racks[rack[best]] += 1
+            hosts[host[best]] += 1
+        return tuple(chosen)
+
+    def table(self, count: int) -> list[tuple[int, ...]]:
+        """The first `count` choices of every partition."""
+        return [self.place(partition, count) for partition in range(PARTITIONS)]
+
+
+class Balance(NamedTuple):
+    """How a table turned out: for `dfs cluster plan` and for tests."""
+
+    partitions: dict[int, int]  # replicas per candidate index
+    deviation: dict[int, float]  # share against the ideal by weight, -0.05 = 5 % too little
+    shared_zone: int  # partitions with two replicas in one zone
+    shared_rack: int
+    shared_host: int
+
+
+def balance(candidates: Sequence[Candidate], table: Sequence[Sequence[int]]) -> Balance:
+    """Count what a table gives each candidate and how often failure domains are shared.
+
+    The ideal share of a node is its share of the weight, but at most one replica of a partition.
+    """
+    replicas = Counter(i for row in table for i in row)
+    total_weight = sum(c.weight for c in candidates)
+    total = sum(replicas.values())
+    deviation = {}
+    for i, c in enumerate(candidates):
+        if c.weight > 0:
+            ideal = min(float(len(table)), total * c.weight / total_weight)
+            deviation[i] = replicas[i] / ideal - 1 if ideal else 0.0
+    zone = _numbered([(c.zone,) for c in candidates])
+    rack = _numbered([(c.zone, c.rack) for c in candidates])
+    host = _numbered([(c.zone, c.rack, c.host) for c in candidates])
+    shared = [
+        sum(len({domain[i] for i in row}) < len(row) for row in table)
+        for domain in (zone, rack, host)
+    ]
+    return Balance(
+        {i: replicas[i] for i in range(len(candidates))}, deviation, shared[0], shared[1], shared[2]
+    )
+
+
+def _numbered(names: Sequence[tuple[str, ...]]) -> list[int]:
+    """Replace equal names by equal small numbers."""
+    numbers: dict[tuple[str, ...], int] = {}
+    return [numbers.setdefault(name, len(numbers)) for name in names]
