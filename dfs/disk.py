@@ -1,0 +1,315 @@
+"""The real disk: `dfs.env.Disk` on a directory of the kernel's file system.
+
+Errors are translated once, here: ENOSPC and EDQUOT become `DiskFull` (and an append is cut back to
+where it began), ENOENT becomes `NotFound`, running out of descriptors becomes `Busy`; everything
+else, above all EIO and any error of fsync, becomes `StoreFailed`.  After a failed fsync the kernel
+marks the pages clean although they never reached the disk (Rebello et al., "Can Applications
+Recover from fsync Failures?", ATC 2020), so a second fsync proves nothing: callers stop.
+
+Names are relative to the root, with `/` between parts.  `mkdir` makes the new directory durable at
+once; creations, renames and removals of files are durable after `sync_dir`.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from dfs.env import Buffer, Disk
+from dfs.errors import Busy, ConfigError, DfsError, DiskFull, NotFound, StoreFailed
+from dfs.threads import ThreadPool
+
+T = TypeVar("T")
+IOV_MAX = 1024  # buffers per pwritev, a limit of the kernel
+KEEP_SIZE, PUNCH_HOLE = 1, 2  # <linux/falloc.h>
+ZEROS = bytes(1 << 16)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def translate(error: OSError, doing: str) -> DfsError:
+    """Our error for the kernel's, with what was being done (a path, a size) in its text."""
+    text = f"{doing}: {error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(f"{text}; delete data or add capacity")
+    if error.errno == errno.ENOENT:
+        return NotFound(text)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return Busy(f"{text}; raise the limit of open files")
+    return StoreFailed(text)
+
+
+class RealFile:
+    """An open file; see `dfs.env.DiskFile`."""
+
+    __slots__ = ("_fd", "_path")
+
+    def __init__(self, fd: int, path: str) -> None:
+        """Own the descriptor; `path` is for messages."""
+        self._fd = fd
+        self._path = path
+
+    def _fail(self, error: OSError, doing: str) -> NoReturn:
+        raise translate(error, f"{doing} {self._path}") from error
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """See `DiskFile.pread`."""
+        try:
+            data = os.pread(self._fd, length, offset)
+            if len(data) == length or not data:
+                return data
+            parts = [data]  # the kernel returns less than asked above 2 GiB or on a signal
+            got = len(data)
+            while got < length and (data := os.pread(self._fd, length - got, offset + got)):
+                parts.append(data)
+                got += len(data)
+            return b"".join(parts)
+        except OSError as e:
+            self._fail(e, f"read {length} bytes at {offset} of")
+
+    def append(self, buffers: Sequence[Buffer]) -> int:
+        """See `DiskFile.append`."""
+        fd = self._fd
+        start = os.lseek(fd, 0, os.SEEK_END)
+        total = sum(map(len, buffers))
+        try:
+            done = os.pwritev(fd, buffers[:IOV_MAX], start)
+            while done < total:
+                done += os.pwritev(fd, _rest(buffers, done), start + done)
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                with contextlib.suppress(OSError):  # the first error is the one to tell
+                    os.ftruncate(fd, start)
+            self._fail(e, f"append {total} bytes to")
+        return start
+
+    def pwrite(self, data: Buffer, offset: int) -> None:
+        """See `DiskFile.pwrite`."""
+        view = memoryview(data)
+        done = 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self._fd, view[done:], offset + done)
+        except OSError as e:
+            self._fail(e, f"write {len(view)} bytes at {offset} of")
+
+    def size(self) -> int:
+        """See `DiskFile.size`."""
+        return os.fstat(self._fd).st_size
+
+    def truncate(self, size: int) -> None:
+        """See `DiskFile.truncate`."""
+        try:
+            os.ftruncate(self._fd, size)
+        except OSError as e:
+            self._fail(e, f"truncate to {size} bytes")
+
+    def punch(self, offset: int, length: int) -> None:
+        """See `DiskFile.punch`; writes zeros where the file system has no holes."""
+        length = min(length, self.size() - offset)
+        if length <= 0:
+            return
+        if _libc.fallocate(self._fd, KEEP_SIZE | PUNCH_HOLE, offset, length) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            self._fail(OSError(code, os.strerror(code)), f"punch {length} bytes at {offset} of")
+        for at in range(offset, offset + length, len(ZEROS)):
+            self.pwrite(ZEROS[: offset + length - at], at)
+
+    def fdatasync(self) -> None:
+        """See `DiskFile.fdatasync`; any error is `StoreFailed`, ENOSPC too."""
+        try:
+            os.fdatasync(self._fd)
+        except OSError as e:
+            raise StoreFailed(f"sync {self._path}: {e.strerror}; its last writes are lost") from e
+
+    def fileno(self) -> int:
+        """See `DiskFile.fileno`."""
+        return self._fd
+
+    def close(self) -> None:
+        """See `DiskFile.close`; fine if it is closed already."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        """Give the descriptor back when nobody did."""
+        self.close()
+
+
+def _rest(buffers: Sequence[Buffer], done: int) -> list[memoryview]:
+    """The buffers without their first `done` bytes, at most IOV_MAX of them."""
+    rest: list[memoryview] = []
+    for buffer in buffers:
+        if done >= len(buffer):
+            done -= len(buffer)
+            continue
+        rest.append(memoryview(buffer)[done:])
+        done = 0
+        if len(rest) == IOV_MAX:
+            break
+    return rest
+
+
+class RealDisk:
+    """A data directory; see `dfs.env.Disk`.  `run` uses a small pool of threads of its own."""
+
+    def __init__(self, root: Path, *, threads: int = 3) -> None:
+        """Use `root`, which is made if absent; threads start when `run` is first called."""
+        self._root = os.fspath(Path(root).absolute())
+        self._pool = ThreadPool(threads, name="disk")
+        self._lock = -1
+        weakref.finalize(self, self._pool.close)
+        if not os.path.isdir(self._root):  # noqa: PTH112 - strings all through, Path costs 5 us
+            try:
+                os.makedirs(self._root, exist_ok=True)  # noqa: PTH103
+                _sync_path(os.path.dirname(self._root))  # noqa: PTH120
+            except OSError as e:
+                raise translate(e, f"make {self._root}") from e
+
+    def lock(self) -> None:
+        """Own the directory until `close` or the end of this process.
+
+        Raises `ConfigError` when another process owns it: two daemons on one directory destroy it.
+        """
+        if self._lock >= 0:
+            return
+        path = self.path("LOCK")
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            os.close(fd)
+            raise ConfigError(
+                f"{self._root} is in use by another process (it holds {path}); stop it first"
+            ) from e
+        self._lock = fd
+
+    def close(self) -> None:
+        """Stop the threads after the work they have, release the lock; fine to call twice."""
+        self._pool.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def open(self, name: str, *, create: bool = False, truncate: bool = False) -> RealFile:
+        """See `Disk.open`."""
+        flags = os.O_RDWR | os.O_CLOEXEC
+        if create:
+            flags |= os.O_CREAT
+        if truncate:
+            flags |= os.O_TRUNC
+        path = self.path(name)
+        try:
+            return RealFile(os.open(path, flags, 0o600), path)
+        except OSError as e:
+            raise translate(e, f"open {path}") from e
+
+    def exists(self, name: str) -> bool:
+        """See `Disk.exists`."""
+        return os.path.lexists(self.path(name))
+
+    def listdir(self, name: str = "") -> list[str]:
+        """See `Disk.listdir`."""
+        try:
+            return sorted(os.listdir(self.path(name)))  # noqa: PTH208
+        except FileNotFoundError:
+            return []
+        except OSError as e:
+            raise translate(e, f"list {self.path(name)}") from e
+
+    def mkdir(self, name: str) -> None:
+        """See `Disk.mkdir`; durable on return."""
+        at = ""
+        for part in name.split("/"):
+            parent, at = at, f"{at}/{part}" if at else part
+            try:
+                os.mkdir(self.path(at), 0o700)  # noqa: PTH102
+            except FileExistsError:
+                continue
+            except OSError as e:
+                raise translate(e, f"make {self.path(at)}") from e
+            self.sync_dir(parent)
+
+    def rename(self, old: str, new: str) -> None:
+        """See `Disk.rename`."""
+        try:
+            os.rename(self.path(old), self.path(new))  # noqa: PTH104
+        except OSError as e:
+            raise translate(e, f"rename {self.path(old)} to {new}") from e
+
+    def unlink(self, name: str) -> None:
+        """See `Disk.unlink`."""
+        try:
+            os.unlink(self.path(name))  # noqa: PTH108
+        except FileNotFoundError:
+            return
+        except OSError as e:
+            raise translate(e, f"remove {self.path(name)}") from e
+
+    def sync_dir(self, name: str = "") -> None:
+        """See `Disk.sync_dir`."""
+        try:
+            _sync_path(self.path(name))
+        except OSError as e:
+            raise StoreFailed(f"sync directory {self.path(name)}: {e.strerror}") from e
+
+    def write_atomic(self, name: str, data: bytes) -> None:
+        """See `Disk.write_atomic`; a crash leaves the old or the new content, maybe `name.tmp`."""
+        temporary = f"{name}.tmp"
+        file = self.open(temporary, create=True, truncate=True)
+        try:
+            file.append([data])
+            file.fdatasync()
+        finally:
+            file.close()
+        self.rename(temporary, name)
+        self.sync_dir(name.rpartition("/")[0])
+
+    def usage(self) -> tuple[int, int]:
+        """See `Disk.usage`."""
+        s = os.statvfs(self._root)
+        return s.f_blocks * s.f_frsize, s.f_bavail * s.f_frsize
+
+    def path(self, name: str = "") -> str:
+        """See `Disk.path`."""
+        return f"{self._root}/{name}" if name else self._root
+
+    async def run(self, fn: Callable[..., T], *args: Any) -> T:
+        """See `Disk.run`."""
+        return await self._pool.run(fn, *args)
+
+    def statistics(self) -> dict[str, int]:
+        """Numbers of the thread pool, see `ThreadPool.statistics`."""
+        return self._pool.statistics()
+
+
+def _sync_path(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# ------------------------------------------------------------------------------ disks by path
+
+_named: weakref.WeakValueDictionary[str, Disk] = weakref.WeakValueDictionary()
+
+
+def register(path: str, disk: Disk) -> None:
+    """Let `disk_at(path)` find a disk that is no directory; the simulator's disks do this."""
+    _named[path] = disk
+
+
+def disk_at(path: str) -> Disk:
+    """The disk whose `path()` is `path`: how a worker process gets at its caller's directory."""
+    return _named.get(path) or RealDisk(Path(path), threads=0)
