@@ -1,0 +1,234 @@
+"""A cluster directory on this machine: its nodes' data directories and their processes.
+
+    DIR/cluster.json              how clients find the cluster
+    DIR/map                       the first cluster map
+    DIR/NODE/map, metadata/, chunks/    what a node's two daemons are given
+    DIR/run/NODE-PROGRAM.pid      one per process; mounts have mount*.pid and mount*.mountpoint
+    DIR/log/NODE-PROGRAM.log      what the process said
+
+A process is only ever signalled after its command line has shown that it is the one we started: the
+number in a pid file may long belong to somebody else.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dfs.cluster.map import ROLES, ClusterMap, Node
+from dfs.datadir import DIRECTORIES, MARKER, PROGRAMS, Marker, format_directory
+from dfs.disk import RealDisk
+from dfs.errors import ConfigError, DfsError
+
+STOP_TIMEOUT = 10.0  # seconds from SIGTERM to SIGKILL
+_POLL = 0.02  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process of a cluster directory, running or not."""
+
+    name: str  # NODE-PROGRAM, or mount-...
+    pid_file: Path
+    command: tuple[str, ...]  # consecutive arguments that only this process has
+    log: Path
+
+    def pid(self) -> int | None:
+        """The pid if the process runs, else None."""
+        try:
+            pid = int(self.pid_file.read_text())
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (OSError, ValueError, IndexError):
+            return None
+        wanted = [os.fsencode(part) for part in self.command]
+        ours = any(
+            arguments[i : i + len(wanted)] == wanted
+            for i in range(len(arguments) - len(wanted) + 1)
+        )
+        return pid if ours and state not in "ZX" else None
+
+    def last_words(self, lines: int = 8) -> str:
+        """The end of the log."""
+        try:
+            text = self.log.read_text(errors="replace")
+        except OSError:
+            return f"(no log {self.log})"
+        return "\n".join(f"  {line}" for line in text.splitlines()[-lines:])
+
+
+class ClusterDir:
+    """The directory of a cluster and what of it lives on this machine."""
+
+    def __init__(self, path: Path) -> None:
+        """Use a directory that may not exist yet."""
+        self.path = path.absolute()
+        self.file = self.path / "cluster.json"
+        self.run = self.path / "run"
+        self.log = self.path / "log"
+
+    @classmethod
+    def of_file(cls, file: Path) -> "ClusterDir":
+        """The directory that a cluster file lies in."""
+        return cls(file.parent)
+
+    def create(self, cluster: ClusterMap, local: Iterable[Node]) -> None:
+        """Write the cluster file, the map and the directories of the `local` nodes.
+
+        Raises `ConfigError` if there is a cluster already.
+        """
+        if self.file.exists() or (self.path / "map").exists():
+            raise ConfigError(
+                f"there is a cluster in {self.path} already: choose another --dir, "
+                "or remove it when its data is not needed any more"
+            )
+        names = {node.name for node in cluster.nodes}
+        for name in names:
+            if "/" in name or name in {".", "..", "run", "log", "map", "mnt"}:
+                raise ConfigError(f"{name!r} cannot be the name of a node: it names a directory")
+        taken = sorted(name for name in names if (self.path / name).exists())
+        if taken:
+            raise ConfigError(f"{self.path / taken[0]} exists already: refusing to use it")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ConfigError(f"cannot make {self.path}: {e.strerror}") from e
+        for directory in (self.run, self.log):
+            directory.mkdir(exist_ok=True)
+        for node in local:
+            format_node(self.path / node.name, cluster, node)
+        seeds = [node.metadata_addr for node in cluster.nodes if node.metadata_addr]
+        value = {"format": 1, "cluster_id": cluster.cluster_id.hex(), "seeds": seeds}
+        disk = RealDisk(self.path)
+        disk.write_atomic("map", cluster.encode())
+        # last: the cluster exists once this file does
+        disk.write_atomic("cluster.json", json.dumps(value, indent=1).encode() + b"\n")
+
+    def load_map(self) -> ClusterMap:
+        """The newest map any local node has, else the first one; raises `ConfigError`."""
+        paths = [self.path / "map", *self.path.glob("*/map"), *self.path.glob("*/*/map")]
+        maps = [ClusterMap.decode(path.read_bytes()) for path in paths if path.is_file()]
+        if not maps:
+            raise ConfigError(f"there is no cluster in {self.path}: `dfs cluster init` makes one")
+        return max(maps, key=lambda m: m.epoch)
+
+    def local_nodes(self, cluster: ClusterMap) -> list[Node]:
+        """The nodes whose data directories are here."""
+        return [node for node in cluster.nodes if self._roles(node)]
+
+    def processes(self, node: Node) -> list[Process]:
+        """The daemons of a local node."""
+        return [self.process(node, role) for role in self._roles(node)]
+
+    def process(self, node: Node, role: str) -> Process:
+        """The daemon of a node's role."""
+        name = f"{node.name}-{PROGRAMS[role]}"
+        data = str(self.path / node.name / DIRECTORIES[role])
+        return Process(
+            name,
+            self.run / f"{name}.pid",
+            ("-m", PROGRAMS[role], "--data", data),
+            self.log / f"{name}.log",
+        )
+
+    def mounts(self) -> list[tuple[Process, str]]:
+        """Mounts started from this directory, with their mount points."""
+        found = []
+        for file in sorted(self.run.glob("mount*.pid")):
+            with contextlib.suppress(OSError):
+                where = file.with_suffix(".mountpoint").read_text().strip()
+                process = Process(file.stem, file, ("-m", "fuse"), self.log / f"{file.stem}.log")
+                found.append((process, where))
+        return found
+
+    def start(self, node: Node, role: str) -> subprocess.Popen[bytes] | None:
+        """Start one daemon in a session of its own; None if it runs already."""
+        process = self.process(node, role)
+        if process.pid() is not None:
+            return None
+        node_dir = self.path / node.name
+        return spawn(
+            process,
+            ["--map", str(node_dir / "map")],
+        )
+
+    def _roles(self, node: Node) -> list[str]:
+        return [
+            role for role in ROLES if (self.path / node.name / DIRECTORIES[role] / MARKER).exists()
+        ]
+
+
+def spawn(
+    process: Process, arguments: list[str], pass_fds: tuple[int, ...] = ()
+) -> subprocess.Popen[bytes]:
+    """Start `python -P process.command arguments...` detached, with its log and pid file."""
+    process.pid_file.parent.mkdir(parents=True, exist_ok=True)
+    process.log.parent.mkdir(parents=True, exist_ok=True)
+    # malloc arenas per thread cost memory and bring nothing to a program with one busy thread
+    environment = {"MALLOC_ARENA_MAX": "2", **os.environ}
+    with process.log.open("ab") as log:
+        child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            [sys.executable, "-P", *process.command, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=environment,
+            pass_fds=pass_fds,
+        )
+    process.pid_file.write_text(f"{child.pid}\n")
+    return child
+
+
+def stop(processes: Iterable[Process], *, timeout: float = STOP_TIMEOUT) -> list[str]:
+    """Stop processes, politely first; returns the names of those that had to be killed."""
+    running = {process: pid for process in processes if (pid := process.pid()) is not None}
+    for pid in running.values():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGCONT)  # a stopped one could not even hear it
+    killed = []
+    end = time.monotonic() + timeout
+    for process, pid in running.items():
+        while process.pid() == pid and time.monotonic() < end:
+            time.sleep(_POLL)
+        if process.pid() == pid:
+            killed.append(process.name)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            _wait_gone(process, pid)
+        process.pid_file.unlink(missing_ok=True)
+    return killed
+
+
+def _wait_gone(process: Process, pid: int) -> None:
+    end = time.monotonic() + STOP_TIMEOUT
+    while process.pid() == pid:
+        if time.monotonic() > end:
+            raise DfsError(
+                f"{process.name} (pid {pid}) does not die: it hangs in the kernel; "
+                "look at its disk or mount"
+            )
+        time.sleep(_POLL)
+
+
+def format_node(
+    directory: Path, cluster: ClusterMap, node: Node, roles: Iterable[str] = ROLES
+) -> list[Path]:
+    """Make a node's data directories for the roles it has; returns those that are new."""
+    made = []
+    for role in roles:
+        if node.address(role):
+            path = directory / DIRECTORIES[role]
+            if format_directory(path, Marker.of(cluster.cluster_id, node, role)):
+                made.append(path)
+    disk = RealDisk(directory)
+    if not disk.exists("map"):
+        disk.write_atomic("map", cluster.encode())
+    return made

@@ -1,0 +1,96 @@
+"""The `dfs` command: a tree of commands, each loaded only when it is used.
+
+Start-up is what a user feels, so this module imports click and nothing else of weight; the table
+`COMMANDS` knows where each command lives and what `dfs --help` says about it.
+"""
+
+import importlib
+import sys
+
+import click
+
+COMMANDS = {
+    # name: (module, attribute, one line for --help)
+    "cluster": ("dfs.cli.cluster_cmd", "cluster", "Make, start, stop and look at a cluster."),
+    "node": ("dfs.cli.node_cmd", "node", "Prepare the data directories of one node."),
+    "volume": ("dfs.cli.volume_cmd", "volume", "Create, list and delete volumes."),
+    "put": ("dfs.cli.transfer_cmd", "put", "Copy local files into a volume."),
+    "get": ("dfs.cli.transfer_cmd", "get", "Copy files out of a volume."),
+    "ls": ("dfs.cli.file_cmd", "ls", "List a directory of a volume."),
+    "cat": ("dfs.cli.file_cmd", "cat", "Write files of a volume to standard output."),
+    "stat": ("dfs.cli.file_cmd", "stat", "Show what is known about a file."),
+    "mkdir": ("dfs.cli.file_cmd", "mkdir", "Make directories in a volume."),
+    "mv": ("dfs.cli.file_cmd", "mv", "Rename within a volume."),
+    "rm": ("dfs.cli.file_cmd", "rm", "Remove files or directories of a volume."),
+    "du": ("dfs.cli.file_cmd", "du", "Add up the sizes below a directory."),
+    "mount": ("dfs.cli.mount_cmd", "mount", "Mount a volume on a directory."),
+    "umount": ("dfs.cli.mount_cmd", "umount", "Unmount a directory."),
+    "fsck": ("dfs.cli.check_cmd", "fsck", "Check a volume: tree, links, usage, chunk copies."),
+    "sim": ("dfs.cli.check_cmd", "sim", "Run a simulation of the protocols from seeds."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called, not when they are listed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names, in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return one command; None if there is none of that name."""
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        command: click.Command = getattr(importlib.import_module(entry[0]), entry[1])
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, _, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="dfs")
+def cli() -> None:
+    """Use and run dfs, a distributed file system.
+
+    The cluster is chosen by --cluster FILE|DIR or the environment variable DFS_CLUSTER; without
+    either, ./.demo/cluster.json and ./cluster.json are tried.
+
+    Exit status: 0 done, 1 failed, 2 wrong usage.
+    """
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; every failure is one line on stderr and an exit status."""
+    try:
+        status = cli.main(argv, prog_name="dfs", standalone_mode=False)
+    except click.UsageError as e:
+        e.show()
+        sys.exit(2)
+    except click.ClickException as e:
+        click.echo(f"dfs: {e.format_message()}", err=True)
+        sys.exit(1)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("dfs: interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # whoever read our output went away, as `| head` does; do not complain at exit either
+        sys.stdout = None  # the interpreter does not flush None
+        sys.exit(141)
+    except Exception as e:
+        from dfs.cli.context import explain
+
+        lines = explain(e)
+        if lines is None:
+            raise
+        for line in lines:
+            click.echo(f"dfs: {line}", err=True)
+        sys.exit(1)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+if __name__ == "__main__":
+    main()
