@@ -16,7 +16,7 @@ that starts with its version.
                                           (1, length, 1, chunk_id, chunk_offset, chunk_length)
     ORPHAN    ino u64                     (1,)            on ino 0: unlinked, perhaps still open
     USAGE     -                           (1, bytes, inodes)     on ino 0
-    VOLUME    name                        (1, volume_id, state, params)   on ino 2 of the system volume
+    VOLUME    name                        (1, volume_id, state, params)   on ino 2, system volume
 
 kind is `S_IFMT(st_mode) >> 12`, mode the permission bits 07777, times are nanoseconds since the
 epoch.  Extents of a file never overlap; what no extent covers reads as zeros.

@@ -2,9 +2,9 @@
 
 Optimistic concurrency asks one question: was anything that a transaction read written by a commit
 after the sequence number it read at?  The window remembers the last writer of each key and group.
-When it is full it forgets its oldest half and raises its `floor`: a transaction that read below the
-floor counts as conflicting, since nobody knows any more.  Two windows that recorded the same journal
-from the same floor with the same limit give the same answers.
+When it is full it forgets its oldest half and raises its `floor`: a transaction that read below
+the floor counts as conflicting, since nobody knows any more.  Two windows that recorded the same
+journal from the same floor with the same limit give the same answers.
 """
 
 from collections.abc import Iterable

@@ -1,0 +1,95 @@
+"""Cache of decoded tree nodes, bounded in bytes."""
+
+from collections.abc import Iterable
+
+from dfs.errors import Corrupt
+from dfs.volume.node import Missing, Node, decode, node_id
+
+
+class NodeCache:
+    """Least recently used nodes by id; `get` is the `get_node` of the tree's functions.
+
+    Least recently used is first in a plain dict: a hit takes its node out and puts it back at the
+    end.  Eviction drops a sixteenth of the budget at once, because looking for the first item of a
+    dict steps over all that were taken out before it.
+
+    The budget must hold the nodes that one operation touches (a few MiB do), or fetching its last
+    missing node drops its first one.
+    """
+
+    __slots__ = ("_hits", "_misses", "_nodes", "budget", "evicted", "used")
+
+    def __init__(self, budget: int = 64 << 20) -> None:
+        """A cache of up to `budget` bytes of memory."""
+        self.budget = budget
+        self.used = 0
+        self.evicted = 0
+        self._hits = 0
+        self._misses = 0
+        self._nodes: dict[bytes, Node] = {}
+
+    def get(self, name: bytes) -> Node:
+        """The node with this id; raises `Missing`."""
+        node = self._nodes.pop(name, None)
+        if node is None:
+            self._misses += 1
+            raise Missing(name)
+        self._nodes[name] = node
+        self._hits += 1
+        return node
+
+    def add(self, data: bytes, name: bytes | None = None) -> bytes:
+        """Add an encoded node; returns its id.  Raises `Corrupt` when that is not `name`."""
+        actual = node_id(data)
+        if name is not None and actual != name:
+            raise Corrupt(f"bytes of tree node {name.hex()} hash to {actual.hex()}")
+        if actual not in self._nodes:
+            node = decode(data)
+            self._nodes[actual] = node
+            self.used += node.cost
+            if self.used > self.budget:
+                self._evict()
+        return actual
+
+    def add_all(self, blobs: Iterable[bytes]) -> None:
+        """Add encoded nodes."""
+        for data in blobs:
+            self.add(data)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the node is cached."""
+        return name in self._nodes
+
+    def __len__(self) -> int:
+        """Number of nodes."""
+        return len(self._nodes)
+
+    def clear(self) -> None:
+        """Drop all nodes."""
+        self._nodes.clear()
+        self.used = 0
+
+    def statistics(self) -> dict[str, int]:
+        """Counters for people and metrics."""
+        return {
+            "nodes": len(self._nodes),
+            "used": self.used,
+            "budget": self.budget,
+            "hits": self._hits,
+            "misses": self._misses,
+            "evicted": self.evicted,
+        }
+
+    def _evict(self) -> None:
+        goal = self.budget - (self.budget >> 4)
+        left, count = self.used, len(self._nodes)
+        victims: list[bytes] = []
+        for name, node in self._nodes.items():
+            if left <= goal or len(victims) == count - 1:
+                break
+            victims.append(name)
+            left -= node.cost
+        for name in victims:
+            del self._nodes[name]
+        self.evicted += len(victims)
+        self.used = left
