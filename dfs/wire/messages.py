@@ -49,18 +49,22 @@ answers; one that does not own the ballot forwards to the owner.
     vol.close(volume, sid)               -> ()
 
 Chunkserver (design.md section 8).  An encoded chunk is `dfs.chunks.format`: header + stored blocks.
-    chunk.put(chunk_id, durable, stamp)  data=encoded chunk -> (stored_new, boot)
+    chunk.put(chunk_id, durable, stamp, copy=False)  data=encoded chunk -> (stored_new, boot)
         verified completely before it is acknowledged; durable=True means fdatasync first.
+        copy=True: from another server, not from a writer; ignored if the collector condemned the
+        chunk at or after `stamp`.
         errors: Corrupt, DiskFull, StaleEpoch
     chunk.touch((chunk_id, ...), stamp)  -> ((bool, ...),)          # a put without bytes: True = held, durable, stamp renewed
     chunk.sync()                         -> (boot,)                      # all puts acknowledged before are durable after
         boot: random number of this run of the server.  A sync whose boot differs from a put's proves
         nothing about that put (the server restarted in between): the client puts it again.
-    chunk.get(chunk_id, first_block, blocks) -> (plain_length,) data=header + those stored blocks
+    chunk.get(chunk_id, first_block, blocks) -> (plain_length, stamp) data=header + those stored blocks
         blocks = -1 means to the end.  errors: NotFound, Corrupt
     chunk.report(chunk_id)               -> (action,)               # a reader saw a bad copy: "ok" | "quarantined" | "absent"
     chunk.list(after_id, limit)          -> (((chunk_id, plain_length, stored_length, stamp), ...),)
-    chunk.delete((chunk_id, ...))        -> ()                      # tombstones; used by GC only
+    chunk.summary()                      -> (4096,)                 data=(count u32, sum of id[:16] mod 2**128) a partition
+    chunk.delete((chunk_id, ...), before=0) -> ()                   # tombstones; used by GC only
+        before: stamp; chunks put or touched at or after it stay.  0 = all of them go.
 """
 
 STATUS_FIELDS = """Fields of `node.status`, all optional but the first four:

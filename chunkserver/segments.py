@@ -1,0 +1,425 @@
+"""The chunks on one disk: append-only segment files, one index in memory, group commit.
+
+Who holds what.  All state is changed by the loop, between awaits.  Appends take turns by `_turn`;
+whatever an append decides from the index (is this chunk here already?) it decides while it has the
+turn.  Blocking work runs through `Disk.run`, small appends run inline: a page-cache write of 64 KiB
+is cheaper than the way to a thread and back.  A read holds its segment open by a count, so that
+unlinking it meanwhile is harmless.
+
+`put` and `touch` return when the record is in the page cache, `sync` when everything before it is
+on the disk.  A failed write or sync makes the store refuse writes for good: what the kernel has
+after an fsync error is unknown.  Reads go on, since a chunk proves itself.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import trio
+
+from chunkserver import records
+from chunkserver.index import Entry, Index
+from chunkserver.ledger import Ledger, Usage
+from chunkserver.quarantine import Quarantine
+from chunkserver.records import DROP, PUT, TOMBSTONE, TOUCH, Record
+from chunkserver.recovery import SEGMENTS, Recovery, Segment, hint_name, recover, segment_name
+from dfs.chunks import format as chunks
+from dfs.env import Buffer, Disk, DiskFile, Env
+from dfs.errors import Corrupt, DiskFull, NotFound, StoreFailed
+from dfs.groupsync import GroupSync
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """Sizes and limits of a chunk store."""
+
+    segment_size: int = 1 << 30  # a segment ends before it grows over this
+    full: float = 0.95  # puts are refused when this part of the disk is used ...
+    reserve: int = 256 << 20  # ... or fewer bytes are free; deletes and compaction need room
+    hint_every: int = 64 << 20  # synced bytes after which the active segment gets a new hint
+    inline: int = 64 << 10  # appends up to this size are written without a thread
+    remember: int = 48 * 3600 * 10**9  # ns for which verdicts of the collector are known
+
+
+class _Write(NamedTuple):
+    kind: int
+    chunk_id: bytes
+    extra: int
+    stamp: int
+    buffers: Sequence[Buffer] = ()
+    size: int = 0
+
+
+class Segments:
+    """A store of encoded chunks; made by `open`."""
+
+    def __init__(self, env: Env, options: StoreOptions, ledger: Ledger, found: Recovery) -> None:
+        """Use `open`."""
+        self._disk = env.disk
+        self._random = env.random
+        self._clock = env.clock
+        self._options = options
+        self._ledger = ledger
+        self._segments = found.segments
+        self._active: Segment = max(found.segments.values(), key=lambda s: s.number)
+        self._turn = trio.Lock()  # who appends
+        self._hinting = trio.Lock()  # who writes a hint file
+        self._reaping = trio.Lock()  # who unlinks segments
+        self._group = GroupSync(env.disk, self._active_file)
+        self.index: Index = ledger.index
+        self.quarantine = Quarantine(env.disk)
+        self.recovery = found
+        self.failed = ""  # why writes are refused
+        self._puts = self._touches = self._bytes = 0
+
+    @classmethod
+    async def open(cls, env: Env, options: StoreOptions | None = None) -> "Segments":
+        """Recover the store under the disk's `segments/`; an empty directory is an empty store.
+
+        `.recovery` tells what was found.  Raises `StoreFailed` or `DiskFull`.
+        """
+        options = options or StoreOptions()
+        ledger = Ledger(options.remember)
+        found = await env.disk.run(recover, env.disk, ledger)
+        ledger.prune(env.clock.time_ns())
+        if not found.segments:
+            nonce = env.random.randbytes(records.NONCE)
+            first = await env.disk.run(_create, env.disk, 1, nonce)
+            found.segments[1] = first
+            ledger.segments[1] = Usage()
+        store = cls(env, options, ledger, found)
+        for segment in list(found.segments.values()):
+            if segment is store._active:
+                continue
+            if segment.covered < segment.size:
+                await env.disk.run(segment.file.fdatasync)
+                await store._write_hint(segment, segment.size, len(segment.log))
+            segment.log = bytearray()
+        for entry in found.garbage:
+            await store._punch(entry)
+        await store._reap()
+        return store
+
+    # ------------------------------------------------------------------------------------ writing
+
+    def held(self, chunk_id: bytes) -> bool:
+        """Whether the chunk is here."""
+        return self.index.get(chunk_id) is not None
+
+    def condemned(self, chunk_id: bytes, stamp: int) -> bool:
+        """See `Ledger.condemned`."""
+        return self._ledger.condemned(chunk_id, stamp)
+
+    async def put(
+        self, chunk_id: bytes, buffers: Sequence[Buffer], size: int, plain: int, stamp: int
+    ) -> bool:
+        """Append a verified encoded chunk of `size` bytes; False if it was held (and is touched).
+
+        Raises `DiskFull` naming the disk and what is free, `StoreFailed`.
+        """
+        if self.index.get(chunk_id) is None:
+            self._check_room(size)
+        write = _Write(PUT, chunk_id, plain, stamp, buffers, size)
+        new = await self._append([write])
+        self._puts += new
+        self._bytes += size * new
+        return bool(new)
+
+    async def renew(self, chunk_id: bytes, stamp: int) -> bool:
+        """Renew the stamp of a chunk, as a put of it does; False if it is not here."""
+        if self.index.get(chunk_id) is None:
+            return False
+        await self._append([_Write(TOUCH, chunk_id, 0, stamp)])
+        return self.index.get(chunk_id) is not None
+
+    async def touch(self, chunk_ids: Iterable[bytes], stamp: int) -> list[bool]:
+        """Renew the stamps of chunks, durably; False for those that are not here."""
+        ids = list(chunk_ids)
+        await self._append([_Write(TOUCH, i, 0, stamp) for i in ids])
+        await self.sync()
+        self._touches += len(ids)
+        return [self.index.get(i) is not None for i in ids]
+
+    async def delete(self, chunk_ids: Iterable[bytes], stamp: int) -> None:
+        """Condemn chunks, held or not: tombstones, durable, then their space is given back."""
+        await self._kill(TOMBSTONE, chunk_ids, stamp)
+
+    async def drop(self, chunk_ids: Iterable[bytes]) -> None:
+        """Remove copies without a verdict on the chunks; durable, the space is given back."""
+        await self._kill(DROP, [i for i in chunk_ids if self.held(i)], 0)
+
+    async def set_aside(self, chunk_id: bytes, reason: str) -> bool:
+        """Quarantine the copy that is held: listed, out of the index; False if there was none."""
+        entry = self.index.get(chunk_id)
+        if entry is None:
+            return False
+        segment = self._segments[entry.segment]
+        segment.readers += 1
+        try:
+            await self._disk.run(self._list_bad, segment, chunk_id, entry, reason)
+        finally:
+            segment.release()
+        now = self.index.get(chunk_id)
+        if now is not None and (now.segment, now.offset) == (entry.segment, entry.offset):
+            await self._kill(DROP, [chunk_id], 0)
+        return True
+
+    def _list_bad(self, segment: Segment, chunk_id: bytes, entry: Entry, reason: str) -> None:
+        try:
+            data = segment.file.pread(entry.stored, entry.offset)
+        except StoreFailed:  # the reason says so already
+            data = b""
+        self.quarantine.add(chunk_id, entry.segment, entry.offset, reason, data)
+
+    async def healed(self, chunk_id: bytes) -> None:
+        """A good copy is here again: take the bad one off the listing."""
+        if chunk_id in self.quarantine.ids and self.held(chunk_id):
+            await self._disk.run(self.quarantine.remove, chunk_id)
+
+    async def sync(self) -> None:
+        """Return when everything put, touched or deleted so far is durable."""
+        self._check_failed()
+        segment = self._active
+        mark, entries = segment.size, len(segment.log)
+        try:
+            await self._group.sync()
+        except StoreFailed as e:
+            self.failed = str(e)
+            raise
+        if mark - segment.covered >= self._options.hint_every and segment is self._active:
+            await self._write_hint(segment, mark, entries)
+
+    async def close(self) -> None:
+        """Sync, write the hint of the active segment, close the files: the next start is quick."""
+        if not self.failed:
+            async with self._turn:
+                await self.sync()
+                active = self._active
+                if active.covered < active.size:
+                    await self._write_hint(active, active.size, len(active.log))
+        for segment in self._segments.values():
+            segment.file.close()
+
+    def _active_file(self) -> DiskFile:
+        return self._active.file
+
+    def _check_failed(self) -> None:
+        if self.failed:
+            raise StoreFailed(f"the chunk store accepts no writes any more: {self.failed}")
+
+    def _check_room(self, size: int) -> None:
+        total, free = self._disk.usage()
+        options = self._options
+        if total - free + size >= options.full * total or free - size < options.reserve:
+            raise DiskFull(
+                f"{self._disk.path()}: {free} of {total} bytes free, under the reserve; "
+                "delete data or add capacity"
+            )
+
+    async def _append(self, writes: list[_Write]) -> int:
+        """Write records in one append and account for them; returns how many were new chunks."""
+        self._check_failed()
+        total = sum(w.size for w in writes) + len(writes) * records.RECORD_HEADER
+        inline = total <= self._options.inline
+        try:
+            self._turn.acquire_nowait()
+        except trio.WouldBlock:
+            await self._turn.acquire()
+        try:
+            writes = [w for w in map(self._as_needed, writes) if w is not None]
+            if not writes:
+                return 0
+            self._check_failed()
+            active = self._active
+            if active.size + total > self._options.segment_size and active.log:
+                await self._roll()
+                active = self._active
+            buffers: list[Buffer] = []
+            for kind, chunk_id, extra, stamp, payload, size in writes:
+                head = records.record_header(active.seed, kind, chunk_id, size, extra, stamp)
+                buffers.append(head)
+                buffers += payload
+            try:
+                append = active.file.append
+                at = append(buffers) if inline else await self._disk.run(append, buffers)
+            except StoreFailed as e:
+                self.failed = str(e)
+                raise
+            if at != active.size:
+                self.failed = f"segment {active.number} was changed by somebody else"
+                raise StoreFailed(self.failed)
+            return self._account(active, writes)
+        finally:
+            self._turn.release()
+
+    def _as_needed(self, write: _Write) -> _Write | None:
+        """The record that a write comes to, now that it is its turn; None for none at all."""
+        if write.kind not in (PUT, TOUCH):
+            entry = self.index.get(write.chunk_id)
+            return write._replace(extra=entry.segment if entry else 0)
+        entry = self.index.get(write.chunk_id)
+        if entry is None:
+            return write if write.kind == PUT else None
+        if write.stamp <= entry.stamp:
+            return None
+        return _Write(TOUCH, write.chunk_id, 0, write.stamp)
+
+    def _account(self, active: Segment, writes: list[_Write]) -> int:
+        new = 0
+        for kind, chunk_id, extra, stamp, _, size in writes:
+            record = Record(kind, active.size, chunk_id, size, extra, stamp)
+            self._ledger.apply(active.number, record)
+            active.log += records.entry(*record)
+            active.size = record.end
+            new += kind == PUT
+        return new
+
+    # ----------------------------------------------------------------------- segments and space
+
+    async def _roll(self) -> None:
+        """Seal the active segment and start the next; the caller has the turn."""
+        old = self._active
+        try:
+            await self._disk.run(old.file.fdatasync)
+            await self._write_hint(old, old.size, len(old.log))
+            nonce = self._random.randbytes(records.NONCE)
+            number = old.number + 1
+            new = await self._disk.run(_create, self._disk, number, nonce)
+        except StoreFailed as e:
+            self.failed = str(e)
+            raise
+        old.log = bytearray()
+        self._segments[number] = new
+        self._ledger.segments[number] = Usage()
+        self._active = new
+
+    async def _write_hint(self, segment: Segment, covered: int, entries: int) -> None:
+        """Hint the first `covered` bytes, which are synced; a full disk leaves the old hint."""
+        async with self._hinting:
+            if covered <= segment.covered:
+                return
+            data = records.encode_hint(
+                segment.number, segment.nonce, covered, segment.log[:entries]
+            )
+            try:
+                await self._disk.run(self._disk.write_atomic, hint_name(segment.number), data)
+            except DiskFull as e:  # costs time at the next start, nothing else
+                self.recovery.notes.append(f"no hint for segment {segment.number}: {e}")
+                return
+            segment.covered = covered
+
+    async def _kill(self, kind: int, chunk_ids: Iterable[bytes], stamp: int) -> None:
+        ids = list(dict.fromkeys(chunk_ids))
+        if not ids:
+            return
+        writes = [_Write(kind, i, 0, stamp) for i in ids]
+        freed = [e for i in ids if (e := self.index.get(i)) is not None]
+        try:
+            await self._append(writes)
+        except DiskFull:
+            # The disk is full to the last byte: make room first.  A crash now leaves chunks that
+            # fail verification, and the collector condemns them again at the other homes.
+            for entry in freed:
+                await self._punch(entry)
+            await self._append(writes)
+        await self.sync()
+        for entry in freed:
+            await self._punch(entry)
+        await self._reap()
+
+    async def _punch(self, entry: Entry) -> None:
+        segment = self._segments.get(entry.segment)
+        if segment is not None:
+            segment.readers += 1
+            try:
+                await self._disk.run(segment.file.punch, entry.offset, entry.stored)
+            finally:
+                segment.release()
+
+    async def _reap(self) -> None:
+        """Unlink segments that nothing needs, one after the other: a tombstone outlives its PUT."""
+        async with self._reaping:
+            now = self._clock.time_ns()
+            self._ledger.prune(now)
+            for number in self._ledger.removable(self._active.number, now):
+                await self._disk.run(self._unlink, number)
+                self._ledger.forget(number)
+                segment = self._segments.pop(number)
+                segment.readers += 1
+                segment.doomed = True
+                segment.release()
+
+    def _unlink(self, number: int) -> None:
+        self._disk.unlink(hint_name(number))
+        self._disk.sync_dir(SEGMENTS)  # a hint without its segment would mean loss
+        self._disk.unlink(segment_name(number))
+        self._disk.sync_dir(SEGMENTS)
+
+    # ------------------------------------------------------------------------------------ reading
+
+    async def read(
+        self, chunk_id: bytes, first: int = 0, count: int = -1
+    ) -> tuple[int, list[Buffer]]:
+        """`(plain length, [header, blocks])` of `count` blocks from `first`; -1 = to the end.
+
+        Not verified: the reader does that.  Raises `NotFound`, or `Corrupt` when the header's form
+        is wrong or the disk cannot read.
+        """
+        entry = self.index.get(chunk_id)
+        if entry is None:
+            raise NotFound(f"chunk {chunk_id.hex()[:16]} is not here")
+        segment = self._segments[entry.segment]
+        segment.readers += 1
+        try:
+            return entry.plain, await self._disk.run(_read, segment.file, entry, first, count)
+        except StoreFailed as e:
+            raise Corrupt(f"chunk {chunk_id.hex()[:16]} cannot be read: {e}") from e
+        finally:
+            segment.release()
+
+    async def check(self, chunk_id: bytes) -> int:
+        """Read and verify the whole copy; returns its stored length.  Raises as `read`."""
+        _, buffers = await self.read(chunk_id)
+        await self._disk.run(chunks.verify, buffers[0], chunk_id)
+        return len(buffers[0])
+
+    def statistics(self) -> dict[str, int]:
+        """Counts for status pages."""
+        return {
+            "chunks": len(self.index),
+            "stored_bytes": self.index.stored_bytes,
+            "segments": len(self._segments),
+            "quarantined": len(self.quarantine.ids),
+            "puts": self._puts,
+            "put_bytes": self._bytes,
+            "touches": self._touches,
+            "syncs": self._group.statistics()["syncs"],
+        }
+
+
+def _create(disk: Disk, number: int, nonce: bytes) -> Segment:
+    """Make a durable, empty segment file; blocking."""
+    file = disk.open(segment_name(number), create=True, truncate=True)
+    file.append([records.segment_header(number, nonce)])
+    file.fdatasync()
+    disk.sync_dir(SEGMENTS)
+    return Segment(number, file, nonce, records.SEGMENT_HEADER)
+
+
+def _read(file: DiskFile, entry: Entry, first: int, count: int) -> list[Buffer]:
+    """Header and blocks of a stored chunk, in one or two reads; blocking."""
+    blocks = chunks.block_count(entry.plain)
+    last = blocks if count < 0 else min(blocks, first + count)
+    if first == 0 and last == blocks:
+        whole = file.pread(entry.stored, entry.offset)
+        if len(whole) != entry.stored:
+            raise Corrupt(f"segment {entry.segment} ends in the middle of a chunk")
+        return [whole]
+    head = file.pread(chunks.header_size(entry.plain), entry.offset)
+    header = chunks.Header.parse(head)
+    if header.length != entry.plain:
+        raise Corrupt(f"chunk at {entry.offset} of segment {entry.segment} has another length")
+    if not 0 <= first < last:
+        return [head]
+    start, end = header.offsets[first], header.offsets[last]
+    return [head, file.pread(end - start, entry.offset + header.size + start)]

@@ -1,0 +1,269 @@
+"""The chunkserver: answers `chunk.*`, and keeps its chunks whole in the background.
+
+A put is verified completely, every block, before anything of it is stored or acknowledged; a get is
+not verified here, because the reader does it and knows what to do about it.  Requests carry the map
+epoch the caller acted on; one that is older than the partition's last change is refused, so that no
+caller counts a node towards a quorum of homes that it is no longer.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from chunkserver.catchup import CatchUp
+from chunkserver.peers import Peers
+from chunkserver.repair import Repair
+from chunkserver.scrub import Scrub
+from chunkserver.segments import Segments, StoreOptions
+from dfs.chunks import format as chunks
+from dfs.cluster.map import CHUNK, ClusterMap
+from dfs.env import Context, Env, Handler, Reply
+from dfs.errors import Corrupt, DfsError, InvalidArgument, NotFound, StaleEpoch, StoreFailed
+from dfs.hashing import DIGEST_SIZE, PARTITIONS, partition_of
+
+if TYPE_CHECKING:
+    from chunkserver.workers import Worker
+
+log = logging.getLogger(__name__)
+
+VERSION = "0.1.0"
+ROLE = "chunkserver"
+INLINE = 64 << 10  # bytes hashed in the loop rather than on a thread
+LIST_LIMIT = 10_000
+AHEAD = 3600 * 10**9  # ns; a stamp further in the future than this is a broken clock's
+
+
+class ChunkNode:
+    """One chunkserver.  `store` and `workers` are there once `run` has recovered the disk."""
+
+    def __init__(
+        self,
+        env: Env,
+        number: int,
+        get_map: Callable[[], ClusterMap],
+        *,
+        options: StoreOptions | None = None,
+    ) -> None:
+        """`number` is the node's in the map; `get_map` returns the newest map known here."""
+        self._env = env
+        self._number = number
+        self._get_map = get_map
+        self._options = options
+        self._started = 0.0
+        self._errors: dict[str, int] = {}
+        self._checking: set[bytes] = set()
+        self.boot = env.random.getrandbits(62)
+        self.peers = Peers(env, number, get_map)
+        self.store: Segments
+        self.repair: Repair
+        self.scrub: Scrub
+        self.catch_up: CatchUp
+        self.workers: tuple[Worker, ...] = ()
+
+    async def run(
+        self, address: str, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Recover the store, serve `address` until cancelled; reports the bound address.
+
+        Raises `StoreFailed` when the disk cannot be used, `ConfigError` for the address.
+        """
+        env = self._env
+        self._started = env.clock.monotonic()
+        self.store = store = await Segments.open(env, self._options)
+        self.repair = Repair(env, store, self.peers)
+        self.scrub = Scrub(env, store, self.bad)
+        self.catch_up = CatchUp(env, store, self.peers)
+        self.workers = (self.repair, self.catch_up, self.scrub)
+        for text in store.recovery.notes:
+            log.info("recovery: %s", text)
+        for text in store.recovery.errors:
+            log.error("recovery: %s", text)
+            self._count(text)
+        for chunk_id, reason in store.recovery.suspects:
+            await self.bad(chunk_id, reason)
+        for chunk_id in sorted(store.quarantine.ids):
+            self.repair.add(chunk_id, "quarantined earlier")
+        try:
+            async with trio.open_nursery() as nursery:
+                for worker in self.workers:
+                    nursery.start_soon(worker.run)
+                await env.rpc.serve(address, self.handlers(), started=task_status.started)
+        finally:
+            with trio.move_on_after(10, shield=True):
+                try:
+                    await store.close()
+                except DfsError as e:  # the next start verifies more, nothing else
+                    log.warning("the store was not closed cleanly: %s", e)
+
+    def handlers(self) -> dict[str, Handler]:
+        """Every method of a chunkserver; see `dfs.wire.messages`."""
+        return {
+            "ping": self._ping,
+            "map.get": self._map,
+            "node.status": self._status,
+            "chunk.put": self._put,
+            "chunk.touch": self._touch,
+            "chunk.sync": self._sync,
+            "chunk.get": self._get,
+            "chunk.report": self._report,
+            "chunk.list": self._list,
+            "chunk.summary": self._summary,
+            "chunk.delete": self._delete,
+        }
+
+    # ------------------------------------------------------------------------------------- chunks
+
+    async def _put(self, ctx: Context, args: tuple[Any, ...], data: memoryview) -> Reply:
+        chunk_id, durable, stamp, *more = args
+        self._check(ctx, chunk_id)
+        stamp = self._stamp(stamp)
+        store = self.store
+        if more and more[0] and store.condemned(chunk_id, stamp):
+            return (False, self.boot), b""  # a copy of garbage: as good as stored
+        new = False
+        if not await store.renew(chunk_id, stamp):
+            header = await self._verify(chunk_id, data)
+            new = await store.put(chunk_id, [data], len(data), header.length, stamp)
+        if durable:
+            await store.sync()
+        if chunk_id in store.quarantine.ids:
+            await store.sync()
+            await store.healed(chunk_id)
+        return (new, self.boot), b""
+
+    async def _verify(self, chunk_id: bytes, data: memoryview) -> chunks.Header:
+        if len(data) <= INLINE:
+            return chunks.verify(data, chunk_id)
+        return await self._env.disk.run(chunks.verify, data, chunk_id)
+
+    async def _touch(self, ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
+        ids, stamp = args
+        for chunk_id in ids:
+            self._check(ctx, chunk_id)
+        return (tuple(await self.store.touch(ids, self._stamp(stamp))),), b""
+
+    async def _sync(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
+        await self.store.sync()
+        return (self.boot,), b""
+
+    async def _get(self, ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
+        chunk_id, first, count = args
+        self._check(ctx, chunk_id)
+        entry = self.store.index.get(chunk_id)
+        try:
+            plain, buffers = await self.store.read(chunk_id, first, count)
+        except Corrupt as e:
+            await self.bad(chunk_id, str(e))
+            raise
+        return (plain, entry.stamp if entry else 0), buffers
+
+    async def _report(self, _ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
+        (chunk_id,) = args
+        if chunk_id in self._checking:
+            return ("ok",), b""  # the first report is being looked into
+        self._checking.add(chunk_id)
+        try:
+            await self.store.check(chunk_id)
+        except NotFound:
+            if self.peers.is_home(partition_of(chunk_id)):
+                self.repair.add(chunk_id, "a reader missed it here")
+            return ("absent",), b""
+        except Corrupt as e:
+            await self.bad(chunk_id, f"reported by a reader: {e}")
+            return ("quarantined",), b""
+        finally:
+            self._checking.discard(chunk_id)
+        return ("ok",), b""
+
+    def _list(self, _ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
+        after, limit = args
+        page = self.store.index.after(after, max(1, min(limit, LIST_LIMIT)))
+        return (tuple((i, e.plain, e.stored, e.stamp) for i, e in page),), b""
+
+    def _summary(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
+        return (PARTITIONS,), self.store.index.summary()
+
+    async def _delete(self, ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
+        ids, *more = args
+        before = more[0] if more else 0
+        for chunk_id in ids:
+            self._check(ctx, chunk_id)
+        if before:  # what was touched since the collector decided stays
+            entries = ((i, self.store.index.get(i)) for i in ids)
+            ids = [i for i, e in entries if e is None or e.stamp < before]
+        await self.store.delete(ids, before - 1 if before else self._env.clock.time_ns())
+        return (), b""
+
+    async def bad(self, chunk_id: bytes, reason: str) -> None:
+        """The copy here is bad: quarantine it, tell it, fetch a good one."""
+        log.error("chunk %s is bad: %s", chunk_id.hex(), reason)
+        self._count("a copy of a chunk was bad and is quarantined until a good one is here")
+        try:
+            await self.store.set_aside(chunk_id, reason)
+        except StoreFailed as e:  # nothing can be written any more; readers verify
+            self._count(str(e))
+            return
+        self.repair.add(chunk_id, reason)
+
+    def _check(self, ctx: Context, chunk_id: Any) -> None:
+        if not isinstance(chunk_id, bytes) or len(chunk_id) != DIGEST_SIZE:
+            raise InvalidArgument("a chunk id has 32 bytes")
+        if ctx.epoch:
+            node_map = self._get_map()
+            changed = node_map.last_change(CHUNK, partition_of(chunk_id))
+            if ctx.epoch < changed:
+                raise StaleEpoch(
+                    f"epoch {ctx.epoch} is older than the partition's last change in {changed}; "
+                    "fetch the map",
+                    node_map.epoch,
+                )
+
+    def _stamp(self, stamp: Any) -> int:
+        now = self._env.clock.time_ns()
+        return stamp if isinstance(stamp, int) and 0 < stamp < now + AHEAD else now
+
+    def _count(self, text: str) -> None:
+        self._errors[text] = self._errors.get(text, 0) + 1
+
+    # --------------------------------------------------------------------------------------- node
+
+    def _ping(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
+        node_map = self._get_map()
+        return (ROLE, self._number, node_map.node(self._number).node_id, node_map.epoch), b""
+
+    def _map(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
+        return (self._get_map().encode(),), b""
+
+    def _status(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
+        return (self.status(),), b""
+
+    def status(self) -> dict[str, Any]:
+        """The fields of `node.status`."""
+        total, free = self._env.disk.usage()
+        node_map = self._get_map()
+        store = self.store
+        errors = list(self._errors.items())
+        if store.failed:
+            errors.append((f"writes are refused: {store.failed}", 1))
+        if self.repair.lost:
+            errors.append(("chunks of which no server has a good copy", len(self.repair.lost)))
+        return {
+            "role": ROLE,
+            "number": self._number,
+            "name": node_map.node(self._number).name,
+            "map_epoch": node_map.epoch,
+            "version": VERSION,
+            "uptime": self._env.clock.monotonic() - self._started,
+            "disk_total": total,
+            "disk_free": free,
+            "used": store.index.stored_bytes,
+            "errors": tuple(errors),
+            "workers": tuple(w.status() for w in self.workers),
+            "chunks": len(store.index),
+            "chunk_bytes": store.index.stored_bytes,
+            "quarantined": len(store.quarantine.ids),
+            "repair_queue": len(self.repair.queue),
+            "store": store.statistics(),
+        }
