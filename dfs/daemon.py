@@ -8,7 +8,6 @@ status 1 and one line that says what is wrong and what to do.
 import argparse
 import faulthandler
 import gc
-import ipaddress
 import logging
 import resource
 import signal
@@ -22,6 +21,7 @@ from typing import NoReturn, Protocol
 import trio
 
 from dfs.clock import SystemClock
+from dfs.cluster.address import is_local
 from dfs.cluster.map import ClusterMap
 from dfs.datadir import PROGRAMS, Marker, read_marker
 from dfs.disk import RealDisk
@@ -159,14 +159,7 @@ def load_map(disk: RealDisk, seed: Path | None, marker: Marker) -> ClusterMap:
 
 def check_address(address: str, *, insecure: bool) -> None:
     """Refuse to listen where strangers can connect, since there are no credentials to ask for."""
-    if insecure or address.startswith("unix:"):
-        return
-    host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False  # some host name: it may resolve to anything
-    if not loopback:
+    if not insecure and not is_local(address):
         raise ConfigError(
             f"refusing to listen on {address}: without credentials anybody who can connect can "
             "read and write everything. Use a loopback address, or --insecure-listen-any where "

@@ -110,6 +110,10 @@ class ClusterDir:
         # last: the cluster exists once this file does
         disk.write_atomic("cluster.json", json.dumps(value, indent=1).encode() + b"\n")
 
+    def has_map(self) -> bool:
+        """Whether the cluster's map is here."""
+        return (self.path / "map").exists()
+
     def load_map(self) -> ClusterMap:
         """The newest map any local node has, else the first one; raises `ConfigError`."""
         paths = [self.path / "map", *self.path.glob("*/map"), *self.path.glob("*/*/map")]

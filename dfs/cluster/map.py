@@ -20,6 +20,7 @@ from struct import iter_unpack, pack, unpack
 from typing import Any
 
 from dfs import codec
+from dfs.cluster.address import is_address
 from dfs.cluster.placement import Candidate, Placer
 from dfs.errors import ConfigError, Corrupt, RemoteProtocolError, WrongVersion
 from dfs.hashing import DIGEST_SIZE, PARTITIONS, digest, partition_of
@@ -432,7 +433,7 @@ def _validate_node(node: Node) -> None:
     addresses = [a for a in (node.metadata_addr, node.chunk_addr) if a]
     _require(bool(addresses), f"node {node.name} has no address")
     for address in addresses:
-        _require(_is_address(address), f"node {node.name}: no address of ours: {address!r}")
+        _require(is_address(address), f"node {node.name}: no address of ours: {address!r}")
 
 
 def _validate_voters(m: ClusterMap) -> None:
@@ -443,15 +444,6 @@ def _validate_voters(m: ClusterMap) -> None:
         and list(m.voters) == sorted(set(m.voters))
         and metadata.issuperset(m.voters),
         f"voters must be 1 to {MAX_VOTERS} metadata nodes, not {m.voters!r}",
-    )
-
-
-def _is_address(address: str) -> bool:
-    if address.startswith("unix:///"):
-        return len(address) > len("unix:///")
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
-    return (
-        address.startswith("tcp://") and bool(host) and port.isdecimal() and 0 < int(port) < 65536
     )
 
 

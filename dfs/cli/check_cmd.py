@@ -1,0 +1,142 @@
+"""`dfs sim` and `dfs fsck`: they look for violations and exit with 1 when they find any."""
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import click
+
+from dfs.cli.context import cluster_file, cluster_option, echo_json, json_option
+from dfs.cli.context import run as run_async
+from dfs.errors import ConfigError
+
+
+class Scenario(Protocol):
+    """What a module `dfs.testing.scenario_*` offers."""
+
+    NAME: str
+    MUTANTS: Mapping[str, str]  # name -> what it breaks
+    run: Callable[..., list[str]]
+
+
+@click.command()
+@click.option("--scenario", help="Its name; see --list.")
+@click.option("--seeds", default="1..20", show_default=True, metavar="FIRST..LAST")
+@click.option("--mutant", help="Break one rule on purpose: the checks must notice.")
+@click.option("--list", "list_all", is_flag=True, help="Show scenarios and their mutants.")
+@json_option
+@click.pass_context
+def sim(
+    ctx: click.Context,
+    scenario: str | None,
+    seeds: str,
+    mutant: str | None,
+    list_all: bool,
+    as_json: bool,
+) -> None:
+    """Run a scenario of the deterministic simulator once per seed.
+
+    Every violation is printed with its seed; the same seed gives the same run on any machine.
+    Exit status 1 if there were violations.
+    """
+    known = scenarios()
+    if list_all:
+        listed = [
+            {"name": name, "about": _about(s), "mutants": _mutants(s)} for name, s in known.items()
+        ]
+        if as_json:
+            echo_json(listed)
+            return
+        for entry in listed:
+            click.echo(f"{entry['name']}: {entry['about']}")
+            for name, broken in entry["mutants"].items():
+                click.echo(f"    --mutant {name:20} {broken}")
+        return
+    if scenario not in known:
+        raise click.UsageError(f"--scenario must be one of: {', '.join(known)}")
+    chosen = known[scenario]
+    if mutant is not None and mutant not in chosen.MUTANTS:
+        raise click.UsageError(f"--mutant must be one of: {', '.join(sorted(chosen.MUTANTS))}")
+    first, last = parse_seeds(seeds)
+    found: list[dict[str, Any]] = []
+    for seed in range(first, last + 1):
+        for violation in chosen.run(seed, mutant=mutant):
+            found.append({"seed": seed, "violation": violation})
+            if not as_json:
+                click.echo(f"seed {seed}: {violation}")
+    count = last - first + 1
+    if as_json:
+        echo_json({"scenario": scenario, "mutant": mutant, "seeds": count, "violations": found})
+    else:
+        click.echo(f"{count} seeds, {len(found)} violations")
+    ctx.exit(1 if found else 0)
+
+
+def scenarios() -> dict[str, Scenario]:
+    """All scenario modules by name."""
+    import dfs.testing
+
+    found: dict[str, Scenario] = {}
+    for module in pkgutil.iter_modules(dfs.testing.__path__):
+        if module.name.startswith("scenario_"):
+            loaded: Any = importlib.import_module(f"dfs.testing.{module.name}")
+            found[loaded.NAME] = loaded
+    return dict(sorted(found.items()))
+
+
+def parse_seeds(text: str) -> tuple[int, int]:
+    """(first, last) of `FIRST..LAST` or of a single number."""
+    match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text)
+    first = int(match[1]) if match else 0
+    last = int(match[2] or first) if match else -1
+    if first > last:
+        raise click.UsageError(f"--seeds takes FIRST..LAST, such as 1..20, not {text}")
+    return first, last
+
+
+def _mutants(scenario: Any) -> dict[str, str]:
+    """Name and meaning of each mutant; a scenario may also just name them."""
+    mutants = scenario.MUTANTS
+    if isinstance(mutants, Mapping):
+        return {str(name): str(about) for name, about in mutants.items()}
+    return {str(name): "" for name in mutants}
+
+
+def _about(scenario: Any) -> str:
+    return str(scenario.__doc__ or "").strip().splitlines()[0]
+
+
+@click.command()
+@cluster_option
+@json_option
+@click.option("--all-copies", is_flag=True, help="Every chunk must have all its copies, not W.")
+@click.argument("volume")
+@click.pass_context
+def fsck(
+    ctx: click.Context, cluster_path: str | None, as_json: bool, all_copies: bool, volume: str
+) -> None:
+    """Check VOLUME: its tree, link counts, usage, and that every chunk is there and intact.
+
+    Reads only; exit status 1 if anything is wrong.
+    """
+    from dfs.cli.client import connected
+
+    module: Any
+    try:
+        module = importlib.import_module("dfs.client.fsck")
+    except ModuleNotFoundError as e:
+        raise ConfigError("this installation of dfs has no fsck") from e
+
+    async def check() -> Any:
+        async with connected(cluster_file(cluster_path)) as cluster:
+            return await module.fsck(cluster, volume, all_copies=all_copies)
+
+    report = run_async(check)
+    if as_json:
+        echo_json(report.as_dict())
+    else:
+        for line in report.lines():
+            click.echo(line)
+    ctx.exit(0 if report.ok else 1)

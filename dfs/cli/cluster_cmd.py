@@ -1,0 +1,158 @@
+"""`dfs cluster`: make a cluster, start and stop its local processes, look at it."""
+
+import secrets
+from pathlib import Path
+
+import click
+
+from dfs.cli.context import cluster_file, cluster_option, json_option
+from dfs.cli.context import run as run_async
+from dfs.errors import ConfigError
+
+DEFAULT_DIR = ".demo"
+
+
+@click.group()
+def cluster() -> None:
+    """Make, start, stop and look at a cluster."""
+
+
+_DIR = click.option(
+    "--dir",
+    "directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The cluster's directory. [default: the chosen cluster's]",
+)
+_SPEC = click.option(
+    "--spec",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="List of nodes, YAML or JSON, instead of --nodes.",
+)
+_NODES = click.option("--nodes", default=3, show_default=True, type=click.IntRange(1, 1000))
+_ZONES = click.option("--zones", type=click.IntRange(1), help="[default: 3, or one per node]")
+
+
+@cluster.command()
+@click.option(
+    "--dir",
+    "directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=DEFAULT_DIR,
+    show_default=True,
+)
+@_NODES
+@click.option("--base-port", default=7400, show_default=True, help="First of 2 ports per node.")
+@_ZONES
+@_SPEC
+def init(directory: Path, nodes: int, base_port: int, zones: int | None, spec: Path | None) -> None:
+    """Make a cluster in a directory: map, cluster file, data directories of local nodes.
+
+    Without --spec all nodes are on this machine, on loopback ports.  With --spec the directories of
+    nodes with loopback or unix addresses are made here; on other machines use `dfs node format`.
+    """
+    from dfs.cli.local import ClusterDir
+    from dfs.cli.spec import local_nodes, read_spec
+    from dfs.cluster.address import is_local
+    from dfs.cluster.map import ClusterMap
+
+    if spec is None:
+        members, params = local_nodes(nodes, zones or min(3, nodes), base_port), None
+    else:
+        members, params = read_spec(spec)
+    new = ClusterMap.create(secrets.token_bytes(16), members, params=params)
+    here = [node for node in new.nodes if is_local(node.metadata_addr or node.chunk_addr)]
+    target = ClusterDir(directory)
+    target.create(new, here)
+    click.echo(
+        f"made cluster {new.cluster_id.hex()[:8]} with {len(new.nodes)} nodes "
+        f"({new.n} copies, {new.w} of them before a write is acknowledged) in {target.path}"
+    )
+    away = len(new.nodes) - len(here)
+    if away:
+        click.echo(
+            f"on the machines of the other {away}: "
+            f"dfs node format --cluster-map {target.path / 'map'} --name NAME --data DIR"
+        )
+    if here:
+        click.echo(f"start it: dfs cluster up --dir {directory}")
+
+
+@cluster.command()
+@_DIR
+@cluster_option
+@click.option("--timeout", default=60.0, show_default=True, help="Seconds to wait for answers.")
+@click.argument("nodes", nargs=-1, metavar="[NODE]...")
+def up(
+    directory: Path | None, cluster_path: str | None, timeout: float, nodes: tuple[str, ...]
+) -> None:
+    """Start the processes of this directory's nodes (or of some) and wait until they answer."""
+    from dfs.cli.updown import start
+
+    run_async(start, _directory(directory, cluster_path), nodes, timeout)
+
+
+@cluster.command()
+@_DIR
+@cluster_option
+@click.argument("nodes", nargs=-1, metavar="[NODE]...")
+def down(directory: Path | None, cluster_path: str | None, nodes: tuple[str, ...]) -> None:
+    """Stop the processes of this directory's nodes (or of some), and its mounts with the last."""
+    from dfs.cli.updown import stop_nodes
+
+    stop_nodes(_directory(directory, cluster_path), nodes)
+
+
+@cluster.command()
+@cluster_option
+@click.option("--timeout", default=60.0, show_default=True, help="Seconds to wait for answers.")
+def bootstrap(cluster_path: str | None, timeout: float) -> None:
+    """Give a new cluster its system volume; `up` does this for nodes in a local directory.
+
+    Needed once for a cluster whose daemons something else starts. Harmless to repeat.
+    """
+    from dfs.cli.updown import bootstrap_cluster
+
+    made = run_async(bootstrap_cluster, cluster_file(cluster_path), timeout)
+    click.echo("made the system volume" if made else "the cluster has its system volume")
+
+
+@cluster.command()
+@_DIR
+@cluster_option
+@json_option
+@click.pass_context
+def status(
+    ctx: click.Context, directory: Path | None, cluster_path: str | None, as_json: bool
+) -> None:
+    """Show nodes, lost quorums, volumes, usage and errors; exit status 1 if unavailable."""
+    from dfs.cli.status import show
+
+    file = directory / "cluster.json" if directory else cluster_file(cluster_path)
+    ctx.exit(0 if show(file, as_json=as_json) else 1)
+
+
+@cluster.command()
+@_NODES
+@_ZONES
+@_SPEC
+@json_option
+def plan(nodes: int, zones: int | None, spec: Path | None, as_json: bool) -> None:
+    """Show what a map would give each node, before it is made."""
+    from dfs.cli.plan import show_plan
+    from dfs.cli.spec import local_nodes, read_spec
+
+    if spec is None:
+        show_plan(local_nodes(nodes, zones or min(3, nodes), 1024), None, as_json=as_json)
+    else:
+        show_plan(*read_spec(spec), as_json=as_json)
+
+
+def _directory(directory: Path | None, cluster_path: str | None) -> Path:
+    if directory is None:
+        return cluster_file(cluster_path).parent
+    if not (directory / "cluster.json").exists():
+        raise ConfigError(
+            f"there is no cluster in {directory}: dfs cluster init --dir {directory} makes one"
+        )
+    return directory

@@ -1,0 +1,61 @@
+"""`dfs mount` and `dfs umount`."""
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from dfs.cli.context import cluster_file, cluster_option
+
+
+@click.command()
+@cluster_option
+@click.option("--foreground", is_flag=True, help="Serve in this process until interrupted.")
+@click.option("--read-only", is_flag=True, help="Refuse every change.")
+@click.option(
+    "--pid-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="[default: run/mount-VOLUME.pid next to the cluster file]",
+)
+@click.argument("volume")
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+def mount(
+    cluster_path: str | None,
+    foreground: bool,
+    read_only: bool,
+    pid_file: Path | None,
+    volume: str,
+    mountpoint: Path,
+) -> None:
+    """Mount VOLUME on the directory MOUNTPOINT and return once it can be used."""
+    from dfs.cli.mounts import check_mount_point, forget_dead, start_mount
+
+    file = cluster_file(cluster_path)
+    options = ["--read-only"] if read_only else []
+    if foreground:
+        where = check_mount_point(mountpoint)
+        arguments = ["--cluster", str(file), "--volume", volume, "--foreground", *options]
+        os.execv(  # noqa: S606 - our own interpreter and module
+            sys.executable, [sys.executable, "-P", "-m", "fuse", *arguments, str(where)]
+        )
+    forget_dead(file)
+    start_mount(file, volume, mountpoint, options, pid_file and pid_file.absolute())
+    click.echo(f"{volume} is mounted on {mountpoint}")
+
+
+@click.command()
+@click.option("--lazy", is_flag=True, help="Detach now, even if files are open.")
+@cluster_option
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+def umount(cluster_path: str | None, lazy: bool, mountpoint: Path) -> None:
+    """Unmount MOUNTPOINT; returns when everything written there is in the cluster."""
+    from dfs.cli.mounts import forget_dead, unmount
+    from dfs.errors import ConfigError
+
+    unmount(mountpoint, lazy=lazy)
+    try:
+        file = cluster_file(cluster_path)
+    except ConfigError:
+        return  # unmounting works without knowing the cluster; only its pid file stays behind
+    forget_dead(file)

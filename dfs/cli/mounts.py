@@ -1,0 +1,178 @@
+"""Mounts as processes: starting `python -m fuse`, finding what is mounted, unmounting."""
+
+import os
+import re
+import select
+import subprocess
+import time
+from pathlib import Path
+
+import click
+
+from dfs.cli.local import ClusterDir, Process, spawn, stop
+from dfs.errors import ConfigError, DfsError
+
+READY_TIMEOUT = 60.0  # seconds a mount may take
+_MODULE = ("-m", "fuse")
+
+
+def start_mount(
+    file: Path, volume: str, where: Path, options: list[str], pid_file: Path | None
+) -> int:
+    """Mount in a process of its own and wait until it serves; returns its pid.
+
+    Raises `DfsError` with the reason when the mount ends instead.
+    """
+    where = check_mount_point(where)
+    process = _process(_place(file), volume, pid_file)
+    reader, writer = os.pipe()
+    try:
+        arguments = ["--cluster", str(file.absolute()), "--volume", volume, *options]
+        arguments += ["--ready-fd", str(writer), str(where)]
+        log_size = process.log.stat().st_size if process.log.exists() else 0
+        child = spawn(process, arguments, pass_fds=(writer,))
+        process.pid_file.with_suffix(".mountpoint").write_text(f"{where}\n")
+        os.close(writer)
+        writer = -1
+        if _wait_ready(reader, child):
+            return child.pid
+    finally:
+        os.close(reader)
+        if writer >= 0:
+            os.close(writer)
+    _forget(process)
+    if child.poll() is None:
+        child.terminate()
+        raise DfsError(
+            f"the mount of {volume} is not ready after {READY_TIMEOUT:g} s; {process.log}"
+        )
+    said = process.log.read_text(errors="replace")[log_size:].strip().splitlines()
+    reason = said[-1] if said else f"status {child.returncode}"
+    raise DfsError(f"mounting {volume} on {where} failed: {reason.removeprefix('dfs mount: ')}")
+
+
+def check_mount_point(where: Path) -> Path:
+    """The absolute mount point; raises `ConfigError` if nothing can be mounted there."""
+    path = Path(os.path.abspath(where))  # noqa: PTH100 - resolve() hangs on a dead mount
+    mounted = mounts_at(path)
+    if mounted:
+        raise ConfigError(f"{path} has a {mounted[-1]} mounted on it already: dfs umount {path}")
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist: mkdir {path}")
+    if not path.is_dir():
+        raise ConfigError(f"{path} is no directory")
+    return path
+
+
+def mounts_at(path: Path) -> list[str]:
+    """File system types mounted at exactly this path, the visible one last."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields[4])
+        if point == str(path):
+            found.append(fields[fields.index("-") + 1])
+    return found
+
+
+def unmount(path: Path, *, lazy: bool = False) -> None:
+    """Unmount and wait until the mount's process has ended; raises `DfsError`."""
+    path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() hangs on a dead mount
+    pids = [pid for pid in _mount_pids() if _mount_point(pid) == str(path)]
+    if not mounts_at(path):
+        raise ConfigError(f"nothing is mounted on {path}")
+    command = ["umount"] if os.geteuid() == 0 else ["fusermount3", "-u"]
+    if lazy:
+        command.append("-l" if os.geteuid() == 0 else "-z")
+    done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False)  # noqa: S603 - the system's own umount
+    if done.returncode:
+        raise DfsError(f"{' '.join(done.stderr.split()) or 'umount failed'}")
+    end = time.monotonic() + READY_TIMEOUT
+    while any(_alive(pid) for pid in pids):
+        if time.monotonic() > end:
+            raise DfsError(f"{path} is unmounted, but its process {pids} does not end")
+        time.sleep(0.02)
+
+
+def unmount_all(directory: ClusterDir) -> None:
+    """Unmount everything that was mounted from a cluster directory."""
+    for process, where in directory.mounts():
+        if mounts_at(Path(where)):
+            try:
+                unmount(Path(where))
+            except DfsError as e:
+                click.echo(f"{e}; unmounting {where} lazily", err=True)
+                unmount(Path(where), lazy=True)
+            click.echo(f"unmounted {where}")
+        stop([process])
+        _forget(process)
+
+
+def forget_dead(file: Path) -> None:
+    """Remove pid files of mounts of a cluster whose processes have ended."""
+    for process, _ in _place(file).mounts():
+        if process.pid() is None:
+            _forget(process)
+
+
+def _place(file: Path) -> ClusterDir:
+    """Where pid files and logs go: next to the cluster file, or to the user's own place."""
+    directory = ClusterDir.of_file(file.absolute())
+    if os.access(directory.path, os.W_OK):
+        return directory
+    return ClusterDir(Path(os.environ.get("XDG_RUNTIME_DIR") or Path.home() / ".cache") / "dfs")
+
+
+def _process(directory: ClusterDir, volume: str, pid_file: Path | None) -> Process:
+    """A name that no running mount has: mount-VOLUME, mount-VOLUME-2, ..."""
+    stem = "mount-" + re.sub(r"[^A-Za-z0-9_.-]", "_", volume)
+    number = 1
+    while True:
+        name = stem if number == 1 else f"{stem}-{number}"
+        file = pid_file or directory.run / f"{name}.pid"
+        process = Process(name, file, _MODULE, directory.log / f"{name}.log")
+        if process.pid() is None:
+            return process
+        if pid_file is not None:
+            raise ConfigError(f"the process of {pid_file} runs already")
+        number += 1
+
+
+def _wait_ready(reader: int, child: subprocess.Popen[bytes]) -> bool:
+    """True once something was written to the pipe; False when it closed or time is up."""
+    end = time.monotonic() + READY_TIMEOUT
+    while time.monotonic() < end:
+        readable, _, _ = select.select([reader], [], [], 0.1)
+        if readable:
+            if os.read(reader, 16):
+                return True
+            child.wait(5)
+            return False
+        if child.poll() is not None:
+            return False
+    return False
+
+
+def _forget(process: Process) -> None:
+    process.pid_file.unlink(missing_ok=True)
+    process.pid_file.with_suffix(".mountpoint").unlink(missing_ok=True)
+
+
+def _mount_pids() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+
+
+def _mount_point(pid: int) -> str | None:
+    """The mount point of a mount process of ours, from its command line; None for any other."""
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
+    except OSError:
+        return None
+    for i in range(len(arguments) - 2):
+        if arguments[i : i + 2] == [b"-m", b"fuse"]:
+            return os.fsdecode(arguments[-1])
+    return None
+
+
+def _alive(pid: int) -> bool:
+    return _mount_point(pid) is not None

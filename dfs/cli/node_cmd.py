@@ -1,0 +1,48 @@
+"""`dfs node`: prepare one node on the machine it will run on."""
+
+from pathlib import Path
+
+import click
+
+from dfs.datadir import DIRECTORIES
+from dfs.errors import ConfigError
+
+
+@click.group()
+def node() -> None:
+    """Prepare the data directories of one node."""
+
+
+@node.command("format")
+@click.option(
+    "--cluster-map",
+    required=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The map that `dfs cluster init --spec` made.",
+)
+@click.option("--name", required=True, help="The node's name in the map.")
+@click.option("--data", required=True, type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--role",
+    type=click.Choice(sorted(DIRECTORIES)),
+    help="Make the directory of this role only. [default: of all roles the node has]",
+)
+def format_(cluster_map: Path, name: str, data: Path, role: str | None) -> None:
+    """Make DATA/metadata and DATA/chunks, with their markers, and DATA/map.
+
+    Harmless to repeat: directories that belong to this node already stay as they are. Never format
+    a node that has served and lost its disk: it would vote without remembering its promises.
+    """
+    from dfs.cli.local import format_node
+    from dfs.cluster.map import ROLES, ClusterMap
+
+    cluster = ClusterMap.decode(cluster_map.read_bytes())
+    member = next((n for n in cluster.nodes if n.name == name), None)
+    if member is None:
+        names = ", ".join(n.name for n in cluster.nodes)
+        raise ConfigError(f"{cluster_map} has no node {name}; it has {names}")
+    made = format_node(data, cluster, member, [role] if role else ROLES)
+    for path in made:
+        click.echo(f"made {path}")
+    if not made:
+        click.echo(f"{data} is ready for {name} already")
