@@ -1,6 +1,6 @@
 """Cache of decoded tree nodes, bounded in bytes."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from dfs.errors import Corrupt
 from dfs.volume.node import Missing, Node, decode, node_id
@@ -38,23 +38,19 @@ class NodeCache:
         self._hits += 1
         return node
 
-    def add(self, data: bytes, name: bytes | None = None) -> bytes:
-        """Add an encoded node; returns its id.  Raises `Corrupt` when that is not `name`."""
-        actual = node_id(data)
-        if name is not None and actual != name:
-            raise Corrupt(f"bytes of tree node {name.hex()} hash to {actual.hex()}")
-        if actual not in self._nodes:
-            node = decode(data)
-            self._nodes[actual] = node
-            self.used += node.cost
-            if self.used > self.budget:
-                self._evict()
-        return actual
-
-    def add_all(self, blobs: Iterable[bytes]) -> None:
-        """Add encoded nodes."""
-        for data in blobs:
-            self.add(data)
+    def add(self, blobs: Mapping[bytes, bytes]) -> None:
+        """Add encoded nodes by id; raises `Corrupt` when bytes do not hash to their id."""
+        nodes = self._nodes
+        for name, data in blobs.items():
+            actual = node_id(data)
+            if actual != name:
+                raise Corrupt(f"bytes of tree node {name.hex()} hash to {actual.hex()}")
+            if name not in nodes:
+                node = decode(data)
+                nodes[name] = node
+                self.used += node.cost
+        if self.used > self.budget:
+            self._evict()
 
     def __contains__(self, name: object) -> bool:
         """Whether the node is cached."""

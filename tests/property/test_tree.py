@@ -103,10 +103,10 @@ def fetching(blobs, call):
         try:
             return call(cache), rounds, len(cache)
         except Missing as e:
-            assert len(set(e.hashes)) == len(e.hashes) > 0
-            assert not any(h in cache for h in e.hashes)
-            for name in e.hashes:
-                cache.add(blobs[name], name)
+            wanted = e.hashes
+        assert len(set(wanted)) == len(wanted) > 0
+        assert not any(name in cache for name in wanted)
+        cache.add({name: blobs[name] for name in wanted})
     raise AssertionError
 
 
@@ -152,7 +152,7 @@ def test_unreadable_nodes_are_refused():
     with pytest.raises(Corrupt):
         decode(data)
     with pytest.raises(Corrupt):
-        NodeCache().add(blobs[root] + b"x", root)
+        NodeCache().add({root: blobs[root] + b"x"})
 
 
 def test_check_finds_a_tree_cut_by_another_rule():
