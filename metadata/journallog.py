@@ -1,0 +1,497 @@
+"""The log of all journals of a node: append-only segments, one sync for everybody, recovery.
+
+Records of all journals go, in the order they were made, to the end of the active segment; one
+writer task appends what has gathered, syncs it, and then releases everything that waited for it.
+An index per journal finds an entry in its segment.
+
+Format 1, little-endian.  File `<12 digits>.log`:
+
+    header   magic "dfsjrnl\\n" | u16 format | u64 segment number | u32 crc of the above
+    record   u32 crc of the rest | u32 length of the body | u8 kind | 16s volume | body
+    body     PROMISED  u64 round | u16 node
+             ENTRY     u64 seq | u64 round | u16 node | u8 chosen | 32s prev_hash | payload
+             BASE      msgpack (seq, hash, version, members, genesis, promised)
+             MARK      "dfsmark\\n" | u64 segment number | u64 own offset | u64 synced
+
+A MARK precedes each batch and follows the last one when the log falls idle: it says that the
+segment was durable up to `synced` when the mark was made.  That is how recovery tells a torn tail
+from damage: an unreadable record at an offset which a later mark calls synced (or anywhere in a
+segment that is not the last) was once durable, so promises may be lost, and the node must not
+answer for its journals any more (`StoreFailed`).  Otherwise nobody was ever told about what follows
+the bad record, and the segment is cut there.
+"""
+
+from array import array
+from collections.abc import Callable
+from itertools import pairwise
+from struct import Struct
+from typing import Any
+
+import trio
+
+from dfs.codec import pack, unpack
+from dfs.env import Disk, DiskFile
+from dfs.errors import Corrupt, DfsError, DiskFull, StoreFailed
+from dfs.groupsync import GroupSync
+from dfs.hashing import crc32
+from metadata.journalstate import BASE, ENTRY, NO_BALLOT, PROMISED, Ballot, Record, State, replay
+
+MAGIC, MARK_MAGIC, FORMAT = b"dfsjrnl\n", b"dfsmark\n", 1
+MARK = 4
+SEGMENT_BYTES = 64 << 20
+RETRY_FULL = 0.5  # seconds between attempts to write to a full disk
+IDLE_MARK = 0.2  # seconds of idleness before the last sync is marked
+CARRY_SHARE = 4  # a sealed segment with less than 1/4 live bytes is emptied
+
+_HEADER = Struct("<8sHQI")
+_RECORD = Struct("<IIB16s")
+_PROMISED = Struct("<QH")
+_ENTRY = Struct("<QQHB32s")
+_MARK = Struct("<8sQQQ")
+_NOBODY = bytes(16)
+_MARK_AT = _RECORD.size  # where MARK_MAGIC stands in a mark
+_MARK_SIZE = _RECORD.size + _MARK.size
+
+
+def encode(volume: bytes, record: Record) -> list[bytes]:
+    """One record as buffers."""
+    kind = record[0]
+    payload = b""
+    if kind == ENTRY:
+        _, seq, ballot, prev_hash, payload, chosen = record
+        body = _ENTRY.pack(seq, *ballot, chosen, prev_hash)
+    elif kind == PROMISED:
+        body = _PROMISED.pack(*record[1])
+    else:
+        body = pack(record[1:])
+    return _frame(kind, volume, body, payload)
+
+
+def _frame(kind: int, volume: bytes, body: bytes, payload: bytes = b"") -> list[bytes]:
+    head = _RECORD.pack(0, len(body) + len(payload), kind, volume)[4:] + body
+    crc = crc32(payload, crc32(head)) if payload else crc32(head)
+    head = crc.to_bytes(4, "little") + head
+    return [head, payload] if payload else [head]
+
+
+def decode(kind: int, body: bytes) -> Record:
+    """The record of a body whose CRC was right."""
+    if kind == ENTRY:
+        seq, round_, node, chosen, prev_hash = _ENTRY.unpack_from(body)
+        return (ENTRY, seq, (round_, node), prev_hash, body[_ENTRY.size :], bool(chosen))
+    if kind == PROMISED:
+        return (PROMISED, _PROMISED.unpack(body))
+    return (BASE, *unpack(body))
+
+
+def mark(number: int, offset: int, synced: int) -> bytes:
+    """A MARK at `offset` of segment `number`."""
+    return _frame(MARK, _NOBODY, _MARK.pack(MARK_MAGIC, number, offset, synced))[0]
+
+
+def header(number: int) -> bytes:
+    """The header of segment `number`."""
+    head = _HEADER.pack(MAGIC, FORMAT, number, 0)[:-4]
+    return head + crc32(head).to_bytes(4, "little")
+
+
+def _record_at(data: memoryview, offset: int) -> tuple[int, bytes, int] | None:
+    """(kind, volume, end) of the record at `offset`, None if it is not intact."""
+    start = offset + _RECORD.size
+    if start > len(data):
+        return None
+    crc, length, kind, volume = _RECORD.unpack_from(data, offset)
+    end = start + length
+    if end > len(data) or crc32(data[offset + 4 : end]) != crc:
+        return None
+    return kind, volume, end
+
+
+def _claimed(data: bytes, number: int, start: int) -> int:
+    """The furthest offset that marks at or after `start` call synced."""
+    view = memoryview(data)
+    synced = 0
+    at = data.find(MARK_MAGIC, start)
+    while at >= 0:
+        offset = at - _MARK_AT
+        if offset >= start and _record_at(view, offset) is not None:
+            _, claimed, own, done = _MARK.unpack_from(data, at)
+            if (claimed, own) == (number, offset):
+                synced = max(synced, done)
+        at = data.find(MARK_MAGIC, at + 1)
+    return synced
+
+
+Found = tuple[bytes, Record, int, int]  # volume, record, offset, end
+
+
+def parse(data: bytes, number: int, *, last: bool) -> tuple[list[Found], int]:
+    """The records of a segment, and where its intact part ends; raises `Corrupt` on damage."""
+    if data[: _HEADER.size] != header(number):
+        raise Corrupt("at offset 0: not the header of this segment in a format this version reads")
+    view = memoryview(data)
+    found: list[Found] = []
+    offset = _HEADER.size
+    while offset < len(data):
+        record = _record_at(view, offset)
+        if record is None:
+            if not last or _claimed(data, number, offset + 1) > offset:
+                raise Corrupt(f"at offset {offset}: a record that was durable is damaged")
+            break
+        kind, volume, end = record
+        if kind != MARK:
+            try:
+                body = decode(kind, data[offset + _RECORD.size : end])
+            except (DfsError, ValueError) as e:
+                raise Corrupt(f"at offset {offset}: unreadable record of kind {kind}") from e
+            found.append((volume, body, offset, end))
+        offset = end
+    return found, offset
+
+
+class _Segment:
+    """A segment file and what in it is still needed."""
+
+    __slots__ = ("end", "file", "live", "name", "number")
+
+    def __init__(self, number: int, name: str, file: DiskFile, end: int) -> None:
+        self.number = number
+        self.name = name
+        self.file = file
+        self.end = end
+        self.live = 0  # bytes of entries above the base of their journal
+
+
+class _Index:
+    """Where one journal's records are: entries from seq `first` on, last promise, last base."""
+
+    __slots__ = ("base", "base_at", "ends", "first", "promise_at", "promised", "segments", "starts")
+
+    def __init__(self) -> None:
+        self.first = 1
+        self.segments = array("Q")
+        self.starts = array("Q")
+        self.ends = array("Q")
+        self.promised: Ballot = NO_BALLOT
+        self.promise_at = 0
+        self.base: Record | None = None
+        self.base_at = 0
+
+
+class JournalLog:
+    """The open log; made by `open`, driven by `run`."""
+
+    def __init__(self, disk: Disk, prefix: str, *, segment_bytes: int = SEGMENT_BYTES) -> None:
+        """Use `open`."""
+        self._disk = disk
+        self._prefix = prefix
+        self._limit = segment_bytes
+        self._segments: dict[int, _Segment] = {}  # oldest first; the last one is active
+        self._index: dict[bytes, _Index] = {}
+        self._active: _Segment
+        self._sync = GroupSync(disk, lambda: self._active.file)
+        self._buffer: list[tuple[bytes, Record]] = []
+        self._waiting: dict[int, list[tuple[Callable[..., Any], tuple[Any, ...]]]] = {}
+        self._parked: trio.lowlevel.Task | None = None
+        self._synced = 0  # offset in the active segment
+        self._marked = 0
+        self._idle_since = 0.0
+        self.batch = 1  # the batch that gathers now
+        self.durable = 0  # the last batch that is durable
+        self.full: DiskFull | None = None
+        self.cut: list[str] = []  # torn tails found by recovery, for people
+
+    # -------------------------------------------------------------------------------- recovery
+
+    @classmethod
+    async def open(
+        cls, disk: Disk, prefix: str = "journals", *, segment_bytes: int = SEGMENT_BYTES
+    ) -> tuple["JournalLog", dict[bytes, State]]:
+        """Recover the log under a directory: the log and the state of every journal in it.
+
+        Raises `StoreFailed`, naming file and offset, when records that were durable are missing.
+        """
+        log = cls(disk, prefix, segment_bytes=segment_bytes)
+        return log, await disk.run(log._recover)
+
+    def _fail(self, where: str, error: object) -> StoreFailed:
+        path = self._disk.path(where)
+        return StoreFailed(
+            f"journal log {path} {error}; promises may be lost, so this node must not vote: "
+            "keep the directory for inspection and replace the node under a new id"
+        )
+
+    def _recover(self) -> dict[bytes, State]:
+        disk, prefix = self._disk, self._prefix
+        disk.mkdir(prefix)
+        names = sorted(n for n in disk.listdir(prefix) if n.endswith(".log"))
+        numbers = [int(n[:-4]) for n in names]
+        if any(b != a + 1 for a, b in pairwise(numbers)):
+            raise self._fail(prefix, f"has gaps between its segments {numbers}")
+        if numbers and not self._usable(names[-1]):
+            disk.unlink(f"{prefix}/{names[-1]}")  # made just before a crash, never used
+            del numbers[-1], names[-1]
+        records: dict[bytes, list[Record]] = {}
+        for number, name in zip(numbers, names, strict=True):
+            path = f"{prefix}/{name}"
+            file = disk.open(path)
+            size = file.size()
+            data = file.pread(size, 0)
+            try:
+                found, end = parse(data, number, last=number == numbers[-1])
+            except Corrupt as e:
+                raise self._fail(path, e) from e
+            segment = self._segments[number] = _Segment(number, path, file, end)
+            for volume, record, start, stop in found:
+                records.setdefault(volume, []).append(record)
+                self._enter(volume, record, segment, start, stop, loose=True)
+            if end < size:
+                self.cut.append(f"{disk.path(path)} was cut from {size} to {end} bytes")
+                file.truncate(end)
+            # What survived without having been synced is about to be relied on.
+            file.fdatasync()
+        states = {}
+        for volume, mine in records.items():
+            try:
+                states[volume] = replay(mine)
+            except Corrupt as e:
+                raise self._fail(prefix, f"volume {volume.hex()}: {e}") from e
+        if numbers:
+            self._active = self._segments[numbers[-1]]
+        else:
+            self._create(1)
+        disk.sync_dir(prefix)
+        self._synced = self._active.end
+        return states
+
+    def _usable(self, name: str) -> bool:
+        file = self._disk.open(f"{self._prefix}/{name}")
+        try:
+            return file.size() > _HEADER.size or file.pread(_HEADER.size, 0) == header(
+                int(name[:-4])
+            )
+        finally:
+            file.close()
+
+    def _create(self, number: int) -> None:
+        name = f"{self._prefix}/{number:012d}.log"
+        file = self._disk.open(name, create=True, truncate=True)
+        file.append([header(number)])
+        file.fdatasync()
+        self._disk.sync_dir(self._prefix)
+        self._active = self._segments[number] = _Segment(number, name, file, _HEADER.size)
+        self._synced = self._marked = _HEADER.size
+
+    # ------------------------------------------------------------------------------------ index
+
+    def _enter(
+        self,
+        volume: bytes,
+        record: Record,
+        segment: _Segment,
+        start: int,
+        end: int,
+        *,
+        loose: bool = False,
+    ) -> None:
+        """Index a record that stands at start..end; `loose`: entries may come out of order."""
+        index = self._index.get(volume)
+        if index is None:
+            index = self._index[volume] = _Index()
+        kind = record[0]
+        if kind == ENTRY:
+            if not record[5] and record[2] >= index.promised:
+                index.promised, index.promise_at = record[2], segment.number
+            at = record[1] - index.first
+            if at < 0:
+                return
+            while loose and at > len(index.segments):  # an old segment's entries were copied here
+                index.segments.append(0)
+                index.starts.append(0)
+                index.ends.append(0)
+            if at == len(index.segments):
+                index.segments.append(segment.number)
+                index.starts.append(start)
+                index.ends.append(end)
+            else:
+                self._release(index, at)
+                index.segments[at], index.starts[at], index.ends[at] = segment.number, start, end
+            segment.live += end - start
+        elif kind == PROMISED:
+            if record[1] >= index.promised:
+                index.promised, index.promise_at = record[1], segment.number
+        elif index.base is None or record[1] >= index.base[1]:
+            index.base, index.base_at = record, segment.number
+            drop = min(record[1] + 1 - index.first, len(index.segments))
+            for at in range(drop):
+                self._release(index, at)
+            del index.segments[:drop], index.starts[:drop], index.ends[:drop]
+            index.first = record[1] + 1
+
+    def _release(self, index: _Index, at: int) -> None:
+        old = self._segments.get(index.segments[at])
+        if old is not None:
+            old.live -= index.ends[at] - index.starts[at]
+
+    def read(self, volume: bytes, seq: int) -> tuple[bytes, bytes]:
+        """(prev_hash, payload) of an entry; raises `StoreFailed` when it is damaged."""
+        for owner, record in reversed(self._buffer):
+            if owner == volume and record[0] == ENTRY and record[1] == seq:
+                return record[3], record[4]
+        index = self._index[volume]
+        at = seq - index.first
+        segment = self._segments[index.segments[at]]
+        start, end = index.starts[at], index.ends[at]
+        data = segment.file.pread(end - start, start)
+        found = _record_at(memoryview(data), 0)
+        if found is None or found[:2] != (ENTRY, volume):
+            raise self._fail(segment.name, f"at offset {start}: entry {seq} is damaged")
+        record = decode(ENTRY, data[_RECORD.size :])
+        return record[3], record[4]
+
+    # ---------------------------------------------------------------------------------- writing
+
+    def append(self, volume: bytes, record: Record) -> int:
+        """Add a record to the batch that gathers; the number of that batch."""
+        self._buffer.append((volume, record))
+        parked = self._parked
+        if parked is not None:
+            self._parked = None
+            trio.lowlevel.reschedule(parked)
+        return self.batch
+
+    def when_durable(self, batch: int, fn: Callable[..., Any], *args: Any) -> None:
+        """Call `fn(*args)` from the loop once the batch, which is not durable yet, is."""
+        self._waiting.setdefault(batch, []).append((fn, args))
+
+    async def sync(self) -> None:
+        """Return when everything appended so far is durable."""
+        batch = self.batch if self._buffer else self.batch - 1
+        if batch > self.durable:
+            done = trio.Event()
+            self.when_durable(batch, done.set)
+            await done.wait()
+
+    async def run(self) -> None:
+        """Write and sync until cancelled; raises `StoreFailed` when the disk failed."""
+        while True:
+            while not self._buffer:
+                self._parked = trio.lowlevel.current_task()
+                self._idle_since = trio.current_time()
+                await trio.lowlevel.wait_task_rescheduled(self._unpark)
+            try:
+                if self._active.end >= self._limit:
+                    await self._rotate()
+                self._write()
+            except DiskFull as e:
+                self.full = e
+                await trio.sleep(RETRY_FULL)
+                continue
+            self.full = None
+            batch, end = self.batch, self._active.end
+            self.batch = batch + 1
+            await self._sync.sync()
+            self._synced = end
+            self.durable = batch
+            for fn, args in self._waiting.pop(batch, ()):
+                fn(*args)
+
+    def _unpark(self, _: object) -> trio.lowlevel.Abort:
+        self._parked = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    def _write(self) -> None:
+        segment = self._active
+        start = segment.end
+        buffers = [mark(segment.number, start, self._synced)]
+        at = start + _MARK_SIZE
+        places = []
+        for volume, record in self._buffer:
+            made = encode(volume, record)
+            end = at + sum(map(len, made))
+            places.append((volume, record, at, end))
+            buffers += made
+            at = end
+        if segment.file.append(buffers) != start:
+            raise self._fail(segment.name, f"at offset {start}: somebody else wrote to it")
+        self._buffer = []
+        segment.end = at
+        self._marked = self._synced
+        for volume, record, begin, end in places:
+            self._enter(volume, record, segment, begin, end)
+
+    async def _rotate(self) -> None:
+        old = self._active
+
+        def rotate() -> None:
+            old.file.fdatasync()
+            self._create(old.number + 1)
+
+        await self._disk.run(rotate)
+
+    def idle(self, now: float) -> bool:
+        """Mark the last sync once the log is idle; whether there is nothing more to mark."""
+        if self._parked is None or self._marked >= self._synced:
+            return self._marked >= self._synced
+        if now < self._idle_since + IDLE_MARK:
+            return False
+        segment = self._active
+        synced = self._synced
+        try:
+            segment.file.append([mark(segment.number, segment.end, synced)])
+        except DiskFull:
+            return True  # the next batch meets the full disk and says so
+        segment.end += _MARK_SIZE
+        self._marked = synced
+        return True
+
+    # ------------------------------------------------------------------------------- collection
+
+    async def collect(self) -> int:
+        """Remove old segments that hold little of use, after copying that; returns how many."""
+        removed = 0
+        while len(self._segments) > 1:
+            oldest = next(iter(self._segments.values()))
+            if oldest.live * CARRY_SHARE > oldest.end:
+                break
+            # An entry that gathers in the buffer supersedes the one in the segment: copying that
+            # one behind it would undo an acceptance.
+            fresh = {(v, r[1]) for v, r in self._buffer if r[0] == ENTRY}
+            for volume, index in list(self._index.items()):
+                self._carry(volume, index, oldest.number, fresh)
+            await self.sync()  # the copies, and the bases that made the originals superfluous
+            del self._segments[oldest.number]
+            await self._disk.run(self._remove, oldest)
+            removed += 1
+        return removed
+
+    def _carry(
+        self, volume: bytes, index: _Index, number: int, fresh: set[tuple[bytes, int]]
+    ) -> None:
+        if index.base is not None and index.base_at == number:
+            self.append(volume, index.base)
+        if index.promise_at == number:
+            self.append(volume, (PROMISED, index.promised))
+        for at, segment in enumerate(index.segments):
+            if segment == number and (volume, index.first + at) not in fresh:
+                start, end = index.starts[at], index.ends[at]
+                data = self._segments[number].file.pread(end - start, start)
+                if _record_at(memoryview(data), 0) is None:
+                    name = self._segments[number].name
+                    raise self._fail(name, f"at offset {start}: a live record is damaged")
+                self.append(volume, decode(ENTRY, data[_RECORD.size :]))
+
+    def _remove(self, segment: _Segment) -> None:
+        segment.file.close()
+        self._disk.unlink(segment.name)
+        self._disk.sync_dir(self._prefix)
+
+    def statistics(self) -> dict[str, int]:
+        """Segments, bytes in them, bytes of live entries, batches written."""
+        segments = self._segments.values()
+        return {
+            "segments": len(self._segments),
+            "bytes": sum(s.end for s in segments),
+            "live": sum(s.live for s in segments),
+            "batches": self.batch - 1,
+        }
