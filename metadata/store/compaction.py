@@ -1,0 +1,205 @@
+"""Jobs on immutable files, run in another process: flush, merge, salvage.
+
+They are given a directory (`dfs.disk.disk_at`), names and numbers, and return `Meta` tuples, so
+that nothing but names crosses the process border.  A job writes only files that the manifest does
+not know yet; one that dies leaves garbage, no damage.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from dfs.disk import disk_at
+from dfs.env import Disk
+from dfs.errors import Corrupt
+from metadata.store.manifest import Range
+from metadata.store.memtable import Memtable, Value
+from metadata.store.table import BadBlock, Meta, Table, open_table, write_table
+from metadata.store.wal import read_batches
+
+Result = tuple[tuple[Any, ...] | None, bytes | None]  # a table's Meta; the first key that is left
+
+
+def flush_segments(
+    root: str,
+    prefix: str,
+    segments: Sequence[int],
+    output: str,
+    drop_tombstones: bool,
+    block_bytes: int,
+    compression: int,
+) -> Result:
+    """Make a table of the batches in complete log segments; raises `Corrupt` for a bad record."""
+    disk = disk_at(root)
+    memtable = Memtable([])
+    for batch in read_batches(disk, prefix, list(segments)):
+        memtable.apply(batch)
+    return flush_memtable(disk, prefix, memtable, output, drop_tombstones, block_bytes, compression)
+
+
+def flush_memtable(
+    disk: Disk,
+    prefix: str,
+    memtable: Memtable,
+    output: str,
+    drop_tombstones: bool,
+    block_bytes: int,
+    compression: int,
+) -> Result:
+    """Make a table of a memtable that nobody writes to."""
+    data = memtable.data
+    items = ((k, data[k]) for k in memtable.sorted_keys())
+    if drop_tombstones:
+        items = ((k, v) for k, v in items if v is not None)
+    meta, _ = write_table(
+        disk, f"{prefix}/{output}", items, block_bytes=block_bytes, compression=compression
+    )
+    return (None if meta is None else tuple(meta)), None
+
+
+def merge_tables(
+    root: str,
+    prefix: str,
+    runs: Sequence[tuple[Sequence[tuple[Any, ...]], Sequence[Range]]],
+    output: str,
+    start: bytes,
+    drop_tombstones: bool,
+    block_bytes: int,
+    table_bytes: int,
+    compression: int,
+) -> Result:
+    """Merge runs (tables, lost ranges), newest first, from key `start` on, into one table.
+
+    Stops when the table is full and says where to go on.  A key in a lost range of a newer run is
+    left out: its newest value is unknown, an older one would be wrong.  A damaged input raises
+    `Corrupt` whose detail is the table's name.
+    """
+    disk = disk_at(root)
+    cursors = []
+    for rank, (tables, lost) in enumerate(runs):
+        metas = [Meta(*m) for m in tables]
+        cursors.append(_Cursor(disk, prefix, [m for m in metas if m.last >= start], start))
+        newer = [r for _, ranges in runs[:rank] for r in ranges]
+        cursors[-1].skip = newer
+        del lost
+    items = _merge(list(reversed(cursors)))
+    if drop_tombstones:
+        items = ((k, v) for k, v in items if v is not None)
+    meta, rest = write_table(
+        disk,
+        f"{prefix}/{output}",
+        items,
+        block_bytes=block_bytes,
+        compression=compression,
+        table_bytes=table_bytes,
+    )
+    return (None if meta is None else tuple(meta)), rest
+
+
+class _Cursor:
+    """A place in one run, with the block at hand."""
+
+    def __init__(self, disk: Disk, prefix: str, metas: list[Meta], start: bytes) -> None:
+        self.skip: list[Range] = []
+        self.keys: list[bytes] = []
+        self.values: list[Value] = []
+        self.at = 0
+        self._blocks = self._read(disk, prefix, metas, start)
+
+    @staticmethod
+    def _read(
+        disk: Disk, prefix: str, metas: list[Meta], start: bytes
+    ) -> Iterator[tuple[list[bytes], list[Value]]]:
+        for meta in metas:
+            try:
+                yield from open_table(disk, prefix, meta, 0).scan(start)
+            except Corrupt as e:
+                raise Corrupt(str(e), meta.name) from e
+
+    def fill(self) -> bool:
+        """Have at least one item at hand; False at the end of the run."""
+        while self.at >= len(self.keys):
+            block = next(self._blocks, None)
+            if block is None:
+                return False
+            self.keys, self.values = block
+            self.at = 0
+            if self.skip:
+                kept = [
+                    (k, v)
+                    for k, v in zip(self.keys, self.values, strict=True)
+                    if not in_ranges(k, self.skip)
+                ]
+                self.keys = [k for k, _ in kept]
+                self.values = [v for _, v in kept]
+        return True
+
+
+def in_ranges(key: bytes, ranges: Sequence[Range]) -> bool:
+    """Whether a key lies in any of the ranges."""
+    return any(start <= key < end for start, end in ranges)
+
+
+def _merge(cursors: list[_Cursor]) -> Iterator[tuple[bytes, Value]]:
+    """Items of all cursors in key order; of equal keys the one of the last cursor (the newest).
+
+    In rounds: up to the smallest last key at hand everything is known, so that stretch is put in
+    one dict, oldest first, and sorted; a heap would cost three times as much per key.
+    """
+    while True:
+        cursors = [c for c in cursors if c.fill()]
+        if not cursors:
+            return
+        bound = min([c.keys[-1] for c in cursors])
+        merged: dict[bytes, Value] = {}
+        for c in cursors:
+            end = bisect_right(c.keys, bound, c.at)
+            merged.update(zip(c.keys[c.at : end], c.values[c.at : end], strict=True))
+            c.at = end
+        for key in sorted(merged):
+            yield key, merged[key]
+
+
+def salvage_table(
+    root: str,
+    prefix: str,
+    table: tuple[Any, ...],
+    output: str,
+    block_bytes: int,
+    compression: int,
+) -> tuple[tuple[Any, ...] | None, tuple[Range, ...]]:
+    """Copy the intact blocks of a damaged table; returns the copy and the ranges that are lost."""
+    disk = disk_at(root)
+    meta = Meta(*table)
+    whole = ((meta.first, meta.last + b"\0"),)
+    try:
+        source = open_table(disk, prefix, meta, 0)
+        count = len(source.load().first_keys)
+    except Corrupt:
+        return None, whole
+    lost: list[Range] = []
+
+    def intact() -> Iterator[tuple[bytes, Value]]:
+        for i in range(count):
+            try:
+                block = source.block(i)
+            except BadBlock:
+                lost.append(source.range_of(i))
+                continue
+            yield from block.items()
+
+    copy, _ = write_table(
+        disk, f"{prefix}/{output}", intact(), block_bytes=block_bytes, compression=compression
+    )
+    return (None if copy is None else tuple(copy)), tuple(lost)
+
+
+def check_table(root: str, prefix: str, table: tuple[Any, ...]) -> str:
+    """Read every block of a table; returns what is wrong with it, empty if nothing is."""
+    try:
+        source: Table = open_table(disk_at(root), prefix, Meta(*table), 0)
+        for _ in source.scan(b""):
+            pass
+    except Corrupt as e:
+        return str(e)
+    return ""

@@ -1,0 +1,32 @@
+"""What can be tuned in a store, and the limits that cannot."""
+
+from dataclasses import dataclass
+
+from dfs.errors import ConfigError
+
+MAX_KEY = 4096  # bytes
+MAX_VALUE = 16 << 20  # bytes
+MAX_BATCH = 48 << 20  # bytes of keys and values; a log record is decoded in one piece
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """Sizes in bytes.  Together they bound the memory of a store to about
+    `memtable_bytes * (max_frozen + 2) + cache_bytes + index_bytes`.
+    """
+
+    memtable_bytes: int = 8 << 20  # keys, values and overhead before a memtable is frozen
+    max_frozen: int = 2  # frozen memtables that may wait for their flush before writers wait
+    block_bytes: int = 16 << 10  # plain size at which a table's block ends
+    table_bytes: int = 32 << 20  # file size at which a compaction starts another table
+    fanout: int = 4  # runs of one level that are merged into one of the next
+    max_runs: int = 24  # runs at which writers wait for compaction
+    cache_bytes: int = 32 << 20  # decoded blocks
+    index_bytes: int = 64 << 20  # block indexes and filters of tables
+    compression: int = 1  # zstd level; 0 stores blocks plain
+    background: bool = True  # False: `run` only flushes and repairs, nothing is merged
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        if self.fanout < 2 or self.max_frozen < 1 or self.max_runs <= self.fanout:
+            raise ConfigError(f"store options out of range: {self}")

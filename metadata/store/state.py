@@ -1,0 +1,145 @@
+"""The sources of a store and their changes: what reads, writes and maintenance share.
+
+All of it is changed on the loop, between awaits.  `commit` is the only writer of the manifest.
+"""
+
+from collections.abc import Callable, Sequence
+
+import trio
+
+from dfs.env import Env
+from dfs.errors import Corrupt, StoreFailed
+from metadata.store import manifest as manifests
+from metadata.store.cache import BlockCache
+from metadata.store.manifest import Manifest
+from metadata.store.memtable import Memtable
+from metadata.store.options import StoreOptions
+from metadata.store.reader import IndexBudget, Reader, Run
+from metadata.store.recovery import Loaded
+from metadata.store.table import Table
+from metadata.store.wal import Log
+
+MAX_ERRORS = 100  # texts kept
+
+
+class State:
+    """Memtables, runs, log and manifest of one open store."""
+
+    def __init__(self, env: Env, prefix: str, options: StoreOptions, loaded: Loaded) -> None:
+        """Take over what recovery found."""
+        self.env = env
+        self.prefix = prefix
+        self.options = options
+        self.cache = BlockCache(options.cache_bytes)
+        self.indexes = IndexBudget(options.index_bytes)
+        self.log = Log(env.disk, prefix, loaded.segment, loaded.position)
+        self.memtable, *frozen = loaded.memtables
+        self.frozen: list[Memtable] = frozen  # newest first
+        self.runs: list[Run] = loaded.runs  # newest first
+        self.next_table = loaded.manifest.next_table
+        self.first_segment = loaded.manifest.first_segment
+        self.quarantined: list[str] = list(loaded.manifest.quarantined)
+        self.errors: list[str] = []
+        self.damaged: dict[str, None] = {}  # names of tables to salvage
+        self.table_bytes_written = 0
+        self._lock = trio.Lock()
+        self._work = trio.Event()
+        self.reader = self._reader()
+        for name, why in loaded.missing:
+            self.quarantine(name, why)
+
+    def _reader(self) -> Reader:
+        memtables = (self.memtable, *self.frozen)
+        return Reader(memtables, self.runs, self.cache, self.indexes, self.on_damage)
+
+    def refresh(self) -> None:
+        """Read from the present memtables and runs from now on, and look for work."""
+        self.reader = self._reader()
+        self.wake()
+
+    def snapshot(self) -> Reader:
+        """A reader of the state of now that later writes do not change."""
+        memtables = (self.memtable.copy(), *self.frozen)
+        return Reader(memtables, self.runs, self.cache, self.indexes, self.on_damage)
+
+    # -- work for the background
+
+    def wake(self) -> None:
+        """Tell those who wait for work to look again."""
+        self._work.set()
+        self._work = trio.Event()
+
+    async def wait_work(self) -> None:
+        """Wait for the next `wake`."""
+        await self._work.wait()
+
+    # -- trouble
+
+    def note(self, text: str) -> None:
+        """Keep an error for the operator."""
+        if text not in self.errors:
+            del self.errors[: len(self.errors) - MAX_ERRORS + 1]
+            self.errors.append(text)
+
+    def quarantine(self, name: str, why: str) -> None:
+        """List a table as damaged."""
+        if name not in self.quarantined:
+            self.quarantined.append(name)
+        self.note(why)
+
+    def on_damage(self, run: Run, table: Table, block: int | None, error: Corrupt) -> None:
+        """A read met a bad block (None: the whole table): its keys are lost from now on."""
+        meta = table.meta
+        lost = (meta.first, meta.last + b"\0") if block is None else table.range_of(block)
+        if lost not in run.lost:
+            run.lost = (*run.lost, lost)
+        self.damaged[meta.name] = None
+        self.quarantine(meta.name, str(error))
+        self.wake()
+
+    # -- changes of the manifest
+
+    def table_name(self) -> str:
+        """A name for a new table, never used before, whatever an interrupted job left."""
+        number = self.next_table
+        self.next_table += 1
+        return f"{number:08d}-{self.env.random.getrandbits(32):08x}.sst"
+
+    async def commit(
+        self,
+        change: Callable[[list[Run]], Sequence[Run]],
+        *,
+        flushed: Memtable | None = None,
+    ) -> None:
+        """Durably replace the runs by `change(runs)`; `flushed` is the memtable now in a table.
+
+        Raises `StoreFailed` when the manifest cannot be written safely, `DiskFull` when there is
+        no room; then nothing has changed.
+        """
+        async with self._lock:
+            runs = list(change(self.runs))
+            first = max(flushed.segments) + 1 if flushed is not None else self.first_segment
+            manifest = Manifest(
+                self.next_table, first, tuple(r.meta() for r in runs), tuple(self.quarantined)
+            )
+            try:
+                await self.env.disk.run(manifests.write, self.env.disk, self.prefix, manifest)
+            except StoreFailed as e:
+                self.log.failed = e
+                raise
+            # No await from here on: readers see all of the change or nothing.
+            self.runs = runs
+            self.first_segment = first
+            if flushed is not None:
+                self.frozen.remove(flushed)
+            self.refresh()
+
+    async def remove(self, names: Sequence[str]) -> None:
+        """Unlink files that the manifest no longer names; open readers keep their content."""
+        disk = self.env.disk
+
+        def unlink() -> None:
+            for name in names:
+                disk.unlink(f"{self.prefix}/{name}")
+
+        await disk.run(unlink)
