@@ -8,6 +8,7 @@ import trio
 from trio.lowlevel import Abort, current_task, wait_task_rescheduled
 
 from dfs.clock import Clock
+from dfs.cluster.address import is_local
 from dfs.env import Buffer, Buffers, Handler, Priority
 from dfs.errors import ConfigError, LocalProtocolError, Unreachable
 from dfs.rpc.budget import Budget
@@ -15,7 +16,7 @@ from dfs.rpc.client import OnReply, Pending
 from dfs.rpc.pool import Pool
 from dfs.rpc.server import Server
 from dfs.rpc.timers import Timers
-from dfs.rpc.transport import is_local, listening
+from dfs.rpc.transport import listening
 from dfs.wire.connection import Connection, Role, encode_value
 from dfs.wire.frame import gather
 

@@ -6,8 +6,8 @@ work once begun ends even if the caller goes away.  Whatever is wrong with one c
 that connection, with a logged reason, and touches no other.
 
 Limits: bytes of large requests in memory (`budget`), tasks per connection, bytes of answers that
-the peer does not fetch (its next requests then stay in its own kernel).  A large request that finds no
-room within two seconds is read without being kept and refused with `Busy`.
+the peer does not fetch (its next requests then stay in its own kernel).  A large request without
+room for it within two seconds is read without being kept and refused with `Busy`.
 """
 
 import errno

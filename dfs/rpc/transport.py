@@ -10,7 +10,6 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +38,6 @@ def parse_address(address: str) -> tuple[str, int] | str:
     if scheme == "tcp" and host and port.isdecimal() and int(port) < 1 << 16:
         return host.strip("[]"), int(port)
     raise InvalidArgument(f"{address!r} is no address; write tcp://HOST:PORT or unix:///PATH")
-
-
-def is_local(address: str) -> bool:
-    """Whether only processes of this machine can reach a listener at `address`."""
-    where = parse_address(address)
-    if isinstance(where, str) or where[0] == "localhost":
-        return True
-    try:
-        return ip_address(where[0]).is_loopback
-    except ValueError:
-        return False  # a name: nobody knows where it leads
 
 
 def _tune(sock: socket.socket, *, bulk: bool) -> None:
@@ -93,7 +81,7 @@ async def _connect_one(family: int, target: Any, *, bulk: bool) -> socket.socket
         sock.setblocking(False)
         _tune(sock, bulk=bulk)
         code = sock.connect_ex(target)
-        if code in (errno.EINPROGRESS, errno.EAGAIN):
+        if code == errno.EINPROGRESS:
             await trio.lowlevel.wait_writable(sock)
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     except BaseException:
