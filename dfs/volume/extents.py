@@ -24,6 +24,7 @@ from dfs.volume.items import (
     suffix_u64,
 )
 
+HOLE, INLINE, CHUNK = range(3)
 BLOCK = 64 << 10  # bytes of a chunk that are verified and compressed together
 MANY = 256  # extents that are removed one by one rather than as a range
 FRAGMENTED = 16  # extents in one window that are still fine
@@ -62,8 +63,18 @@ class Extent(NamedTuple):
         return PUT, extent_key(ino, self.offset), value
 
 
-Source = None | bytes | tuple[bytes, int]  # a hole, bytes, (chunk id, offset in the chunk)
-Piece = tuple[int, int, Source]  # file offset, length, source
+class Piece(NamedTuple):
+    """What to read for one part of a range: a HOLE of zeros, INLINE bytes or a part of a CHUNK."""
+
+    kind: int
+    offset: int  # in the file
+    length: int
+    data: bytes = b""
+    chunk_id: bytes = b""
+    chunk_offset: int = 0
+    chunk_length: int = 0
+
+
 Placed = tuple[int, int, int]  # file offset, length, offset in the chunk
 
 
@@ -100,12 +111,14 @@ def bounds(ino: int, start: int, end: int) -> tuple[bytes, bytes]:
 # ------------------------------------------------------------------------------------- planners
 
 
-def plan_read(extents: Sequence[Extent], size: int, offset: int, length: int) -> list[Piece]:
-    """Pieces that make up [offset, offset + length) of a file of `size` bytes, in order.
+def plan_read(
+    extents: Sequence[Extent], offset: int, length: int, size: int | None = None
+) -> list[Piece]:
+    """Pieces that make up [offset, offset + length) of a file, in order, without gaps.
 
-    `extents`: at least all that overlap the range, in order.  The answer ends at `size`.
+    `extents`: at least all that overlap the range, in order.  The answer ends at `size`, if given.
     """
-    end = min(offset + length, size)
+    end = offset + length if size is None else min(offset + length, size)
     pieces: list[Piece] = []
     at = offset
     for extent in extents:
@@ -115,17 +128,18 @@ def plan_read(extents: Sequence[Extent], size: int, offset: int, length: int) ->
         if extent.offset >= end:
             break
         if extent.offset > at:
-            pieces.append((at, extent.offset - at, None))
+            pieces.append(Piece(HOLE, at, extent.offset - at))
             at = extent.offset
         take = min(stop, end) - at
         skip = at - extent.offset
         if extent.data is not None:
-            pieces.append((at, take, extent.data[skip : skip + take]))
+            pieces.append(Piece(INLINE, at, take, extent.data[skip : skip + take]))
         else:
-            pieces.append((at, take, (extent.chunk_id, extent.chunk_offset + skip)))
+            where = extent.chunk_offset + skip
+            pieces.append(Piece(CHUNK, at, take, b"", extent.chunk_id, where, extent.chunk_length))
         at += take
     if at < end:
-        pieces.append((at, end - at, None))
+        pieces.append(Piece(HOLE, at, end - at))
     return pieces
 
 
@@ -168,7 +182,7 @@ def plan_punch(ino: int, extents: Sequence[Extent], start: int, end: int) -> lis
 def _cut_out(
     ino: int, extents: Sequence[Extent], holes: Sequence[tuple[int, int]], replaced: set[int]
 ) -> list[Effect]:
-    """Effects that take the sorted `holes` out of extents; keys at `replaced` will be put anyway."""
+    """Effects that take sorted `holes` out of extents; the keys `replaced` will be put anyway."""
     effects: list[Effect] = []
     first = 0
     for extent in sorted(extents):

@@ -1,5 +1,7 @@
 """The extent planners against a bytearray, in sequences of random operations."""
 
+from itertools import pairwise
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,7 +43,7 @@ class File:
         validate(tuple(effects))
         fx.apply(self.state, effects)
         whole = self.extents()
-        for a, b in zip(whole, whole[1:], strict=False):
+        for a, b in pairwise(whole):
             assert a.end <= b.offset  # never overlap
         for e in whole:
             assert 0 < e.length <= MAX_EXTENT
@@ -55,20 +57,21 @@ class File:
         return chunk_id
 
     def read(self, offset, length):
-        pieces = ex.plan_read(self.extents(offset, offset + length), self.size, offset, length)
+        found = self.extents(offset, offset + length)
         out, at = b"", offset
-        for where, count, source in pieces:
-            assert where == at
-            assert count > 0
-            at += count
-            if source is None:
-                out += bytes(count)
-            elif isinstance(source, bytes):
-                assert len(source) == count
-                out += source
+        for piece in ex.plan_read(found, offset, length, self.size):
+            assert piece.offset == at
+            assert piece.length > 0
+            at += piece.length
+            if piece.kind == ex.HOLE:
+                out += bytes(piece.length)
+            elif piece.kind == ex.INLINE:
+                assert len(piece.data) == piece.length
+                out += piece.data
             else:
-                chunk_id, start = source
-                out += self.chunks[chunk_id][start : start + count]
+                chunk = self.chunks[piece.chunk_id]
+                assert piece.chunk_length == len(chunk)
+                out += chunk[piece.chunk_offset : piece.chunk_offset + piece.length]
         assert len(out) == at - offset
         return out
 
@@ -219,7 +222,7 @@ def test_packing_covers_every_range_once(gaps):
     want = [b for offset, length in ranges for b in range(offset, offset + length, 4096)]
     got = [(o, o + n) for o, n in pieces]
     assert sum(n for _, n in pieces) == sum(n for _, n in ranges)
-    assert all(a[1] <= b[0] for a, b in zip(got, got[1:], strict=False))
+    assert all(a[1] <= b[0] for a, b in pairwise(got))
     for spot in want[:50]:
         assert any(a <= spot < b for a, b in got)
     for chunk in chunks:
