@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from random import SystemRandom
 from typing import NoReturn, Protocol
@@ -81,32 +82,43 @@ def _run(role: str, make: MakeService, args: argparse.Namespace) -> None:
             marker.cluster_id,
             cluster.epoch,
         )
-        trio.run(_serve, role, make, disk, cluster, marker.number, address)
+        service = _Service(role, make, marker.number, address, args.insecure_listen_any)
+        trio.run(service.run, disk, cluster)
     finally:
         disk.close()
 
 
-async def _serve(
-    role: str, make: MakeService, disk: RealDisk, cluster: ClusterMap, number: int, address: str
-) -> None:
-    clock, random = SystemClock(), SystemRandom()
-    endpoint = RpcEndpoint(
-        cluster_id=cluster.cluster_id,
-        name=f"{cluster.node(number).name}/{role}",
-        clock=clock,
-        random=random,
-        epoch=lambda: cluster.epoch,
-    )
-    processes = WorkerProcesses()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
-        await nursery.start(endpoint.run)
-        await nursery.start(processes.run)
+@dataclass(frozen=True, slots=True)
+class _Service:
+    """What to run, and where it is to listen."""
+
+    role: str
+    make: MakeService
+    number: int
+    address: str
+    insecure: bool
+
+    async def run(self, disk: RealDisk, cluster: ClusterMap) -> None:
+        clock, random = SystemClock(), SystemRandom()
+        endpoint = RpcEndpoint(
+            cluster_id=cluster.cluster_id,
+            name=f"{cluster.node(self.number).name}/{self.role}",
+            clock=clock,
+            random=random,
+            epoch=lambda: cluster.epoch,
+            insecure=self.insecure,
+        )
+        processes = WorkerProcesses()
         env = Env(clock, disk, endpoint, processes, random)
-        bound = await nursery.start(make(env, number, lambda: cluster).run, address)
-        _tune_gc()
-        log.info("serving %s", bound)
-    log.info("stopped")
+        service = self.make(env, self.number, lambda: cluster)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
+            await nursery.start(endpoint.run)
+            await nursery.start(processes.run)
+            bound = await nursery.start(service.run, self.address)
+            _tune_gc()
+            log.info("serving %s", bound)
+        log.info("stopped")
 
 
 async def _cancel_on_signal(scope: trio.CancelScope) -> None:

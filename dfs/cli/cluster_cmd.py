@@ -105,7 +105,9 @@ def down(directory: Path | None, cluster_path: str | None, nodes: tuple[str, ...
 
 @cluster.command()
 @cluster_option
-@click.option("--timeout", default=60.0, show_default=True, help="Seconds to wait for answers.")
+@click.option(
+    "--wait", "timeout", default=60.0, show_default=True, help="Seconds to wait for answers."
+)
 def bootstrap(cluster_path: str | None, timeout: float) -> None:
     """Give a new cluster its system volume; `up` does this for nodes in a local directory.
 

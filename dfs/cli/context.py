@@ -20,9 +20,8 @@ def cluster_option(command: F) -> F:
     return click.option(
         "--cluster",
         "cluster_path",
-        envvar="DFS_CLUSTER",
         metavar="FILE|DIR",
-        help="The cluster's file cluster.json, or its directory. [env: DFS_CLUSTER]",
+        help="The cluster's file cluster.json, or its directory.",
     )(command)
 
 
@@ -32,7 +31,11 @@ def json_option(command: F) -> F:
 
 
 def cluster_file(choice: str | None) -> Path:
-    """The cluster file that was chosen, or the first default that exists; raises `ConfigError`."""
+    """The cluster file that was chosen, or the first default that exists; raises `ConfigError`.
+
+    A command's own `--cluster` wins over that of `dfs`, which wins over DFS_CLUSTER.
+    """
+    choice = choice or click.get_current_context().find_root().params.get("cluster_path")
     if choice:
         path = Path(choice)
         if path.is_dir():

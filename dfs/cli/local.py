@@ -222,17 +222,26 @@ def _wait_gone(process: Process, pid: int) -> None:
         time.sleep(_POLL)
 
 
-def format_node(
-    directory: Path, cluster: ClusterMap, node: Node, roles: Iterable[str] = ROLES
-) -> list[Path]:
+def format_node(directory: Path, cluster: ClusterMap, node: Node) -> list[Path]:
     """Make a node's data directories for the roles it has; returns those that are new."""
-    made = []
-    for role in roles:
+    made: list[Path] = []
+    for role in ROLES:
         if node.address(role):
-            path = directory / DIRECTORIES[role]
-            if format_directory(path, Marker.of(cluster.cluster_id, node, role)):
-                made.append(path)
+            made += format_data(directory / DIRECTORIES[role], cluster, node, role, own_map=False)
     disk = RealDisk(directory)
     if not disk.exists("map"):
         disk.write_atomic("map", cluster.encode())
     return made
+
+
+def format_data(
+    path: Path, cluster: ClusterMap, node: Node, role: str, *, own_map: bool = True
+) -> list[Path]:
+    """Make one data directory of a node, with a map in it if asked; [path] if it is new."""
+    if not node.address(role):
+        raise ConfigError(f"node {node.name} has no {role} role in the map")
+    if not format_directory(path, Marker.of(cluster.cluster_id, node, role)):
+        return []
+    if own_map:
+        RealDisk(path).write_atomic("map", cluster.encode())
+    return [path]

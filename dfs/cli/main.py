@@ -53,7 +53,14 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="dfs")
-def cli() -> None:
+@click.option(
+    "--cluster",
+    "cluster_path",
+    envvar="DFS_CLUSTER",
+    metavar="FILE|DIR",
+    help="The cluster's file cluster.json, or its directory. [env: DFS_CLUSTER]",
+)
+def cli(cluster_path: str | None) -> None:
     """Use and run dfs, a distributed file system.
 
     The cluster is chosen by --cluster FILE|DIR or the environment variable DFS_CLUSTER; without

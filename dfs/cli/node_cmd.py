@@ -4,8 +4,10 @@ from pathlib import Path
 
 import click
 
-from dfs.datadir import DIRECTORIES
+from dfs.datadir import PROGRAMS
 from dfs.errors import ConfigError
+
+ROLE_OF = {program: role for role, program in PROGRAMS.items()}
 
 
 @click.group()
@@ -21,27 +23,37 @@ def node() -> None:
     help="The map that `dfs cluster init --spec` made.",
 )
 @click.option("--name", required=True, help="The node's name in the map.")
-@click.option("--data", required=True, type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The node's directory; with --role, the data directory of that role itself.",
+)
 @click.option(
     "--role",
-    type=click.Choice(sorted(DIRECTORIES)),
-    help="Make the directory of this role only. [default: of all roles the node has]",
+    type=click.Choice(sorted(PROGRAMS.values())),
+    help="Make the data directory of one daemon only.",
 )
 def format_(cluster_map: Path, name: str, data: Path, role: str | None) -> None:
     """Make DATA/metadata and DATA/chunks, with their markers, and DATA/map.
 
+    With --role make DATA, with its marker and map, for one daemon of the node.
+
     Harmless to repeat: directories that belong to this node already stay as they are. Never format
     a node that has served and lost its disk: it would vote without remembering its promises.
     """
-    from dfs.cli.local import format_node
-    from dfs.cluster.map import ROLES, ClusterMap
+    from dfs.cli.local import format_data, format_node
+    from dfs.cluster.map import ClusterMap
 
     cluster = ClusterMap.decode(cluster_map.read_bytes())
     member = next((n for n in cluster.nodes if n.name == name), None)
     if member is None:
         names = ", ".join(n.name for n in cluster.nodes)
         raise ConfigError(f"{cluster_map} has no node {name}; it has {names}")
-    made = format_node(data, cluster, member, [role] if role else ROLES)
+    if role is None:
+        made = format_node(data, cluster, member)
+    else:
+        made = format_data(data, cluster, member, ROLE_OF[role])
     for path in made:
         click.echo(f"made {path}")
     if not made:

@@ -8,8 +8,8 @@ A file lists the nodes; everything but `name` and one address has a default:
         zone: a                        # default: the name
         rack: r1                       # default: ""
         host: machine1                 # default: the host part of the address
-        metadata: 10.0.0.1:7400        # or unix:///path; leave out for no metadata role
-        chunk: 10.0.0.1:7401           # likewise
+        metadata_addr: tcp://10.0.0.1:7400   # or unix:///path; leave out for no metadata role
+        chunk_addr: tcp://10.0.0.1:7401      # likewise
         metadata_weight: 1             # capacity in any unit
         chunk_weight: 1
         number: 1                      # default: its place in the list
@@ -20,6 +20,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dfs.cluster.map import Node, Params
 from dfs.errors import ConfigError
 
@@ -28,8 +30,8 @@ _FIELDS = {
     "zone",
     "rack",
     "host",
-    "metadata",
-    "chunk",
+    "metadata_addr",
+    "chunk_addr",
     "metadata_weight",
     "chunk_weight",
     "number",
@@ -87,12 +89,6 @@ def _parse(path: Path, text: str) -> Any:
         except ValueError as e:
             raise ConfigError(f"{path} is no JSON: {e}") from e
     try:
-        import yaml
-    except ImportError:
-        raise ConfigError(
-            f"reading {path} needs PyYAML (pip install pyyaml); a .json file works without"
-        ) from None
-    try:
         return yaml.safe_load(text)
     except yaml.YAMLError as e:
         raise ConfigError(f"{path} is no YAML: {e}") from e
@@ -105,7 +101,7 @@ def _node(path: Path, position: int, fields: Any) -> Node:
     unknown = set(fields) - _FIELDS
     if unknown:
         raise ConfigError(f"{where}: unknown {_words(unknown)}; known are {_words(_FIELDS)}")
-    metadata, chunk = (_address(fields.get(role)) for role in ("metadata", "chunk"))
+    metadata, chunk = (_address(fields.get(name)) for name in ("metadata_addr", "chunk_addr"))
     name = str(fields["name"])
     try:
         return Node(

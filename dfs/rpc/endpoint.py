@@ -32,7 +32,7 @@ class RpcEndpoint:
     """Calls other nodes and serves them; start `run` before use.
 
     `epoch` gives the map epoch for requests whose caller names none.  `secret` must be the same at
-    both ends; a server without one listens on loopback and unix sockets only.
+    both ends; a server without one listens on loopback and unix sockets only, unless `insecure`.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class RpcEndpoint:
         random: Random,
         epoch: Callable[[], int] = _no_epoch,
         secret: bytes = b"",
+        insecure: bool = False,
     ) -> None:
         """Build; opens nothing."""
         self.cluster_id = cluster_id
@@ -52,6 +53,7 @@ class RpcEndpoint:
         self._random = random
         self._epoch = epoch
         self._secret = secret
+        self._insecure = insecure
         self._timers = Timers()
         self._budget = Budget(SERVER_LIMIT)
         self._pool: Pool | None = None
@@ -188,7 +190,7 @@ class RpcEndpoint:
     ) -> None:
         """See `dfs.env.Endpoint.serve`."""
         with listening(address) as (listener, actual):
-            if not self._secret and not is_local(actual):
+            if not (self._secret or self._insecure or is_local(actual)):
                 raise ConfigError(
                     f"refusing to listen at {actual} without a cluster secret: anybody there could "
                     "read and delete data; set a secret, or listen at 127.0.0.1"
