@@ -1,0 +1,124 @@
+"""Checkpoints: folding journal entries into the volume's tree.
+
+A fold reads the nodes it needs as blobs, computes the tree that holds the entries' effects, and
+stores the new nodes on W homes each *before* it returns, so that a root that reaches the journal
+can be read.  It is a pure function of its arguments (equal content, equal tree): two folds of the
+same entries, at two homes or twice at one, store the same blobs and return the same root.
+
+Folding holds the GIL for seconds, so production runs it in another process (`process_folder`); the
+simulator and tests run it in place (`inline_folder`).
+"""
+
+from collections.abc import Callable, Sequence
+from random import SystemRandom
+
+import trio
+
+from dfs.clock import SystemClock
+from dfs.cluster.map import ClusterMap
+from dfs.env import Processes
+from dfs.rpc.blobs import BlobClient
+from dfs.rpc.endpoint import RpcEndpoint
+from dfs.volume import entries as journal
+from dfs.volume.effects import of_entry
+from dfs.volume.fold import fold as fold_effects
+from dfs.volume.node import GetNode, Missing, Node
+from dfs.volume.nodecache import NodeCache
+from metadata.volumehome import Folder
+
+CACHE_BYTES = 512 << 20  # of nodes; a fold needs all the nodes it touches at the same time
+TIMEOUT = 60.0  # seconds for each exchange of blobs
+SAMPLE = 256  # nodes of a level that an estimate looks at
+WORKER = "metadata.checkpoint:fold_in_worker"
+
+
+async def fold(
+    blobs: BlobClient, root: bytes, salt: bytes, entries: Sequence[bytes]
+) -> tuple[bytes, int]:
+    """(new root, estimated bytes of the tree) after the effects of DATA entries, oldest first.
+
+    Raises `NoQuorum` or `NotFound` when nodes cannot be read or stored, `Corrupt` for an entry or
+    a node that is none.
+    """
+    wanted = [effect for entry in entries for effect in of_entry(journal.decode(entry))]
+    cache = NodeCache(CACHE_BYTES)
+    while True:
+        try:
+            new_root, nodes = fold_effects(cache.get, root, salt, wanted)
+            break
+        except Missing as e:
+            cache.add(await blobs.get_many(e.hashes, timeout=TIMEOUT))
+    await blobs.put_many(list(nodes.values()), timeout=TIMEOUT)
+    cache.add(nodes)
+    return new_root, estimate(cache.get, new_root)
+
+
+def estimate(get_node: GetNode, root: bytes) -> int:
+    """Rough bytes of a tree from the part of it that is at hand: fan-out and size per level."""
+    total = 0.0
+    count = 1.0  # of nodes on the level
+    names = [root] if root else []
+    while names:
+        nodes = _held(get_node, names)
+        if not nodes:
+            break
+        size = sum(map(_size, nodes)) / len(nodes)
+        total += count * size
+        if nodes[0].level == 0:
+            break
+        count *= sum(len(node.values) for node in nodes) / len(nodes)
+        names = [child for node in nodes for child in node.values]
+    return int(total)
+
+
+def _held(get_node: GetNode, names: Sequence[bytes]) -> list[Node]:
+    nodes: list[Node] = []
+    for name in names:
+        try:
+            nodes.append(get_node(name))
+        except Missing:
+            continue
+        if len(nodes) == SAMPLE:
+            break
+    return nodes
+
+
+def _size(node: Node) -> int:
+    return sum(map(len, node.keys)) + sum(map(len, node.values))
+
+
+def inline_folder(blobs: BlobClient) -> Folder:
+    """Fold in this process, over `blobs`."""
+
+    async def folder(root: bytes, salt: bytes, entries: Sequence[bytes]) -> tuple[bytes, int]:
+        return await fold(blobs, root, salt, entries)
+
+    return folder
+
+
+def process_folder(processes: Processes, get_map: Callable[[], ClusterMap]) -> Folder:
+    """Fold in a worker process, which connects to the cluster itself."""
+
+    async def folder(root: bytes, salt: bytes, entries: Sequence[bytes]) -> tuple[bytes, int]:
+        new_root, tree_bytes = await processes.run(
+            WORKER, get_map().encode(), root, salt, tuple(entries)
+        )
+        return new_root, tree_bytes
+
+    return folder
+
+
+async def fold_in_worker(
+    map_bytes: bytes, root: bytes, salt: bytes, entries: Sequence[bytes]
+) -> tuple[bytes, int]:
+    """`fold` for a process that has nothing but its arguments."""
+    cluster = ClusterMap.decode(map_bytes)
+    clock = SystemClock()
+    endpoint = RpcEndpoint(
+        cluster_id=cluster.cluster_id, name="checkpoint", clock=clock, random=SystemRandom()
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(endpoint.run)
+        result = await fold(BlobClient(endpoint, lambda: cluster, clock), root, salt, entries)
+        nursery.cancel_scope.cancel()
+    return result

@@ -1,0 +1,144 @@
+"""What clients and timers ask of a volume's home, checked and in the form the core works on.
+
+A request keeps its place in the core's queues until its outcome is known.  Its `token` belongs to
+whoever submitted it.
+"""
+
+from typing import Any
+
+from dfs.errors import InvalidArgument
+from dfs.ids import SessionId
+from dfs.volume.effects import Effect
+from dfs.volume.items import GROUP_SIZE, MAX_KEY
+from dfs.volume.validation import validate
+from metadata.sessions import READ_ONLY, READ_WRITE
+
+MAX_REQUEST = 8 << 20  # bytes of effects in one commit
+MAX_TXNS = 4096  # in one commit
+MAX_READS = 1 << 16  # keys and groups of one transaction
+MAX_NAME = 256  # characters of a session's name
+NONCE_SIZE = 16
+EFFECT_OVERHEAD = 24  # rough bytes of encoding beyond keys and values
+
+Txn = tuple[tuple[bytes, ...], tuple[bytes, ...], tuple[Effect, ...]]  # (keys, groups, effects)
+
+
+class Request:
+    """Anything that waits for its turn at the home."""
+
+    __slots__ = ("token",)
+    token: Any
+
+
+class Commit(Request):
+    """Transactions of one session, judged together: `vol.commit`."""
+
+    __slots__ = ("base", "no", "oldest", "sid", "size", "txns", "writing")
+
+    def __init__(
+        self, sid: SessionId, no: int, base: int, txns: tuple[Txn, ...], oldest: int = 0
+    ) -> None:
+        """See `vol.commit` of `dfs.wire.messages`; nothing is checked here."""
+        self.token = None
+        self.sid = sid
+        self.no = no
+        self.base = base
+        self.txns = txns
+        self.oldest = oldest
+        self.writing = any(txn[2] for txn in txns)
+        self.size = sum(map(_size, txns)) if self.writing else 0
+
+
+class Open(Request):
+    """A session that opens under an id that was just minted."""
+
+    __slots__ = ("mode", "name", "nonce", "sid")
+
+    def __init__(self, sid: SessionId, mode: str, nonce: bytes, name: str) -> None:
+        """See `vol.open` of `dfs.wire.messages`; nothing is checked here."""
+        self.token = None
+        self.sid = sid
+        self.mode = mode
+        self.nonce = nonce
+        self.name = name
+
+
+class Close(Request):
+    """Sessions that end: closed by their clients, or expired."""
+
+    __slots__ = ("sids",)
+
+    def __init__(self, sids: tuple[SessionId, ...]) -> None:
+        """Sessions that are not open any more do no harm."""
+        self.token = None
+        self.sids = sids
+
+
+class Checkpoint(Request):
+    """A tree that was folded and stored: `root` holds every entry up to `covered`."""
+
+    __slots__ = ("covered", "root", "tree_bytes")
+
+    def __init__(self, covered: int, root: bytes, tree_bytes: int) -> None:
+        """`tree_bytes` is an estimate of the tree's size."""
+        self.token = None
+        self.covered = covered
+        self.root = root
+        self.tree_bytes = tree_bytes
+
+
+def parse_commit(args: tuple[Any, ...], *, system: bool) -> tuple[Commit, int]:
+    """The request and `have` from (sid, no, base, have, txns, oldest) as they came from the wire.
+
+    `system` admits items of the system volume.  Raises `InvalidArgument`; what passes can neither
+    make the core fail nor grow its memory beyond `MAX_REQUEST`.
+    """
+    sid, no, base, have, txns, oldest = args
+    for value in (sid, no, base, have, oldest):
+        if type(value) is not int or value < 0:
+            raise InvalidArgument(f"commit with a malformed number: {value!r}")
+    if no == 0:
+        raise InvalidArgument("requests of a session are numbered from 1")
+    if type(txns) is not tuple or not 0 < len(txns) <= MAX_TXNS:
+        raise InvalidArgument(f"a commit holds 1 to {MAX_TXNS} transactions")
+    for txn in txns:
+        if type(txn) is not tuple or len(txn) != 3:
+            raise InvalidArgument(f"a transaction is (keys, groups, effects), not {txn!r:.80}")
+        _check_reads(txn[0], MAX_KEY)
+        _check_reads(txn[1], GROUP_SIZE)
+        validate(txn[2], system=system)
+    request = Commit(sid, no, base, txns, oldest)
+    if request.size > MAX_REQUEST:
+        raise InvalidArgument(
+            f"commit of {request.size} bytes is over the limit of {MAX_REQUEST}: split it"
+        )
+    return request, have
+
+
+def check_open(mode: Any, nonce: Any, name: Any) -> None:
+    """Check the arguments of `vol.open`; raises `InvalidArgument`."""
+    if mode not in (READ_WRITE, READ_ONLY):
+        raise InvalidArgument(f'a session is opened "rw" or "ro", not {mode!r:.20}')
+    if type(nonce) is not bytes or len(nonce) != NONCE_SIZE:
+        raise InvalidArgument(f"a nonce has {NONCE_SIZE} bytes")
+    if type(name) is not str or len(name) > MAX_NAME:
+        raise InvalidArgument(f"a session's name has up to {MAX_NAME} characters")
+
+
+def _check_reads(names: Any, limit: int) -> None:
+    if type(names) is not tuple or len(names) > MAX_READS:
+        raise InvalidArgument(f"reads are no tuple of at most {MAX_READS} names")
+    for name in names:
+        if type(name) is not bytes or len(name) > limit:
+            raise InvalidArgument(f"a transaction read no item of that name: {name!r:.80}")
+
+
+def _size(txn: Txn) -> int:
+    """Rough encoded size of a transaction's effects."""
+    size = 0
+    for effect in txn[2]:
+        size += EFFECT_OVERHEAD + len(effect[1])
+        if len(effect) > 2:
+            operand = effect[2]
+            size += len(operand) if type(operand) is bytes else EFFECT_OVERHEAD * len(operand)
+    return size

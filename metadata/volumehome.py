@@ -1,0 +1,454 @@
+"""One volume at one of its homes: the I/O around `metadata.volumes.HomeCore`.
+
+Concurrency contract (one trio loop; what happens between two awaits is atomic):
+
+- The journal calls `_chosen` for every chosen entry, in order, from the loop.  The core absorbs it
+  in that very call and the requests it proves are answered there, so core and journal never differ
+  when any other task runs.
+- One *driver* task per owned volume forms batches and proposes them, one at a time.  Requests that
+  arrive meanwhile queue in the core; the next batch takes all of them (group commit).
+- A request is parked on its `Waiter` and answered exactly once: with an outcome, with the error
+  that leaves it unknown, or with `OwnershipLost` when the ballot went to another home.
+- The core lives from a take-over to the loss of the ballot (`_drop`).  Whoever awaited anything
+  checks that `self.core` is still the core it started with.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import trio
+
+from dfs.clock import Clock
+from dfs.errors import Busy, Corrupt, DfsError, Fenced, NotHome
+from dfs.ids import SYSTEM_VOLUME, SessionId
+from dfs.volume import entries
+from metadata.journals import Journal, Trimmed
+from metadata.requests import Checkpoint, Close, Commit, Open, Request, parse_commit
+from metadata.tail import ANSWER_BYTES, Numbered, Tail, kind_of
+from metadata.volumes import Answer, HomeCore
+
+log = logging.getLogger(__name__)
+
+PROPOSE_TIMEOUT = 4.0  # seconds
+CONFIRM_TIMEOUT = 2.0
+ACQUIRE_TIMEOUT = 1.5
+MAX_WATCH = 0.5  # seconds that a watch waits
+MAX_BACKLOG = 64 << 20  # bytes of effects that wait
+SESSION_TTL = 24 * 3600.0  # seconds without a beat
+CHECKPOINT_BYTES = 16 << 20  # of journal, or a hundredth of the tree if that is more
+CHECKPOINT_AGE = 300.0  # seconds, if there is anything to fold
+CHECKPOINT_RETRY = 30.0  # seconds after a failure
+FOLD_BYTES = 32 << 20  # of entries in one fold
+WINDOW_NAMES = 500_000  # keys and groups in the conflict window: fold to shorten it
+
+Folder = Callable[[bytes, bytes, Sequence[bytes]], Awaitable[tuple[bytes, int]]]
+# (root, salt, DATA entries) -> (new root, estimated bytes of the tree); its nodes are durable then
+
+
+class OwnershipLost(NotHome):
+    """The ballot went to another home before the outcome was known; ask again there."""
+
+
+class Waiter:
+    """Where a request's outcome arrives; cheaper than an Event and safe to cancel."""
+
+    __slots__ = ("_task", "outcome")
+
+    def __init__(self) -> None:
+        """No outcome yet."""
+        self._task: trio.lowlevel.Task | None = None
+        self.outcome: Answer = None
+
+    def set(self, outcome: Answer) -> None:
+        """Deliver; the first outcome counts."""
+        if self.outcome is None:
+            self.outcome = outcome
+            if self._task is not None:
+                trio.lowlevel.reschedule(self._task)
+                self._task = None
+
+    async def wait(self) -> Answer:
+        """The outcome; raises it if it is an error."""
+        if self.outcome is None:
+            self._task = trio.lowlevel.current_task()
+
+            def abort(_: Any) -> trio.lowlevel.Abort:
+                self._task = None
+                return trio.lowlevel.Abort.SUCCEEDED
+
+            await trio.lowlevel.wait_task_rescheduled(abort)
+        if isinstance(self.outcome, DfsError):
+            raise self.outcome
+        return self.outcome
+
+
+class VolumeHome:
+    """A volume whose journal has a replica here; serves requests while it owns the ballot."""
+
+    def __init__(
+        self,
+        volume: bytes,
+        journal: Journal,
+        number: int,
+        clock: Clock,
+        nursery: trio.Nursery,
+        folder: Folder,
+    ) -> None:
+        """Follow the journal; nothing is served before `take_over`."""
+        self.volume = volume
+        self.journal = journal
+        self.core: HomeCore | None = None
+        self._number = number
+        self._clock = clock
+        self._nursery = nursery
+        self._folder = folder
+        self._tail = Tail()
+        self._watchers: dict[Waiter, None] = {}
+        self._driver: trio.lowlevel.Task | None = None  # parked, nothing to do
+        self._taking: trio.Event | None = None
+        self._beats: dict[SessionId, float] = {}
+        self._owned_since = 0.0
+        self._backlog = 0
+        self._covered = 0  # by the newest checkpoint seen here
+        self._checkpoint_at = 0.0  # time of the last one, or of the last attempt
+        self._folding = False
+        journal.subscribe(self._chosen)
+
+    @property
+    def ready(self) -> bool:
+        """Whether this node owns the ballot, as far as it knows, and knows the control state."""
+        if self.core is not None and not self.journal.owned:
+            self._drop(self.core, "the journal has another owner")
+        return self.core is not None
+
+    # ----------------------------------------------------------------------------- the journal
+
+    def _chosen(self, seq: int, entry: bytes) -> None:
+        """A journal entry was chosen; called by the journal, in order."""
+        self._tail.append(seq, entry)
+        core, ours = self.core, False
+        if core is not None:
+            flying = core.flying
+            try:
+                answers = core.absorb(seq, entry)
+            except DfsError as e:
+                log.exception("volume %s: entry %d", self.volume.hex(), seq)
+                self._drop(core, str(e))
+            else:
+                ours = flying and not core.flying
+                for request, answer in answers:
+                    request.token.set(answer)
+        if kind_of(entry) == entries.CHECKPOINT:
+            self._checkpointed(entries.decode(entry).body[0])
+        if self._watchers:
+            woken, self._watchers = self._watchers, {}
+            for waiter in woken:
+                # An entry chosen under our own ballot proves, like a Confirm, that the ballot was
+                # ours while it was on its way.
+                waiter.set(2 if ours else 1)
+
+    def _checkpointed(self, covered: int) -> None:
+        """A checkpoint was chosen: forget what the one before it covers.
+
+        One interval more than needed is kept, for clients that lag: they catch up by entries
+        instead of comparing trees.
+        """
+        if covered <= self._covered:
+            return
+        before, self._covered = self._covered, covered
+        self._tail.cover(covered)
+        self._checkpoint_at = self._clock.monotonic()
+        if before:
+            self._nursery.start_soon(self._trim, before + 1)
+
+    async def _trim(self, below: int) -> None:
+        try:
+            await self.journal.trim(below)
+        except DfsError as e:
+            log.warning("volume %s: cannot trim the journal: %s", self.volume.hex(), e)
+
+    def entries_after(self, after: int, upto: int) -> tuple[Numbered, ...] | None:
+        """Entries in (after, upto], or the oldest of them; None if some are no longer held."""
+        found = self._tail.between(after, upto)
+        if found is not None:
+            return found
+        try:
+            held = self.journal.entries(after, ANSWER_BYTES)
+        except Trimmed:
+            return None
+        return tuple(item for item in held if item[0] <= upto)
+
+    # ------------------------------------------------------------------------------- ownership
+
+    async def take_over(self) -> None:
+        """Own the ballot and rebuild the core; callers at once share one attempt.
+
+        Raises `NoQuorum`, `NotHome` or `OwnershipLost`.
+        """
+        if self._taking is not None:
+            await self._taking.wait()
+            if not self.ready:
+                raise OwnershipLost(f"node {self._number} could not own volume {self.volume.hex()}")
+            return
+        self._taking = trio.Event()
+        try:
+            await self.journal.acquire(ACQUIRE_TIMEOUT)
+            core = await self._rebuild()
+            if not self.journal.owned:
+                raise OwnershipLost(f"the ballot of volume {self.volume.hex()} was lost again")
+            self.core = core
+            self._beats = {}
+            self._owned_since = self._checkpoint_at = self._clock.monotonic()
+            self._nursery.start_soon(self._drive, core)
+        finally:
+            self._taking.set()
+            self._taking = None
+
+    async def _rebuild(self) -> HomeCore:
+        """The core as the journal held here makes it; ends at the last chosen entry."""
+        journal = self.journal
+        core = HomeCore(journal.base)
+        tail = Tail()
+        while core.seq < journal.chosen:
+            for seq, entry in journal.entries(core.seq, 1 << 20):
+                core.absorb(seq, entry)
+                tail.append(seq, entry)
+            tail.cover(core.covered)
+            if core.seq < journal.chosen:
+                await trio.lowlevel.checkpoint()
+        # No await from here to the caller's assignment: the core would miss what is chosen then.
+        if not core.complete:
+            raise Corrupt(
+                f"the journal of volume {self.volume.hex()} holds neither its genesis nor a"
+                " checkpoint: restore this replica from another node"
+            )
+        self._tail = tail
+        self._covered = max(self._covered, core.covered)
+        return core
+
+    def _drop(self, core: HomeCore, reason: str) -> None:
+        """The ballot is lost: what waits has no known outcome and has to be asked elsewhere."""
+        if self.core is not core:
+            return
+        self.core = None
+        self._backlog = 0
+        lost = OwnershipLost(f"volume {self.volume.hex()}: {reason}", *self.journal.members)
+        for request in core.abandon():
+            request.token.set(lost)
+        watchers, self._watchers = self._watchers, {}
+        for waiter in watchers:
+            waiter.set(1)
+        self._kick()
+
+    # ------------------------------------------------------------------------------ the driver
+
+    def _kick(self) -> None:
+        driver, self._driver = self._driver, None
+        if driver is not None:
+            trio.lowlevel.reschedule(driver)
+
+    async def _park(self) -> None:
+        self._driver = trio.lowlevel.current_task()
+
+        def abort(_: Any) -> trio.lowlevel.Abort:
+            self._driver = None
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+    async def _drive(self, core: HomeCore) -> None:
+        """Form batches and propose them until the ballot is lost."""
+        propose, time_ns = self.journal.propose, self._clock.time_ns
+        while self.core is core:
+            formed = core.form(time_ns())
+            for request, answer in formed.answers:
+                request.token.set(answer)
+            if formed.confirm:
+                self._nursery.start_soon(self._settle_all, core, formed.confirm)
+            if formed.payload is None:
+                if core.idle:
+                    await self._park()
+                continue
+            try:
+                await propose(formed.payload, PROPOSE_TIMEOUT)
+            except NotHome as e:
+                self._drop(core, str(e))
+            except DfsError as e:
+                await self._undecided(core, e)
+            if self.core is core and core.flying:
+                self._drop(core, "the journal did not report its own entry")
+
+    async def _undecided(self, core: HomeCore, error: DfsError) -> None:
+        """A proposal takes too long: tell who waits, and wait for the journal to decide it.
+
+        No batch may be formed before that: it could be judged without the undecided one.
+        """
+        for request in core.give_up():
+            request.token.set(error)
+        while self.core is core and core.flying:
+            if not self.journal.owned:
+                self._drop(core, str(error))
+                return
+            await trio.sleep(0.05)
+
+    async def _settle_all(self, core: HomeCore, requests: list[Request]) -> None:
+        """Answer what is only known once the ballot is confirmed."""
+        try:
+            await self._confirm(core)
+        except DfsError as e:
+            for request in requests:
+                request.token.set(e)
+            return
+        for request in requests:
+            self._settle(core, request)
+
+    def _settle(self, core: HomeCore, request: Request) -> None:
+        answer = core.settle(request)
+        if answer is None:
+            self._kick()
+        else:
+            request.token.set(answer)
+
+    async def _confirm(self, core: HomeCore) -> None:
+        """A majority confirms, from now on, that the ballot is ours; raises if it does not."""
+        try:
+            await self.journal.confirm(CONFIRM_TIMEOUT)
+        except NotHome as e:
+            self._drop(core, str(e))
+        if self.core is not core:
+            raise OwnershipLost(f"volume {self.volume.hex()} has another owner")
+
+    async def _run(self, core: HomeCore, request: Request) -> Answer:
+        waiter = request.token = Waiter()
+        core.submit(request)
+        self._kick()
+        return await waiter.wait()
+
+    # -------------------------------------------------------------------------------- requests
+
+    def _current(self) -> HomeCore:
+        if self.core is None:
+            raise OwnershipLost(f"volume {self.volume.hex()} has another owner")
+        return self.core
+
+    async def open(self, sid: SessionId, mode: str, nonce: bytes, name: str) -> tuple[Any, ...]:
+        """Open a session, or find the one of that nonce; the answer of `vol.open`."""
+        core = self._current()
+        sid = await self._run(core, Open(sid, mode, nonce, name))
+        self._beats[sid] = self._clock.monotonic()
+        if self.core is not core:
+            raise OwnershipLost(f"volume {self.volume.hex()} has another owner")
+        tail = self.entries_after(core.covered, core.seq)
+        if tail is None:
+            raise Corrupt(f"volume {self.volume.hex()}: entries after its checkpoint are missing")
+        return sid, core.seq, core.covered, core.root, tail, self._number, core.params
+
+    async def commit(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Judge and commit transactions; the answer of `vol.commit`."""
+        core = self._current()
+        request, have = parse_commit(args, system=self.volume == SYSTEM_VOLUME)
+        if self._backlog > MAX_BACKLOG:
+            raise Busy(f"{self._backlog} bytes of commits wait at volume {self.volume.hex()}")
+        self._backlog += request.size
+        try:
+            if request.writing:
+                seq, verdicts = await self._run(core, request)
+            else:
+                seq, verdicts = await self._validate(core, request)
+        finally:
+            if self.core is core:
+                self._backlog -= request.size
+        entries_ = self.entries_after(have, seq)
+        return request.no, seq, verdicts, () if entries_ is None else entries_, self._number
+
+    async def _validate(self, core: HomeCore, request: Commit) -> Answer:
+        waiter = request.token = Waiter()
+        await self._confirm(core)
+        self._settle(core, request)
+        return await waiter.wait()
+
+    async def watch(self, sid: SessionId, have: int, wait: float) -> tuple[Any, ...]:
+        """Wait for entries after `have`; the answer of `vol.watch`."""
+        core = self._current()
+        news = 0
+        if have >= core.seq and wait > 0:
+            waiter = Waiter()
+            self._watchers[waiter] = None
+            with trio.move_on_after(min(wait, MAX_WATCH)):
+                news = await waiter.wait()
+            self._watchers.pop(waiter, None)
+        if news != 2 or self.core is not core:
+            await self._confirm(core)
+        if sid not in core.sessions:
+            raise Fenced(f"session {sid} is over or never was: open the volume again")
+        self._beats[sid] = self._clock.monotonic()
+        found = self.entries_after(have, core.seq)
+        if found is not None:
+            return core.seq, found, None, self._number
+        found = self.entries_after(core.covered, core.seq) or ()
+        return core.seq, found, (core.covered, core.root), self._number
+
+    async def sync(self) -> tuple[Any, ...]:
+        """The last committed sequence number; the answer of `vol.sync`."""
+        core = self._current()
+        await self._confirm(core)
+        return core.seq, self._number
+
+    async def close(self, sids: tuple[SessionId, ...]) -> tuple[Any, ...]:
+        """End sessions; fine if they are over."""
+        await self._run(self._current(), Close(sids))
+        for sid in sids:
+            self._beats.pop(sid, None)
+        return ()
+
+    # ---------------------------------------------------------------------------- housekeeping
+
+    def tick(self, now: float) -> None:
+        """Start what is due: closing silent sessions, a checkpoint."""
+        core = self.core
+        if core is None or not self.journal.owned:
+            return
+        since, beats = self._owned_since, self._beats
+        silent = tuple(
+            sid for sid in core.sessions if now - max(since, beats.get(sid, since)) > SESSION_TTL
+        )
+        if silent:
+            self._nursery.start_soon(self._expire, silent)
+        if not self._folding and self._due(core, now):
+            self._folding = True
+            self._nursery.start_soon(self._checkpoint, core)
+
+    async def _expire(self, sids: tuple[SessionId, ...]) -> None:
+        log.info("volume %s: sessions %s are silent, closing", self.volume.hex(), sids)
+        try:
+            await self.close(sids)
+        except DfsError as e:
+            log.info("volume %s: cannot close sessions now: %s", self.volume.hex(), e)
+
+    def _due(self, core: HomeCore, now: float) -> bool:
+        tail = self._tail
+        age = now - self._checkpoint_at
+        if not tail.loose or age < 0:
+            return False
+        limit = min(max(CHECKPOINT_BYTES, core.tree_bytes // 100), FOLD_BYTES)
+        return (
+            age >= CHECKPOINT_AGE or tail.loose_bytes >= limit or core.window_names > WINDOW_NAMES
+        )
+
+    async def _checkpoint(self, core: HomeCore) -> None:
+        """Fold the oldest entries into the tree and record it; harmless if another home does."""
+        try:
+            held = self.journal.entries(core.covered, FOLD_BYTES)
+            upto = held[-1][0]
+            data = [entry for _, entry in held if kind_of(entry) == entries.DATA]
+            root, tree_bytes = core.root, core.tree_bytes
+            if data:
+                root, tree_bytes = await self._folder(root, core.params.get("salt", b""), data)
+            if self.core is core:
+                await self._run(core, Checkpoint(upto, root, tree_bytes))
+        except DfsError as e:
+            self._checkpoint_at = self._clock.monotonic() + CHECKPOINT_RETRY
+            log.warning("volume %s: cannot checkpoint now: %s", self.volume.hex(), e)
+        finally:
+            self._folding = False
