@@ -108,16 +108,15 @@ class _Service:
             epoch=lambda: cluster.epoch,
             insecure=self.insecure,
         )
-        processes = WorkerProcesses()
-        env = Env(clock, disk, endpoint, processes, random)
-        service = self.make(env, self.number, lambda: cluster)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
-            await nursery.start(endpoint.run)
-            await nursery.start(processes.run)
-            bound = await nursery.start(service.run, self.address)
-            _tune_gc()
-            log.info("serving %s", bound)
+        async with WorkerProcesses() as processes:
+            env = Env(clock, disk, endpoint, processes, random)
+            service = self.make(env, self.number, lambda: cluster)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
+                await nursery.start(endpoint.run)
+                bound = await nursery.start(service.run, self.address)
+                _tune_gc()
+                log.info("serving %s", bound)
         log.info("stopped")
 
 

@@ -1,0 +1,118 @@
+"""A metadata node: store, blobs, journals and volume homes behind one RPC address.
+
+The node is composed here and nowhere else.  Start order is what recovery needs: the store first
+(session counters, blobs), then the journals (their log is replayed), then the homes, which only
+act once somebody asks for a volume; the address is served last, so that nobody meets a half-started
+node.  Everything runs in one nursery: an error in any part ends the node, because a node that lost
+a part must not go on answering for it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from dfs.cluster.map import METADATA, ClusterMap
+from dfs.env import Context, Env, Handler, Reply
+from dfs.rpc.blobs import BlobClient
+from metadata.blobs import Blobs
+from metadata.checkpoint import process_folder
+from metadata.homes import Folder, Homes
+from metadata.journals import JournalHost
+from metadata.store.engine import Store
+
+VERSION = "0.1.0"
+
+
+class MetadataNode:
+    """One metadata node of a cluster.
+
+    `number` is the node's number in the map, `get_map` returns the newest map known here.  `folder`
+    overrides how checkpoints are computed (the simulator folds inline).
+    """
+
+    def __init__(
+        self,
+        env: Env,
+        number: int,
+        get_map: Callable[[], ClusterMap],
+        *,
+        folder: Folder | None = None,
+    ) -> None:
+        """Keep what the node is made of; nothing is opened before `run`."""
+        self._env = env
+        self._number = number
+        self._get_map = get_map
+        self._folder = folder
+        self._started = 0.0
+        self.store: Store
+        self.journals: JournalHost
+        self.homes: Homes
+        self.blobs: Blobs
+
+    async def run(
+        self,
+        address: str,
+        *,
+        task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Recover, serve `address` until cancelled; reports the bound address when it serves.
+
+        Raises `StoreFailed` or `Corrupt` when the data directory cannot be trusted, `ConfigError`
+        when the address cannot be bound.
+        """
+        env = self._env
+        self._started = env.clock.monotonic()
+        self.store = store = await Store.open(env)
+        self.blobs = blobs = Blobs(store)
+        self.journals = journals = JournalHost(env, self._number, self._get_map)
+        client = BlobClient(env.rpc, self._get_map, env.clock)
+        folder = self._folder or process_folder(env.processes, self._get_map)
+        self.homes = homes = Homes(
+            env, self._number, self._get_map, journals, client, store, folder=folder
+        )
+        handlers: dict[str, Handler] = {
+            "ping": self._ping,
+            "map.get": self._map_get,
+            "node.status": self._status,
+            **blobs.handlers(),
+            **journals.handlers(),
+            **homes.handlers(),
+        }
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store.run)
+            await nursery.start(journals.run)
+            await nursery.start(homes.run)
+            await env.rpc.serve(address, handlers, started=task_status.started)
+
+    def _ping(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
+        node_map = self._get_map()
+        node_id = node_map.node(self._number).node_id
+        return (METADATA, self._number, node_id, node_map.epoch), b""
+
+    def _map_get(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
+        return (self._get_map().encode(),), b""
+
+    def _status(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
+        total, free = self._env.disk.usage()
+        node_map = self._get_map()
+        errors = [(f"table {name} is quarantined", 1) for name in self.store.quarantined]
+        errors += [(text, 1) for text in (*self.store.errors, *self.blobs.errors)]
+        errors += self.journals.errors.items()
+        statistics = self.store.statistics()
+        return (
+            {
+                "role": METADATA,
+                "number": self._number,
+                "name": node_map.node(self._number).name,
+                "map_epoch": node_map.epoch,
+                "version": VERSION,
+                "uptime": self._env.clock.monotonic() - self._started,
+                "disk_total": total,
+                "disk_free": free,
+                "used": int(statistics.get("bytes", 0)),
+                "errors": tuple(errors),
+                "volumes": tuple(self.homes.status()),
+                "store": statistics,
+            },
+        ), b""
