@@ -1,0 +1,188 @@
+"""How a client reaches a cluster: from a file or seed addresses to a `Cluster`.
+
+`ClusterRef` names a cluster; `connect` turns it into a live `Cluster` (RPC endpoint, newest map, blob
+client).  Nothing here keeps a connection of its own: the endpoint does.
+"""
+
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random, SystemRandom
+from typing import Any, Protocol
+
+import trio
+
+from dfs.clock import Clock, SystemClock
+from dfs.cluster.map import ClusterMap
+from dfs.env import Rpc
+from dfs.errors import ConfigError, DfsError, Unreachable
+from dfs.rpc.blobs import BlobClient
+from dfs.rpc.endpoint import RpcEndpoint
+
+FILE_FORMAT = 1
+SEED_TIMEOUT = 3.0  # seconds one seed is given before the next is asked as well
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterRef:
+    """Names a cluster: its id (16 bytes, empty = not known) and addresses to begin with."""
+
+    seeds: tuple[str, ...]
+    cluster_id: bytes = b""
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ClusterRef":
+        """Read a `cluster.json`; raises `ConfigError` that says what is wrong with it."""
+        path = Path(path)
+        try:
+            value = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise ConfigError(
+                f"cluster file {path} does not exist; make one with `dfs cluster init`"
+                " or name another with --cluster or DFS_CLUSTER"
+            ) from None
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"cluster file {path} cannot be read: {e}") from e
+        try:
+            if value["format"] != FILE_FORMAT:
+                raise ConfigError(
+                    f"cluster file {path} has format {value['format']}; this version reads"
+                    f" {FILE_FORMAT}: upgrade dfs"
+                )
+            seeds = tuple(str(seed) for seed in value["seeds"])
+            cluster_id = bytes.fromhex(value["cluster_id"])
+        except (KeyError, TypeError, ValueError) as e:
+            raise ConfigError(f"cluster file {path} is not a cluster file: {e!r}") from e
+        if not seeds:
+            raise ConfigError(f"cluster file {path} names no seeds")
+        return cls(seeds, cluster_id)
+
+
+class BlobSource(Protocol):
+    """What a session needs of `dfs.rpc.blobs.BlobClient`."""
+
+    async def get_many(self, hashes: Any, *, timeout: float = 10) -> dict[bytes, bytes]:
+        """Verified blobs by hash; raises when one is nowhere to be found."""
+        ...
+
+
+class Cluster:
+    """A live connection to a cluster, shared by every session of a process."""
+
+    def __init__(
+        self,
+        rpc: Rpc,
+        get_map: Callable[[], ClusterMap],
+        blobs: BlobSource,
+        clock: Clock,
+        random: Random,
+        *,
+        seeds: tuple[str, ...] = (),
+        set_map: Callable[[ClusterMap], None] | None = None,
+    ) -> None:
+        """Compose from parts; `connect` does so for real clusters, tests do with fakes."""
+        self.rpc = rpc
+        self.get_map = get_map
+        self.blobs = blobs
+        self.clock = clock
+        self.random = random
+        self._seeds = seeds
+        self._set_map = set_map
+
+    async def refresh_map(self) -> None:
+        """Ask for a newer map; keeps the one it has when nobody answers."""
+        if self._set_map is None:
+            return
+        known = self.get_map()
+        addresses = [n.metadata_addr for n in known.nodes if n.metadata_addr]
+        with contextlib.suppress(Unreachable):
+            newest = await load_map(self.rpc, (*addresses, *self._seeds))
+            if newest.epoch > known.epoch:
+                self._set_map(newest)
+
+
+async def load_map(rpc: Rpc, seeds: tuple[str, ...]) -> ClusterMap:
+    """The newest map among the first seeds that answer; raises `Unreachable` if none does.
+
+    Seeds are asked one after the other with a head start of `SEED_TIMEOUT` each, so that one that
+    swallows packets does not hold up the rest.
+    """
+    failures: dict[str, str] = {}
+    found: list[ClusterMap] = []
+    done = trio.Event()
+
+    async def ask(seed: str) -> None:
+        try:
+            (encoded,), _ = await rpc.call(seed, "map.get", timeout=2 * SEED_TIMEOUT)
+            found.append(ClusterMap.decode(encoded))
+            done.set()
+        except DfsError as e:
+            failures[seed] = str(e)
+            if len(failures) == len(asked):
+                done.set()
+
+    asked = tuple(dict.fromkeys(seeds))
+    async with trio.open_nursery() as nursery:
+        for seed in asked:
+            before = len(failures)
+            nursery.start_soon(ask, seed)
+            with trio.move_on_after(SEED_TIMEOUT):
+                while not found and len(failures) == before:
+                    with trio.move_on_after(0.05):
+                        await done.wait()
+            if found:
+                break
+        await done.wait()
+        nursery.cancel_scope.cancel()
+    if not found:
+        told = "; ".join(f"{seed}: {why}" for seed, why in failures.items()) or "no seeds given"
+        raise Unreachable(
+            f"no node of the cluster answers ({told}); are the daemons running? try `dfs cluster up`"
+        )
+    return max(found, key=lambda m: m.epoch)
+
+
+@contextlib.asynccontextmanager
+async def connect(
+    ref: ClusterRef,
+    *,
+    name: str = "client",
+    clock: Clock | None = None,
+    random: Random | None = None,
+) -> AsyncIterator[Cluster]:
+    """Connect to a cluster for the length of the block.
+
+    Raises `Unreachable` when all seeds are dead, `WrongCluster` when they belong to another cluster.
+    An error raised inside the block leaves it as it is, not wrapped in a group.
+    """
+    clock = clock or SystemClock()
+    random = random or SystemRandom()
+    current: list[ClusterMap] = []
+    rpc = RpcEndpoint(
+        cluster_id=ref.cluster_id,
+        name=name,
+        clock=clock,
+        random=random,
+        epoch=lambda: current[0].epoch if current else 0,
+    )
+
+    def set_map(newest: ClusterMap) -> None:
+        current[:] = [newest]
+
+    error: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+        await nursery.start(rpc.run)
+        try:
+            set_map(await load_map(rpc, ref.seeds))
+            get_map: Callable[[], ClusterMap] = lambda: current[0]  # noqa: E731 - needs the type
+            blobs = BlobClient(rpc, get_map, clock)
+            yield Cluster(rpc, get_map, blobs, clock, random, seeds=ref.seeds, set_map=set_map)
+        except trio.Cancelled:
+            raise
+        except BaseException as e:
+            error = e
+        nursery.cancel_scope.cancel()
+    if error is not None:
+        raise error

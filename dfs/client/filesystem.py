@@ -1,0 +1,517 @@
+"""`FileSystem`: the VFS of dfs, defined here and only here.
+
+An inode-based POSIX file system on one session at one volume: no FUSE types, no paths (see
+`dfs.client.paths`), no permission checks (the kernel does those for a mount; a library client has the
+rights of its credentials).  Names are bytes, times nanoseconds, errors `FsError`.
+
+Every operation on names or attributes is committed before it returns.  File data is written back: it is
+committed by `flush`, `fsync`, `release`, or a second after it was written (see `dfs.client.files`).
+Looking (`lookup`, `getattr`, `readdir`) answers from the session's view, at most 1.5 s old; `open`
+first brings the view up to date, so that it sees whatever was closed before, on any client.
+"""
+
+import contextlib
+import errno
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, NamedTuple
+
+import trio
+
+from dfs.client import attributes, namespace
+from dfs.client.attributes import Attr, fs_error
+from dfs.client.cache import BUDGET
+from dfs.client.connect import Cluster
+from dfs.client.files import ChunkStore, Files
+from dfs.client.handles import DirHandle, FileHandle, HandleTable
+from dfs.client.namespace import Caller, Namespace
+from dfs.client.session import DEADLINE, Session
+from dfs.codec import Buffer
+from dfs.errors import FsError
+from dfs.ids import ROOT_INO
+from dfs.volume import items
+from dfs.volume.items import DIR, LNK, REG
+from dfs.volume.tree import Missing
+from dfs.volume.view import Txn
+
+log = logging.getLogger(__name__)
+
+ROOT = Caller(0, 0)
+SCAN = 256  # entries that one look into a directory reads
+ORPHAN_GRACE = 5.0  # seconds between the end of a session and the purge of what it left
+
+Entry = tuple[bytes, int, Attr]  # (name, cookie of what follows it, attributes)
+
+
+class FsStats(NamedTuple):
+    """What `statfs` shows, in bytes and inodes; 0 in a total = no limit known."""
+
+    total: int
+    free: int
+    used: int
+    inodes: int
+    free_inodes: int
+
+
+class FileSystem:
+    """The file system of one volume; see the module's docstring.
+
+    `clear_privileges`: whether a write clears set-user-ID bits here; a FUSE mount leaves that to the
+    kernel, which knows who writes.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        chunks: ChunkStore,
+        *,
+        cache_bytes: int = BUDGET,
+        clear_privileges: bool = True,
+        hash_bits: int = items.HASH_BITS,
+        capacity: Callable[[], tuple[int, int]] = lambda: (0, 0),
+    ) -> None:
+        """Compose on a running session; `capacity` returns (total, free) bytes of the cluster."""
+        params = session.params
+        self.session = session
+        self.read_only = session.mode != "rw"
+        self.namespace = Namespace(
+            params["salt"],
+            bits=hash_bits,
+            quota_bytes=params.get("quota_bytes", 0),
+            quota_inodes=params.get("quota_inodes", 0),
+        )
+        self.handles = HandleTable()
+        self.files = Files(
+            session,
+            chunks,
+            self.namespace,
+            cache_bytes=cache_bytes,
+            clear_privileges=clear_privileges,
+        )
+        self._capacity = capacity
+        self._time_ns = session.cluster.clock.time_ns
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Background work (write-back, read-ahead, orphans); until cancelled."""
+        self.session.on_closed(self._on_sessions_closed)
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            await nursery.start(self.files.run)
+            if not self.read_only:
+                nursery.start_soon(self._purge_orphans)
+            task_status.started()
+
+    async def shut_down(self) -> None:
+        """Commit all dirty data; raises the first error after having tried everything."""
+        await self.files.flush_all()
+
+    def statistics(self) -> dict[str, Any]:
+        """Counters for people."""
+        return {
+            "session": self.session.statistics(),
+            "files": self.files.statistics(),
+            "handles": len(self.handles),
+        }
+
+    def _writable(self) -> None:
+        if self.read_only:
+            raise fs_error(errno.EROFS)
+
+    # ------------------------------------------------------------------ attributes
+
+    async def getattr(self, ino: int) -> Attr:
+        """Attributes, with what this client wrote and has not committed yet."""
+        attr = await self.session.read(lambda txn: attributes.get_attr(txn, ino))
+        return self.files.overlay(attr)
+
+    async def setattr(
+        self,
+        ino: int,
+        *,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        size: int | None = None,
+        atime: int | None = None,
+        mtime: int | None = None,
+        ctime: int | None = None,
+    ) -> Attr:
+        """chmod, chown, truncate and utimens; None leaves a field as it is."""
+        self._writable()
+        if size is not None:
+            await self.files.truncate(ino, size)
+        if not (mode is uid is gid is atime is mtime is ctime is None):
+            if mtime is not None:
+                await self.files.settle_times(ino)
+            now = self._time_ns()
+            await self.session.transact(
+                lambda txn: attributes.set_attr(
+                    txn,
+                    ino,
+                    now,
+                    mode=mode,
+                    uid=uid,
+                    gid=gid,
+                    atime=atime,
+                    mtime=mtime,
+                    ctime=ctime,
+                )
+            )
+        return await self.getattr(ino)
+
+    async def statfs(self) -> FsStats:
+        """Size and use of the volume: its quota, or else the cluster's capacity."""
+        value = await self.session.read(lambda txn: txn.get(items.USAGE_KEY))
+        used, inodes = items.decode_usage(value) if value is not None else (0, 0)
+        total, free = self._capacity()
+        quota = self.namespace.quota_bytes
+        if quota:
+            room = max(0, quota - used)
+            total, free = quota, min(free, room) if total else room
+        limit = self.namespace.quota_inodes or 1 << 40
+        return FsStats(total, free, used, inodes, max(0, limit - inodes))
+
+    async def getxattr(self, ino: int, name: bytes) -> bytes:
+        """Value of an extended attribute; raises ENODATA."""
+        return await self.session.read(lambda txn: attributes.get_xattr(txn, ino, name))
+
+    async def listxattr(self, ino: int) -> list[bytes]:
+        """Names of the extended attributes."""
+        return await self.session.read(lambda txn: attributes.list_xattrs(txn, ino))
+
+    async def setxattr(self, ino: int, name: bytes, value: bytes, flags: int = 0) -> None:
+        """Set an extended attribute; `flags` as of setxattr(2)."""
+        self._writable()
+        now = self._time_ns()
+        await self.session.transact(
+            lambda txn: attributes.set_xattr(txn, ino, name, value, now, flags)
+        )
+
+    async def removexattr(self, ino: int, name: bytes) -> None:
+        """Remove an extended attribute; raises ENODATA."""
+        self._writable()
+        now = self._time_ns()
+        await self.session.transact(lambda txn: attributes.remove_xattr(txn, ino, name, now))
+
+    # ------------------------------------------------------------------ names
+
+    async def lookup(self, parent: int, name: bytes) -> Attr:
+        """What a name stands for; raises ENOENT, ENOTDIR."""
+        attr = await self.session.read(lambda txn: self.namespace.lookup(txn, parent, name))
+        return self.files.overlay(attr)
+
+    async def readlink(self, ino: int) -> bytes:
+        """Target of a symbolic link."""
+
+        def op(txn: Txn) -> bytes:
+            if attributes.get_inode(txn, ino).kind != LNK:
+                raise fs_error(errno.EINVAL, "not a symbolic link")
+            value = txn.get(items.symlink_key(ino))
+            if value is None:
+                raise FsError(f"symbolic link {ino:x} has no target; run `dfs fsck`", errno.EIO)
+            return items.decode_symlink(value)
+
+        return await self.session.read(op)
+
+    async def _make(
+        self,
+        parent: int,
+        name: bytes,
+        kind: int,
+        mode: int,
+        caller: Caller,
+        *,
+        rdev: int = 0,
+        target: bytes = b"",
+    ) -> Attr:
+        self._writable()
+        ino, now = self.session.mint_ino(), self._time_ns()
+        create = self.namespace.create
+        return await self.session.transact(
+            lambda txn: create(
+                txn, parent, name, kind, mode, ino, caller, now, rdev=rdev, target=target
+            )
+        )
+
+    async def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller = ROOT) -> Attr:
+        """Make a directory."""
+        return await self._make(parent, name, DIR, mode, caller)
+
+    async def mknod(
+        self, parent: int, name: bytes, st_mode: int, rdev: int = 0, caller: Caller = ROOT
+    ) -> Attr:
+        """Make a file, FIFO, socket or device; the type is in `st_mode`."""
+        kind = (st_mode >> 12) or REG
+        if kind not in items.KINDS or kind in (DIR, LNK):
+            raise fs_error(errno.EINVAL, f"type of file {kind}")
+        return await self._make(parent, name, kind, st_mode & 0o7777, caller, rdev=rdev)
+
+    async def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller = ROOT) -> Attr:
+        """Make a symbolic link."""
+        return await self._make(parent, name, LNK, 0o777, caller, target=target)
+
+    async def link(self, ino: int, parent: int, name: bytes) -> Attr:
+        """Give a file one more name."""
+        self._writable()
+        now = self._time_ns()
+        attr = await self.session.transact(
+            lambda txn: self.namespace.link(txn, ino, parent, name, now)
+        )
+        return self.files.overlay(attr)
+
+    async def unlink(self, parent: int, name: bytes) -> None:
+        """Remove a name; an open file lives on until its last handle here is closed."""
+        self._writable()
+        now = self._time_ns()
+        ino = await self.session.transact(
+            lambda txn: self.namespace.unlink(txn, parent, name, now, self.files.is_open)
+        )
+        await self.files.unlinked(ino)
+
+    async def rmdir(self, parent: int, name: bytes) -> None:
+        """Remove an empty directory."""
+        self._writable()
+        now = self._time_ns()
+        await self.session.transact(lambda txn: self.namespace.rmdir(txn, parent, name, now))
+
+    async def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0
+    ) -> None:
+        """rename(2); flags RENAME_NOREPLACE = 1, RENAME_EXCHANGE = 2."""
+        self._writable()
+        now = self._time_ns()
+        _, other = await self.session.transact(
+            lambda txn: self.namespace.rename(
+                txn, parent, name, new_parent, new_name, now, self.files.is_open, flags
+            )
+        )
+        if other and not flags & namespace.RENAME_EXCHANGE:
+            await self.files.unlinked(other)
+
+    # ------------------------------------------------------------------ files
+
+    async def create(
+        self,
+        parent: int,
+        name: bytes,
+        mode: int,
+        caller: Caller = ROOT,
+        *,
+        exclusive: bool = True,
+        truncate: bool = False,
+        readable: bool = True,
+    ) -> tuple[Attr, int]:
+        """Make a file and open it for writing; returns (attributes, handle).
+
+        Not `exclusive`: an existing regular file is opened instead, and truncated if asked.
+        """
+        try:
+            attr = await self._make(parent, name, REG, mode, caller)
+        except FsError as e:
+            if exclusive or e.errno != errno.EEXIST:
+                raise
+            attr = await self.lookup(parent, name)
+            if attr.kind != REG:
+                raise fs_error(errno.EISDIR if attr.is_dir else errno.ELOOP, repr(name)) from None
+            handle = await self.open(attr.ino, readable=readable, writable=True, truncate=truncate)
+            return await self.getattr(attr.ino), handle
+        return attr, self._open(attr.ino, readable=readable, writable=True)
+
+    async def open(
+        self, ino: int, *, readable: bool = True, writable: bool = False, truncate: bool = False
+    ) -> int:
+        """Open a regular file after bringing the view up to date; raises ESTALE when it is gone."""
+        if writable or truncate:
+            self._writable()
+        await self.session.refresh()
+        attr = await self.session.read(lambda txn: attributes.get_attr(txn, ino))
+        if attr.kind == DIR:
+            raise fs_error(errno.EISDIR)
+        handle = self._open(ino, readable=readable, writable=writable)
+        if truncate and (attr.size or self.files.is_dirty(ino)):
+            try:
+                await self.files.truncate(ino, 0)
+            except BaseException:
+                self._close(handle)
+                raise
+        return handle
+
+    def _open(self, ino: int, *, readable: bool, writable: bool) -> int:
+        file = self.files.open(ino)
+        return self.handles.add(FileHandle(file, readable=readable, writable=writable))
+
+    async def read(self, handle: int, offset: int, length: int) -> Buffer:
+        """Up to `length` bytes; shorter only at the end of the file."""
+        h = self.handles.file(handle)
+        if not h.readable:
+            raise fs_error(errno.EBADF, "not open for reading")
+        return await self.files.read(h, offset, length)
+
+    async def write(self, handle: int, offset: int, data: Buffer) -> int:
+        """Write all of `data`, which must not be changed afterwards; returns its length.
+
+        Raises the error of an earlier write-back of the file, once.
+        """
+        h = self.handles.file(handle)
+        if not h.writable:
+            raise fs_error(errno.EBADF, "not open for writing")
+        return await self.files.write(h.file, offset, data)
+
+    async def flush(self, handle: int) -> None:
+        """Commit what was written: close(2) reports what goes wrong here."""
+        await self.files.flush(self.handles.file(handle).file)
+
+    async def fsync(self, handle: int) -> None:
+        """Commit what was written; on return it is on stable storage of a majority."""
+        await self.files.flush(self.handles.file(handle).file)
+
+    async def release(self, handle: int) -> None:
+        """Close a handle; commits what is left, whose errors are logged, not raised."""
+        h = self.handles.pop(handle)
+        if isinstance(h, FileHandle):
+            await self.files.close(h.file)
+
+    def _close(self, handle: int) -> None:
+        h = self.handles.pop(handle)
+        if isinstance(h, FileHandle):
+            h.file.handles -= 1
+
+    # ------------------------------------------------------------------ directories
+
+    async def opendir(self, ino: int) -> int:
+        """Open a directory; raises ENOENT, ENOTDIR."""
+        await self.session.read(lambda txn: self.namespace.directory(txn, ino))
+        return self.handles.add(DirHandle(ino))
+
+    async def releasedir(self, handle: int) -> None:
+        """Close a directory."""
+        self.handles.pop(handle)
+
+    async def fsyncdir(self, handle: int) -> None:
+        """Nothing to do: operations on names are committed before they return."""
+        self.handles.directory(handle)
+
+    async def readdir(self, handle: int, cookie: int = 0, limit: int = SCAN) -> list[Entry]:
+        """Entries after a cookie, in order of the cookies, without `.` and `..`; empty at the end.
+
+        Every name that is there throughout is returned exactly once, however the directory changes.
+        Call `returned(handle, name, cookie)` for each entry that the reader took, so that it can be
+        stopped between names of one bucket.
+        """
+        h = self.handles.directory(handle)
+        return await self.list(h.ino, cookie, limit, h.names if cookie == h.cookie else ())
+
+    def returned(self, handle: int, name: bytes, cookie: int) -> None:
+        """Note that the reader of a directory took an entry."""
+        h = self.handles.directory(handle)
+        if cookie != h.cookie:
+            h.cookie = cookie
+            h.names = {name}
+        else:
+            h.names.add(name)
+
+    async def list(
+        self, ino: int, cookie: int = 0, limit: int = SCAN, taken: Sequence[bytes] | set[bytes] = ()
+    ) -> list[Entry]:
+        """Entries of a directory after `cookie`, or at it and not in `taken` if that is given."""
+
+        def op(txn: Txn) -> list[Entry]:
+            self.namespace.directory(txn, ino)
+            prefix = items.group(ino, items.ENTRY)
+            after = cookie - 1 if taken else cookie
+            begin = items.entry_key(ino, after) if after > 0 else b""
+            found: list[Entry] = []
+            absent: list[bytes] = []
+            for key, value in txn.scan(prefix, begin, limit):
+                at = items.suffix_u64(key)
+                for name, child, _ in sorted(items.decode_entries(value)):
+                    if at == cookie and name in taken:
+                        continue
+                    try:  # collect what is missing for all, to fetch it at once
+                        inode = attributes.get_inode(txn, child)
+                    except Missing as e:
+                        absent += e.hashes
+                    else:
+                        found.append((name, at, Attr(child, inode)))
+            if absent:
+                raise Missing(*dict.fromkeys(absent))
+            return found
+
+        entries = await self.session.read(op)
+        overlay = self.files.overlay
+        for entry in entries:
+            overlay(entry[2])
+        return entries
+
+    # ------------------------------------------------------------------ orphans
+
+    def _on_sessions_closed(self, _sids: Sequence[int]) -> None:
+        if self._nursery is not None and not self.read_only:
+            self._nursery.start_soon(self._purge_orphans, ORPHAN_GRACE)
+
+    async def _purge_orphans(self, delay: float = 0.0) -> None:
+        """Remove what sessions that ended left open and unlinked, if nobody else may need it.
+
+        An orphan does not say who has it open, so only a session that knows to be the only writing one
+        purges, and spares what it has open itself.
+        """
+        await trio.sleep(delay)
+        if not self.session.alone:
+            return
+
+        def op(txn: Txn) -> list[int]:
+            prefix = items.group(items.ADMIN_INO, items.ORPHAN)
+            return [items.suffix_u64(key) for key, _ in txn.scan(prefix)]
+
+        try:
+            for ino in await self.session.read(op):
+                if self.session.alone and not self.files.is_open(ino):
+                    await self.session.transact(lambda txn, i=ino: self.namespace.purge(txn, i))  # type: ignore[misc]
+        except FsError as e:
+            log.warning("orphans of volume %s stay for now: %s", self.session.volume.hex(), e)
+
+
+@contextlib.asynccontextmanager
+async def open_filesystem(
+    cluster: Cluster,
+    volume: bytes,
+    chunks: Callable[[Session], ChunkStore],
+    *,
+    mode: str = "rw",
+    name: str = "",
+    deadline: float = DEADLINE,
+    **options: Any,
+) -> AsyncIterator[FileSystem]:
+    """A `FileSystem` for the length of the block; at its end dirty data is committed.
+
+    `chunks(session)` makes the chunk client (whose `run` is started here).  `options` go to
+    `FileSystem`.  Errors are raised as they are, not wrapped in a group; so is a failed last commit.
+    """
+    session = Session(cluster, volume, mode=mode, name=name, deadline=deadline)
+    error: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+        try:
+            await nursery.start(session.run)
+            client = chunks(session)
+            await nursery.start(client.run)
+            fs = FileSystem(session, client, **options)
+            await nursery.start(fs.run)
+            try:
+                yield fs
+            finally:
+                with trio.CancelScope(shield=True):
+                    await fs.shut_down()
+        except trio.Cancelled:
+            raise
+        except BaseException as e:
+            error = e
+        finally:
+            with trio.CancelScope(shield=True):
+                await session.close()
+            nursery.cancel_scope.cancel()
+    if error is not None:
+        raise error
+
+
+__all__ = ["ROOT_INO", "Attr", "Caller", "Entry", "FileSystem", "FsStats", "open_filesystem"]

@@ -1,0 +1,667 @@
+"""A session: one client's standing at one volume, and the loop that keeps its view true.
+
+Concurrency contract.  Everything runs on one trio loop, so code between two awaits is atomic.  Three
+tasks serve a session: *commit* (the only sender of `vol.commit`, one request in flight), *watch* (long
+poll; also the session's beat, and the only one that opens and reopens) and *sync* (confirmed reads on
+demand).  All three hand journal entries to `_absorb`, which applies them strictly in order whatever
+order they arrive in; no lock is needed because an entry leaves `_pending` in the same step that applies
+it.  An operation is a pure function on a `Txn` of the view and may be run any number of times.
+
+What is known when:
+
+- a *verdict* for a transaction is final.  Anything else than a verdict means "unknown", so the identical
+  request is sent again, to any home, until the deadline; then the session is over, because whether its
+  last request took effect can no longer be learned.  A new session is opened in its place.
+- the view is *fresh* while the last confirmed answer was asked for less than `FRESH` seconds ago.  A
+  view that is not fresh answers nothing; operations wait for freshness up to the deadline, then EIO.
+"""
+
+import contextlib
+import errno
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
+
+import trio
+
+from dfs import ids
+from dfs.client.connect import Cluster
+from dfs.cluster.map import METADATA
+from dfs.env import Priority
+from dfs.errors import DfsError, Fenced, FsError, InvalidArgument, NotFound, StaleEpoch
+from dfs.volume import effects as fx
+from dfs.volume import entries
+from dfs.volume.tree import Missing
+from dfs.volume.view import NodeCache, Txn, View
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+FRESH = 1.5  # seconds a confirmed answer keeps the view fresh
+WATCH_WAIT = 0.5  # seconds the home may hold a watch
+ATTEMPT = 2.0  # seconds one home is given to answer before another is asked
+DEADLINE = 30.0  # seconds until an operation gives up with EIO
+MAX_BATCH = 256  # transactions a request
+MAX_BATCH_BYTES = 1 << 20  # effects a request, roughly
+
+Entries = Iterable[tuple[int, bytes]]
+OnChange = Callable[[Sequence[bytes] | None], None]
+
+
+class _Submission(Generic[T]):
+    """A transaction on its way; `resolve` wakes the operation that waits for the verdict."""
+
+    __slots__ = ("_done", "_task", "groups", "keys", "oldest", "size", "txn", "value")
+
+    def __init__(self, txn: Txn, oldest: int) -> None:
+        self.txn = txn
+        self.oldest = oldest
+        self.keys, self.groups = fx.writes(txn.effects)
+        self.size = sum(len(e[2]) if e[0] == fx.PUT else 64 for e in txn.effects)
+        self._task: trio.lowlevel.Task | None = None
+        self._done = False
+        self.value: bool | DfsError = False
+
+    def resolve(self, value: bool | DfsError) -> None:
+        self.value = value
+        self._done = True
+        task, self._task = self._task, None
+        if task is not None:
+            trio.lowlevel.reschedule(task)
+
+    async def wait(self) -> bool:
+        if not self._done:
+            self._task = trio.lowlevel.current_task()
+
+            def abort(_raise_cancel: Any) -> trio.lowlevel.Abort:
+                self._task = None
+                return trio.lowlevel.Abort.SUCCEEDED
+
+            await trio.lowlevel.wait_task_rescheduled(abort)
+        if isinstance(self.value, DfsError):
+            raise self.value
+        return self.value
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody waits any more: the operation was cancelled."""
+        return self._task is None
+
+
+class Session:
+    """One client's session at one volume.
+
+    `view` is the volume as this session knows it, `params` the volume's genesis parameters, `sid` the
+    session's id (it changes when the session is replaced after a loss).  `mode` is "rw" or "ro".
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        volume: bytes,
+        *,
+        mode: str = "rw",
+        name: str = "",
+        deadline: float = DEADLINE,
+    ) -> None:
+        """Prepare; `run` opens it."""
+        self.cluster = cluster
+        self.volume = volume
+        self.mode = mode
+        self.name = name
+        self.deadline = deadline
+        self.sid: ids.SessionId = 0
+        self.params: dict[str, Any] = {}
+        self.nodes = NodeCache()
+        self.view: View
+        self._clock = cluster.clock
+        self._no = 0
+        self._minted = 0
+        self._generation = 0  # counts opens; answers to an older generation are dropped
+        self._over = True
+        self._confirmed = float("-inf")
+        self._owner: int | None = None
+        self._rotation = 0
+        self._queue: deque[_Submission[Any]] = deque()
+        self._pending: dict[int, bytes] = {}
+        self._fetching: dict[bytes, trio.Event] = {}
+        self._news = trio.lowlevel.ParkingLot()  # unparked when the view or its freshness moved
+        self._work = trio.lowlevel.ParkingLot()  # the commit task, when it is idle
+        self._sync_work = trio.lowlevel.ParkingLot()
+        self._sync_waiters: list[_Submission[Any]] = []
+        self._on_change: list[OnChange] = []
+        self._on_fenced: list[Callable[[], None]] = []
+        self._on_closed: list[Callable[[Sequence[int]], None]] = []
+        self._writers: set[ids.SessionId] = (
+            set()
+        )  # sessions that the journal shows open for writing
+        self._knows_writers = False  # whether the journal was seen from where that can be known
+        self._counts = dict.fromkeys(
+            (
+                "commits",
+                "transactions",
+                "conflicts",
+                "local_conflicts",
+                "resends",
+                "fetched",
+                "opens",
+            ),
+            0,
+        )
+
+    # ------------------------------------------------------------------ life
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Open, report started, then serve until cancelled.
+
+        Raises what the first open raises: `VolumeNotFound`/`NotFound`, or `FsError` EIO when no home
+        answers within the deadline.
+        """
+        await self._open(self._clock.monotonic() + self.deadline)
+        task_status.started()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_loop)
+            nursery.start_soon(self._commit_loop)
+            nursery.start_soon(self._sync_loop)
+
+    async def close(self) -> None:
+        """Tell the home that the session ends; best effort, the home also notices silence."""
+        if self._over:
+            return
+        with contextlib.suppress(DfsError):
+            await self._ask("vol.close", (self.volume, self.sid), timeout=ATTEMPT)
+
+    def on_change(self, fn: OnChange) -> None:
+        """Call `fn(keys)` after entries with other sessions' effects; None = anything may differ."""
+        self._on_change.append(fn)
+
+    def on_fenced(self, fn: Callable[[], None]) -> None:
+        """Call `fn()` when the session was lost; a new one is opened by itself."""
+        self._on_fenced.append(fn)
+
+    def on_closed(self, fn: Callable[[Sequence[int]], None]) -> None:
+        """Call `fn(sids)` when the journal says that sessions ended."""
+        self._on_closed.append(fn)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the view may answer right now."""
+        return self._clock.monotonic() - self._confirmed <= FRESH
+
+    @property
+    def alone(self) -> bool:
+        """Whether this is known to be the only session that is open for writing."""
+        return self._knows_writers and self._writers == {self.sid} and not self._over
+
+    def mint_ino(self) -> ids.Ino:
+        """A fresh inode number; never used before and never again."""
+        if self._minted >= (1 << ids.COUNTER_BITS) - 1:
+            self._lose("the session has used up its inode numbers")  # the next one has new ones
+        self._minted += 1
+        return ids.first_ino(self.sid) + self._minted
+
+    def statistics(self) -> dict[str, Any]:
+        """Counters and the present state, for people."""
+        return {
+            **self._counts,
+            "sid": self.sid,
+            "seq": self.view.seq,
+            "queued": len(self._queue),
+            "owner": self._owner,
+            "age": round(self._clock.monotonic() - self._confirmed, 3),
+        }
+
+    # ------------------------------------------------------------------ operations
+
+    async def read(self, op: Callable[[Txn], T]) -> T:
+        """Run a read-only operation on a fresh view; at most `FRESH` seconds old, no round trip.
+
+        Does not yield to other tasks when the view is fresh and all tree nodes are cached.
+        """
+        give_up = 0.0
+        while True:
+            now = self._clock.monotonic()
+            if now - self._confirmed > FRESH:
+                give_up = give_up or now + self.deadline
+                await self._wait_fresh(give_up)
+            try:
+                return op(self.view.begin())
+            except Missing as e:
+                await self.fetch(e.hashes)
+
+    async def transact(self, op: Callable[[Txn], T], *, oldest: int = 0) -> T:
+        """Run a mutating operation and commit it; returns once a majority holds it.
+
+        `op` is pure and is run again after a conflict.  A `DfsError` that it raises is only raised here
+        once the home has confirmed that what the operation read is still so.  Raises `FsError` EIO when
+        no quorum answered until the deadline.  `oldest`: stamp of the oldest chunk the effects rely on.
+        """
+        give_up = self._clock.monotonic() + self.deadline
+        conflicts = 0
+        while True:
+            if self._clock.monotonic() - self._confirmed > FRESH or self._over:
+                await self._wait_fresh(give_up)
+            txn = self.view.begin()
+            error: DfsError | None = None
+            try:
+                result = op(txn)
+            except Missing as e:
+                await self.fetch(e.hashes)
+                continue
+            except DfsError as e:
+                error = e
+                txn.effects.clear()
+            if txn.effects and self.mode != "rw":
+                raise FsError("volume is mounted read-only", errno.EROFS)
+            submission: _Submission[T] = _Submission(txn, oldest)
+            self._queue.append(submission)
+            self._work.unpark_all()
+            if await submission.wait():
+                if error is not None:
+                    raise error
+                return result
+            conflicts += 1
+            self._counts["conflicts"] += 1
+            if self._clock.monotonic() > give_up:
+                raise FsError(f"{conflicts} conflicts on volume {self.volume.hex()}", errno.EIO)
+            if conflicts > 4:  # others are faster than our round trip: spread out
+                await trio.sleep(self.cluster.random.uniform(0, 0.002 * min(conflicts, 50)))
+
+    async def refresh(self) -> None:
+        """Wait until the view holds everything that was committed before this call."""
+        waiter: _Submission[None] = _Submission.__new__(_Submission)
+        waiter._task, waiter._done, waiter.value = None, False, False
+        self._sync_waiters.append(waiter)
+        self._sync_work.unpark_all()
+        await waiter.wait()
+
+    async def fetch(self, hashes: Sequence[bytes]) -> None:
+        """Get tree nodes into the cache; concurrent calls for one node share the fetch."""
+        wanted = [h for h in hashes if h not in self._fetching]
+        others = [self._fetching[h] for h in hashes if h in self._fetching]
+        if wanted:
+            event = trio.Event()
+            self._fetching.update(dict.fromkeys(wanted, event))
+            try:
+                found = await self.cluster.blobs.get_many(wanted, timeout=self.deadline)
+            except DfsError as e:
+                raise FsError(f"tree of volume {self.volume.hex()}: {e}", errno.EIO) from e
+            finally:
+                for h in wanted:
+                    del self._fetching[h]
+                event.set()
+            self._counts["fetched"] += len(found)
+            self.nodes.add(found)
+        for event in others:
+            await event.wait()
+
+    async def _wait_fresh(self, give_up: float) -> None:
+        with trio.move_on_at(give_up):
+            while self._over or self._clock.monotonic() - self._confirmed > FRESH:
+                await self._news.park()
+            return
+        raise FsError(self._no_quorum(), errno.EIO)
+
+    def _no_quorum(self) -> str:
+        homes = ", ".join(str(n) for n in self._homes())
+        return (
+            f"no quorum for volume {self.volume.hex()}: none of its homes (nodes {homes}) gave a"
+            f" confirmed answer for {self.deadline:g} s; `dfs cluster status` shows which are up"
+        )
+
+    # ------------------------------------------------------------------ entries
+
+    async def _absorb(self, received: Entries) -> None:
+        """Apply entries in order, fetching the tree nodes that needs."""
+        seq = self.view.seq
+        for at, entry in received:
+            if at > seq:
+                self._pending[at] = entry
+        while (missing := self._apply_pending()) is not None:
+            await self.fetch(missing.hashes)
+
+    def _apply_pending(self) -> Missing | None:
+        view, pending = self.view, self._pending
+        moved = False
+        while (entry := pending.get(view.seq + 1)) is not None:
+            seq = view.seq + 1
+            decoded = entries.decode(entry)
+            try:
+                changed = view.apply_effects(seq, fx.of_entry(decoded))
+            except Missing as e:
+                return e
+            if decoded.kind == entries.CHECKPOINT:
+                view.rebase(decoded.body[1], decoded.body[0])
+            del pending[seq]
+            moved = True
+            self._note(decoded, changed)
+        if moved:
+            self._news.unpark_all()
+        return None
+
+    def _note(self, entry: entries.Entry, changed: list[bytes]) -> None:
+        kind, _, body = entry
+        if kind == entries.DATA:
+            if changed and any(part[0] != self.sid for part in body[0]):
+                for fn in self._on_change:
+                    fn(changed)
+        elif kind == entries.SESSION:
+            self._writers.update((body[0],) if body[1] == "rw" else ())
+        elif kind == entries.CLOSE:
+            self._writers.difference_update(body[0])
+            if self.sid in body[0]:
+                self._lose("the volume's home closed it")
+            for told in self._on_closed:
+                told(body[0])
+        elif kind == entries.GENESIS:
+            self._knows_writers = True
+        elif kind == entries.CHECKPOINT and not self._knows_writers:
+            # Control state of the home: (version, params, ((sid, mode, ...), ...), ...)
+            self._writers.update(s[0] for s in body[2][2] if s[1] == "rw")
+            self._knows_writers = True
+
+    # ------------------------------------------------------------------ homes
+
+    def _homes(self) -> tuple[int, ...]:
+        return self.cluster.get_map().volume_homes(self.volume)
+
+    def _next_home(self) -> int:
+        homes = self._homes()
+        if self._owner is not None and self._owner in homes:
+            return self._owner
+        return homes[self._rotation % len(homes)]
+
+    async def _ask(
+        self, method: str, args: tuple[Any, ...], *, timeout: float, priority: int = Priority.NORMAL
+    ) -> Any:
+        """One attempt at one home; a failure makes the next attempt go to another home."""
+        home = self._next_home()
+        try:
+            address = self.cluster.get_map().address(METADATA, home)
+            result, _ = await self.cluster.rpc.call(
+                address, method, args, timeout=timeout, priority=priority
+            )
+        except (Fenced, InvalidArgument, NotFound):
+            raise
+        except DfsError as e:
+            if self._owner == home:
+                self._owner = None
+                homes = self._homes()
+                self._rotation = homes.index(home) + 1 if home in homes else 0
+            elif self._owner is None:
+                self._rotation += 1
+            if isinstance(e, StaleEpoch):
+                await self.cluster.refresh_map()
+            raise
+        return result
+
+    async def _pause(self, attempt: int) -> None:
+        await trio.sleep(self.cluster.random.uniform(0.5, 1.0) * min(0.5, 0.01 * 2**attempt))
+
+    def _heard(self, asked_at: float, owner: int | None) -> None:
+        """Note a confirmed answer to a question asked at `asked_at`."""
+        if owner is not None and owner >= 0:
+            self._owner = owner
+        if asked_at > self._confirmed:
+            self._confirmed = asked_at
+        self._news.unpark_all()
+
+    # ------------------------------------------------------------------ open and loss
+
+    async def _open(self, give_up: float) -> None:
+        nonce = self.cluster.random.randbytes(16)
+        attempt = 0
+        while True:
+            asked_at = self._clock.monotonic()
+            try:
+                answer = await self._ask(
+                    "vol.open", (self.volume, self.mode, nonce, self.name), timeout=2 * ATTEMPT
+                )
+                break
+            except (NotFound, InvalidArgument):
+                raise
+            except DfsError as e:
+                if self._clock.monotonic() > give_up:
+                    raise FsError(f"{self._no_quorum()}; last: {e}", errno.EIO) from e
+                attempt += 1
+                await self._pause(attempt)
+        sid, _seq, base, root, tail, owner, params = answer
+        self.params = dict(params)
+        self._pending.clear()
+        self._writers.clear()
+        self._knows_writers = False
+        if self._generation:
+            self.view.reset(root, base)
+        else:
+            self.view = View(self.nodes, root, base, self.params["salt"])
+        self._generation += 1
+        self._counts["opens"] += 1
+        self.sid, self._no, self._minted = sid, 0, 0
+        self._over = False
+        await self._absorb(tail)
+        self._heard(asked_at, owner)
+        self._work.unpark_all()
+        self._sync_work.unpark_all()
+        if self._generation > 1:
+            for fn in self._on_change:
+                fn(None)
+
+    def _lose(self, why: str) -> None:
+        """The session is over; the watch task opens the next one."""
+        if self._over:
+            return
+        log.warning("session %x at volume %s is over: %s", self.sid, self.volume.hex(), why)
+        self._over = True
+        self._confirmed = float("-inf")
+        self._owner = None
+        for fn in self._on_fenced:
+            fn()
+        # Transactions that never left the queue are as good as never run: run them again.
+        waiting, self._queue = self._queue, deque()
+        for submission in waiting:
+            submission.resolve(False)
+
+    # ------------------------------------------------------------------ tasks
+
+    async def _watch_loop(self) -> None:
+        attempt = 0
+        while True:
+            if self._over:
+                try:
+                    await self._open(self._clock.monotonic() + self.deadline)
+                except DfsError as e:
+                    log.warning("volume %s cannot be opened again: %s", self.volume.hex(), e)
+                    await trio.sleep(1)
+                continue
+            generation, asked_at = self._generation, self._clock.monotonic()
+            try:
+                seq, received, reset, owner = await self._ask(
+                    "vol.watch",
+                    (self.volume, self.sid, self.view.seq, WATCH_WAIT),
+                    timeout=WATCH_WAIT + 1.0,
+                )
+                if generation == self._generation and not self._over:
+                    await self._follow(seq, received, reset, asked_at, owner)
+                attempt = 0
+            except Fenced as e:
+                if generation == self._generation:
+                    self._lose(str(e))
+            except DfsError as e:
+                log.debug("watch of volume %s: %s", self.volume.hex(), e)
+                attempt += 1
+                await self._pause(attempt)
+
+    async def _follow(
+        self, seq: int, received: Entries, reset: Any, asked_at: float, owner: int | None
+    ) -> None:
+        if reset is not None and reset[0] > self.view.seq:
+            self.view.reset(reset[1], reset[0])
+            self._pending = {at: e for at, e in self._pending.items() if at > reset[0]}
+            self._writers.clear()
+            self._knows_writers = False
+            for fn in self._on_change:
+                fn(None)
+        await self._absorb(received)
+        if self.view.seq >= seq:
+            self._heard(asked_at, owner)
+
+    async def _sync_loop(self) -> None:
+        while True:
+            if not self._sync_waiters:
+                await self._sync_work.park()
+                continue
+            # Whoever arrives after the request has left needs the next one.
+            waiting, self._sync_waiters = self._sync_waiters, []
+            error = await self._sync(self._clock.monotonic() + self.deadline)
+            for waiter in waiting:
+                waiter.resolve(error or True)
+
+    async def _sync(self, give_up: float) -> FsError | None:
+        attempt = 0
+        while True:
+            asked_at = self._clock.monotonic()
+            try:
+                if self._over:
+                    await self._wait_fresh(give_up)
+                seq, owner = await self._ask("vol.sync", (self.volume,), timeout=ATTEMPT)
+                while self.view.seq < seq and not self._over:
+                    upto, received, reset, owner = await self._ask(
+                        "vol.watch", (self.volume, self.sid, self.view.seq, 0.0), timeout=ATTEMPT
+                    )
+                    await self._follow(upto, received, reset, asked_at, owner)
+                if not self._over:
+                    self._heard(asked_at, owner)
+                    return None
+            except FsError as e:
+                return e
+            except DfsError as e:
+                log.debug("sync of volume %s: %s", self.volume.hex(), e)
+                if self._clock.monotonic() > give_up:
+                    return FsError(f"{self._no_quorum()}; last: {e}", errno.EIO)
+                if isinstance(e, Fenced):
+                    self._lose(str(e))
+                attempt += 1
+                await self._pause(attempt)
+
+    async def _commit_loop(self) -> None:
+        while True:
+            if not self._queue or self._over:
+                await self._work.park()
+                continue
+            batch = self._form()
+            if batch:
+                await self._send(batch)
+
+    def _form(self) -> list[_Submission[Any]]:
+        """Take from the queue what may go together; wake those that lost to a known entry.
+
+        A transaction that reads or writes what an earlier one of the batch writes stays behind: its
+        turn comes with the earlier one's entry in the view, where it will be found to conflict.
+        """
+        changed_since = self.view.changed_since
+        batch: list[_Submission[Any]] = []
+        later: list[_Submission[Any]] = []
+        keys: set[bytes] = set()
+        groups: set[bytes] = set()
+        size = 0
+        for s in self._queue:
+            txn = s.txn
+            if s.abandoned:
+                continue
+            if changed_since(txn.base, txn.keys, txn.groups):
+                self._counts["local_conflicts"] += 1
+                s.resolve(False)
+                continue
+            if len(batch) >= MAX_BATCH or (batch and size + s.size > MAX_BATCH_BYTES):
+                later.append(s)
+                continue
+            if groups and (
+                not keys.isdisjoint(txn.keys)
+                or not groups.isdisjoint(txn.groups)
+                or not keys.isdisjoint(s.keys)
+            ):
+                later.append(s)
+                continue
+            keys.update(s.keys)
+            groups.update(k[:9] for k in s.keys)
+            groups.update(s.groups)
+            size += s.size
+            batch.append(s)
+        self._queue = deque(later)
+        return batch
+
+    async def _send(self, batch: list[_Submission[Any]]) -> None:
+        self._no += 1
+        no, generation, seq = self._no, self._generation, self.view.seq
+        oldest = min((s.oldest for s in batch if s.oldest), default=0)
+        txns = tuple((tuple(s.txn.keys), tuple(s.txn.groups), tuple(s.txn.effects)) for s in batch)
+        # Every read of the batch was just found unchanged up to the view's seq: that is its base.
+        request = (self.volume, self.sid, no, seq, seq, txns, oldest)
+        give_up = self._clock.monotonic() + self.deadline
+        attempt = 0
+        failure: DfsError
+        while True:
+            asked_at = self._clock.monotonic()
+            if generation != self._generation or self._over:
+                failure = Fenced("the session was lost while a commit was on its way")
+                break
+            try:
+                _, seq, verdicts, received, owner = await self._ask(
+                    "vol.commit", request, timeout=ATTEMPT
+                )
+                await self._absorb(received)
+            except Fenced as e:
+                self._lose(str(e))
+                failure = e
+                break
+            except InvalidArgument as e:
+                failure = e
+                break
+            except DfsError as e:
+                log.debug("commit to volume %s: %s", self.volume.hex(), e)
+                if self._clock.monotonic() > give_up:
+                    self._lose(f"no verdict for a commit within {self.deadline:g} s: {e}")
+                    failure = e
+                    break
+                attempt += 1
+                self._counts["resends"] += 1
+                await self._pause(attempt)
+                continue
+            self._counts["commits"] += 1
+            self._counts["transactions"] += len(batch)
+            self._heard(asked_at, owner)
+            for submission, verdict in zip(batch, verdicts, strict=True):
+                submission.resolve(bool(verdict))
+            return
+        error = FsError(f"{self._no_quorum()}; last: {failure}", errno.EIO)
+        if isinstance(failure, InvalidArgument):
+            error = FsError(f"commit refused: {failure}", errno.EINVAL)
+        for submission in batch:
+            submission.resolve(error)
+
+
+@contextlib.asynccontextmanager
+async def open_session(
+    cluster: Cluster, volume: bytes, *, mode: str = "rw", name: str = "", deadline: float = DEADLINE
+) -> AsyncIterator[Session]:
+    """A session for the length of the block; closed at its end.
+
+    Errors of the open and of the block are raised as they are, not wrapped in a group.
+    """
+    session = Session(cluster, volume, mode=mode, name=name, deadline=deadline)
+    error: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+        try:
+            await nursery.start(session.run)
+            yield session
+        except trio.Cancelled:
+            raise
+        except BaseException as e:
+            error = e
+        finally:
+            with trio.CancelScope(shield=True), contextlib.suppress(DfsError):
+                await session.close()
+            nursery.cancel_scope.cancel()
+    if error is not None:
+        raise error
