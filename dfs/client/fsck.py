@@ -18,7 +18,7 @@ import trio
 
 from dfs.client.connect import Cluster
 from dfs.client.registry import open_volume_by_name
-from dfs.client.session import Session
+from dfs.client.session import Session, open_session
 from dfs.cluster.map import CHUNK
 from dfs.errors import Corrupt, DfsError
 from dfs.hashing import partition_of
@@ -85,7 +85,8 @@ async def fsck(
 
     Raises `VolumeNotFound`, and `DfsError` when the volume cannot be read at all.
     """
-    async with open_volume_by_name(cluster, name, mode="ro") as session:
+    info = await open_volume_by_name(cluster, name)
+    async with open_session(cluster, info.volume_id, mode="ro", name="fsck") as session:
         session.nodes = NodeCache(1 << 40)
         session.view.nodes = session.nodes
         await session.refresh()
