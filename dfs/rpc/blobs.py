@@ -39,6 +39,7 @@ from dfs.hashing import digest, partition_of
 PUT_BYTES = 8 << 20  # of blobs in one request
 PUT_COUNT = 1024
 GET_COUNT = 256
+ATTEMPT = 2.0  # seconds for the first request to a node; each failure doubles it
 HEDGE = 0.5  # seconds after which the next node is asked as well
 SUSPECT = 5.0  # seconds during which a node that failed is asked last
 _TRANSIENT = (Unreachable, Busy, DeadlineExceeded, StaleEpoch)
@@ -113,6 +114,8 @@ class _Batch:
         """Request something of a node; whatever comes back wakes the waiting task."""
         client = self.client
         cluster = client.get_map()
+        # A lost message must not cost the whole deadline, a slow node must get the time it needs.
+        patience = ATTEMPT * 2.0 ** min(self.attempts.get(node, 0), 10)
 
         def receive(answer: _Answer) -> None:
             if isinstance(answer, DfsError):
@@ -127,7 +130,7 @@ class _Batch:
             method,
             args,
             data,
-            timeout=max(self.deadline - client.clock.monotonic(), 0.001),
+            timeout=max(min(patience, self.deadline - client.clock.monotonic()), 0.001),
             on_reply=receive,
             priority=Priority.NORMAL,
             epoch=cluster.epoch,
