@@ -123,8 +123,8 @@ def _check_patch(key: bytes, kind: int, changes: tuple[Any, ...]) -> None:
         if kind == items.VOLUME:
             if op == ADD or not _VOLUME_FIELDS[field](operand):
                 raise InvalidArgument(f"malformed change of {key!r}: {repr(change)[:80]}")
-        elif not _integer(operand):
-            raise InvalidArgument(f"change of {key!r} is no integer: {repr(operand)[:80]}")
+        elif not _integer(operand) or (kind == items.INODE and field == items.F_KIND):
+            raise InvalidArgument(f"forbidden change of {key!r}: {repr(change)[:80]}")
 
 
 def _integer(value: Any) -> bool:

@@ -145,10 +145,14 @@ operation = st.one_of(
     st.tuples(st.just("read"), offsets, lengths),
     st.tuples(st.just("compact"), st.sampled_from([64, 1000, 1 << 22]), st.integers(1, 6)),
 )
+OPERATIONS = (
+    st.lists(operation, min_size=1, max_size=25),
+    st.randoms(use_true_random=False),
+)
 
 
-@given(st.lists(operation, min_size=1, max_size=25), st.randoms(use_true_random=False))
-@settings(max_examples=300, deadline=None)
+@given(*OPERATIONS)
+@settings(max_examples=200, deadline=None)
 def test_file_equals_a_bytearray(operations, random):
     f = File()
     for name, *args in operations:

@@ -1,5 +1,7 @@
 """The prolly tree against a dict: canonical whatever the history, complete in what it asks for."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from dfs.volume import tree
 from dfs.volume.node import Missing, decode, encode, node_id
 from dfs.volume.nodecache import NodeCache
 
+GOLDEN = Path(__file__).parents[1] / "data" / "tree_nodes.txt"
 TARGETS = st.sampled_from([24, 60, 150, 400, 8192])
 SALTS = st.sampled_from([b"", b"a" * 16, b"b" * 16])
 KEYS = st.one_of(
@@ -17,7 +20,11 @@ KEYS = st.one_of(
 )
 VALUES = st.one_of(st.just(b""), st.binary(max_size=6), st.integers(1, 90).map(lambda n: b"x" * n))
 EDITS = st.dictionaries(KEYS, st.one_of(st.none(), VALUES), max_size=60)
+LEFT = st.one_of(
+    st.none(), st.none(), st.integers(0, 5)
+)  # how many items a batch leaves; None: all
 CONTENT = st.dictionaries(KEYS, VALUES, max_size=150)
+HISTORIES = (CONTENT, st.lists(st.tuples(EDITS, LEFT), max_size=4), SALTS, TARGETS)
 
 
 class Blobs(dict):
@@ -36,12 +43,14 @@ def reach(blobs, root):
     return {name for name, _ in tree.reachable(blobs.node, root, set())}
 
 
-@given(CONTENT, st.lists(EDITS, max_size=4), SALTS, TARGETS)
-@settings(max_examples=300, deadline=None)
+@given(*HISTORIES)
+@settings(max_examples=200, deadline=None)
 def test_incremental_equals_from_scratch(content, batches, salt, target):
     root, blobs = built(content, salt, target)
     content = dict(content)
-    for batch in batches:
+    for batch, left in batches:
+        if left is not None:
+            batch = dict.fromkeys(sorted(content)[left:]) | batch
         before = reach(blobs, root)
         root, new = tree.apply(blobs.node, root, sorted(batch.items()), salt, target)
         assert all(node_id(data) == name for name, data in new.items())
@@ -141,6 +150,34 @@ def test_round_trips_follow_the_height():
     _, rounds, nodes = fetching(blobs, lambda c: tree.diff(c.get, root, other))
     assert rounds <= height
     assert nodes <= 3 * height  # equal subtrees are not read
+
+
+def test_encoding_and_cutting_are_those_on_disk():
+    """The golden file holds a root and all its nodes; a changed rule would orphan every volume."""
+    lines = GOLDEN.read_text().split()
+    root, blobs = lines[0], [bytes.fromhex(line) for line in lines[1:]]
+    content = {b"key%06d" % i: b"v" * (i % 90) for i in range(120)}
+    made, nodes = tree.build(sorted(content.items()), b"salt", 1024)
+    assert made.hex() == root
+    assert sorted(nodes.values()) == sorted(blobs)
+    stored = Blobs({node_id(data): data for data in blobs})
+    assert dict(tree.scan(stored.node, made)) == content
+
+
+def test_nodes_are_about_as_long_as_the_target():
+    content = {b"key%06d" % i: b"v" * (i % 200) for i in range(20_000)}
+    _, nodes = tree.build(sorted(content.items()), b"s")
+    leaves = [len(d) for d in nodes.values() if decode(d).level == 0]
+    assert 7000 < sum(leaves) / len(leaves) < 9500
+    assert len(nodes) - len(leaves) < len(leaves) / 50
+
+
+def test_long_keys_do_not_make_the_tree_tall():
+    """Interior items as long as the target would all be boundaries: the tree would never end."""
+    content = {b"k" * 500 + b"%06d" % i: b"" for i in range(2000)}
+    root, blobs = built(content, b"s", 100)
+    assert blobs.node(root).level <= 9
+    assert tree.check(blobs.node, root, b"s", 100) == 2000
 
 
 def test_unreadable_nodes_are_refused():
