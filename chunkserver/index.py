@@ -32,7 +32,7 @@ class Index:
     def __init__(self) -> None:
         """Start empty."""
         self._parts: list[dict[bytes, Entry]] = [{} for _ in range(PARTITIONS)]
-        self._sums = [0] * PARTITIONS
+        self._summary = bytearray(SUMMARY.size * PARTITIONS)
         self._count = 0
         self._bytes = 0
 
@@ -55,7 +55,7 @@ class Index:
         old = self._parts[p].get(chunk_id)
         if old is None:
             self._count += 1
-            self._sums[p] = (self._sums[p] + int.from_bytes(chunk_id[:16], "big")) & _MASK
+            self._add(p, 1, int.from_bytes(chunk_id[:16], "big"))
         else:
             self._bytes -= old.stored
         self._bytes += entry.stored
@@ -68,7 +68,7 @@ class Index:
         if old is not None:
             self._count -= 1
             self._bytes -= old.stored
-            self._sums[p] = (self._sums[p] - int.from_bytes(chunk_id[:16], "big")) & _MASK
+            self._add(p, -1, -int.from_bytes(chunk_id[:16], "big"))
         return old
 
     def after(self, chunk_id: bytes, limit: int) -> list[tuple[bytes, Entry]]:
@@ -93,13 +93,15 @@ class Index:
         for part in self._parts:
             yield from sorted(part)
 
+    def _add(self, p: int, count: int, number: int) -> None:
+        at = p * SUMMARY.size
+        old, total = SUMMARY.unpack_from(self._summary, at)
+        total = (int.from_bytes(total, "big") + number) & _MASK
+        SUMMARY.pack_into(self._summary, at, old + count, total.to_bytes(16, "big"))
+
     def summary(self) -> bytes:
         """Count and sum of ids for each of the 4096 partitions: equal if the ids are equal."""
-        pack = SUMMARY.pack
-        return b"".join(
-            pack(len(part), total.to_bytes(16, "big"))
-            for part, total in zip(self._parts, self._sums, strict=True)
-        )
+        return bytes(self._summary)
 
 
 def different_partitions(ours: bytes, theirs: bytes) -> list[int]:

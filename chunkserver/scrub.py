@@ -18,6 +18,7 @@ from dfs.errors import Corrupt, DiskFull, NotFound, RemoteProtocolError
 FILE = "scrub"
 VERSION = 1
 SAVE_EVERY = 60.0
+PAGE = 1000  # chunks
 
 
 class Scrub(Worker):
@@ -47,7 +48,7 @@ class Scrub(Worker):
         cursor = await self._env.disk.run(self._load)
         saved = self._env.clock.monotonic()
         looked = 0
-        while page := self._store.index.after(cursor, 64):
+        while page := self._store.index.after(cursor, PAGE):
             for chunk_id, entry in page:
                 try:
                     self.verified += await self._store.check(chunk_id)

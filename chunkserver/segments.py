@@ -2,9 +2,9 @@
 
 Who holds what.  All state is changed by the loop, between awaits.  Appends take turns by `_turn`;
 whatever an append decides from the index (is this chunk here already?) it decides while it has the
-turn.  Blocking work runs through `Disk.run`, small appends run inline: a page-cache write of 64 KiB
-is cheaper than the way to a thread and back.  A read holds its segment open by a count, so that
-unlinking it meanwhile is harmless.
+turn.  Blocking work runs through `Disk.run`, small appends run inline: a page-cache write of one
+block is cheaper than the way to a thread and back.  A read holds its segment open by a count, so
+that unlinking it meanwhile is harmless.
 
 `put` and `touch` return when the record is in the page cache, `sync` when everything before it is
 on the disk.  A failed write or sync makes the store refuse writes for good: what the kernel has
@@ -37,7 +37,7 @@ class StoreOptions:
     full: float = 0.95  # puts are refused when this part of the disk is used ...
     reserve: int = 256 << 20  # ... or fewer bytes are free; deletes and compaction need room
     hint_every: int = 64 << 20  # synced bytes after which the active segment gets a new hint
-    inline: int = 64 << 10  # appends up to this size are written without a thread
+    inline: int = 80 << 10  # appends up to this size are written without a thread
     remember: int = 48 * 3600 * 10**9  # ns for which verdicts of the collector are known
 
 

@@ -26,7 +26,7 @@ from dfs.client.chunkread import ChunkReader
 from dfs.clock import Clock
 from dfs.cluster.map import CHUNK, ClusterMap
 from dfs.env import Buffer, Priority, Rpc
-from dfs.errors import DfsError, DiskFull, NoQuorum, StaleEpoch
+from dfs.errors import DfsError, DiskFull, NoQuorum, StaleEpoch, Unreachable
 from dfs.hashing import partition_of
 
 log = logging.getLogger(__name__)
@@ -105,16 +105,22 @@ class _Put:
         self.open += 1
         self.client.sent(node, self.size)
         cluster = self.client.get_map()
-        self.client.rpc.request(
-            cluster.address(CHUNK, node),
-            "chunk.put",
-            (self.chunk_id, self.durable, self.stamp),
-            self.buffers,
-            timeout=PUT_TIMEOUT,
-            on_reply=partial(self.answered, node),
-            priority=Priority.BULK,
-            epoch=cluster.epoch,
-        )
+        try:
+            self.client.rpc.request(
+                cluster.address(CHUNK, node),
+                "chunk.put",
+                (self.chunk_id, self.durable, self.stamp),
+                self.buffers,
+                timeout=PUT_TIMEOUT,
+                on_reply=partial(self.answered, node),
+                priority=Priority.BULK,
+                epoch=cluster.epoch,
+            )
+        except Unreachable as e:  # our own endpoint is closing
+            self.open -= 1
+            self.client.sent(node, -self.size)
+            self.errors[node] = e
+            return False
         return True
 
     def answered(self, node: int, answer: tuple[Any, Buffer] | DfsError) -> None:
@@ -129,10 +135,9 @@ class _Put:
             self.acks[node] = answer[0][1]
         if not self.open:
             self.client.put_ended(self)
-        if self.enough or not self.open:
+        if self.enough() or not self.open:
             self.changed.set()
 
-    @property
     def enough(self) -> bool:
         """Whether W servers have the chunk."""
         return len(self.acks) >= self.wanted
@@ -158,6 +163,8 @@ class ChunkClient:
     before it was called.  Buffers given to `put` must not change until `sync` returned.
     """
 
+    reader_class: type[ChunkReader] = ChunkReader
+
     def __init__(
         self,
         rpc: Rpc,
@@ -180,7 +187,7 @@ class ChunkClient:
         self._salt = salt
         self._compress = compress
         self._offload = offload or thread_offload()
-        self._reader = ChunkReader(
+        self._reader = self.reader_class(
             rpc, get_map, clock, random=random, host=host, offload=self._offload, inline=INLINE
         )
         self._unsynced: dict[bytes, _Put] = {}
@@ -255,11 +262,11 @@ class ChunkClient:
         put.start()
         deadline = self.clock.monotonic() + WRITE_TIMEOUT
         stale = 0
-        while not put.enough:
+        while not put.enough():
             with trio.move_on_after(PATIENCE):
                 await put.changed.wait()
             put.changed = trio.Event()
-            if put.enough:
+            if put.enough():
                 break
             if self.clock.monotonic() >= deadline:
                 raise put.error("timed out")
