@@ -99,7 +99,7 @@ class Connection:
         self.role = role
         self.peer: Greeting | None = None
         self.queue = SendQueue()
-        self._decoder = frame.Decoder(max_meta=_GREETING_LIMIT, max_data=0)
+        self._decoder = frame.Decoder(max_meta=_GREETING_LIMIT, max_data=0, single=True)
         self._me = Greeting(PROTOCOL, cluster_id, name, secret)
         self._error: DfsError | None = None
         self._enter(State.GREETING)
@@ -179,7 +179,10 @@ class Connection:
         """
         events: list[Event] = []
         try:
+            greeting = self.state is State.GREETING
             events.extend(map(self._event, self._decoder.received(n)))
+            if greeting and self.state is State.OPEN:  # what follows HELLO has other limits
+                events.extend(map(self._event, self._decoder.received(0)))
         except DfsError as e:
             self._refuse(e)
             if not events:

@@ -93,11 +93,14 @@ class Decoder:
 
     __slots__ = (
         "_body", "_end", "_error", "_filled", "_head", "_max_data", "_max_meta",
-        "_scratch", "_seen", "_skip", "_start", "_view",
+        "_scratch", "_seen", "_single", "_skip", "_start", "_view",
     )  # fmt: skip
 
-    def __init__(self, *, max_meta: int = MAX_META, max_data: int = MAX_DATA) -> None:
-        """Start at a frame boundary."""
+    def __init__(
+        self, *, max_meta: int = MAX_META, max_data: int = MAX_DATA, single: bool = False
+    ) -> None:
+        """Start at a frame boundary; `single` gives one frame at a time until `limit` is called."""
+        self._single = single
         self._max_meta = max_meta
         self._max_data = max_data
         self._scratch = bytearray(SCRATCH)
@@ -111,7 +114,8 @@ class Decoder:
         self._error: DfsError | None = None
 
     def limit(self, max_meta: int, max_data: int) -> None:
-        """Set other limits for the frames from now on."""
+        """Set other limits for the frames that did not come out yet; `received(0)` gives them."""
+        self._single = False
         self._max_meta, self._max_data = max_meta, max_data
 
     @property
@@ -238,6 +242,8 @@ class Decoder:
                 (kind, stream, priority, epoch, deadline, view[start + HEADER_SIZE : middle], data)
             )
             start = stop
+            if self._single:
+                break
         self._seen = self._seen or bool(frames)
         self._start = start
         return frames

@@ -226,6 +226,16 @@ def test_nobody_gets_memory_before_the_greeting():
         push(server, encode(HELLO, 0, b"x", 1))
 
 
+def test_a_client_may_pipeline_behind_its_hello():
+    _, server = pair()
+    hello = encode(HELLO, 0, pack((module.PROTOCOL, b"c" * 16, "eager", b"")))
+    small = encode(REQUEST, 1, pack(("m", ())))
+    big = encode(REQUEST, 2, pack(("m", ())), 200_000) + bytes(200_000)
+    assert [e[:2] for e in push(server, hello + small + small + big)] == [
+        (HELLO, 0), (REQUEST, 1), (REQUEST, 1), (REQUEST, 2),
+    ]  # fmt: skip
+
+
 def test_discarded_request():
     client, server = opened()
     client.send(REQUEST, 4, pack(("put", ())), bytes(300_000), priority=2, deadline=77)
