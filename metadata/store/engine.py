@@ -14,7 +14,6 @@ from typing import Any, Self
 
 import trio
 
-from dfs.codec import pack
 from dfs.env import Env
 from dfs.errors import InvalidArgument
 from metadata.store import recovery
@@ -23,6 +22,7 @@ from metadata.store.memtable import OVERHEAD, Memtable
 from metadata.store.options import MAX_BATCH, MAX_KEY, MAX_VALUE, StoreOptions
 from metadata.store.reader import Reader
 from metadata.store.state import State
+from metadata.store.wal import pack_batch
 
 Op = tuple[bytes, bytes | None]  # None: delete
 SCAN_LIMIT = 1000
@@ -104,7 +104,7 @@ class Store:
         if state.memtable.bytes >= state.options.memtable_bytes:
             await self._make_room()
         if ops:
-            state.log.append(pack(ops))
+            state.log.append(pack_batch(ops))
             state.memtable.apply(ops)
             self._user_bytes += size
             self._puts += len(ops)
@@ -129,6 +129,7 @@ class Store:
     async def _freeze(self) -> None:
         s = self._state
         number = await s.log.rotate()  # switches segments just before it returns: no await between
+        s.memtable.end = s.log.written
         s.frozen.insert(0, s.memtable)
         s.memtable = Memtable([number])
         s.refresh()

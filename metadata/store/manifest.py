@@ -35,6 +35,7 @@ class Manifest(NamedTuple):
 
     next_table: int
     first_segment: int  # log segments before it are in tables
+    first_base: int  # log position at which it begins
     runs: tuple[RunMeta, ...]  # newest first
     quarantined: tuple[str, ...]  # names of damaged tables, kept as `NAME.bad`
 
@@ -58,12 +59,13 @@ def decode(data: bytes, path: str) -> Manifest:
     if crc != crc32(payload):
         raise Corrupt(f"{path} is damaged; treat this data directory as a lost disk")
     try:
-        next_table, first_segment, runs, quarantined = unpack(payload)
+        next_table, first_segment, first_base, runs, quarantined = unpack(payload)
     except (RemoteProtocolError, ValueError) as e:
         raise Corrupt(f"{path}: {e}") from e
     return Manifest(
         next_table,
         first_segment,
+        first_base,
         tuple(
             RunMeta(level, tuple(Meta(*meta) for meta in tables), lost)
             for level, tables, lost in runs

@@ -15,13 +15,14 @@ Value = bytes | None  # None: deleted
 class Memtable:
     """Keys to values, deletions included; `segments` are the log segments that hold the same."""
 
-    __slots__ = ("_new", "_sorted", "bytes", "data", "segments")
+    __slots__ = ("_new", "_sorted", "bytes", "data", "end", "segments")
 
     def __init__(self, segments: list[int]) -> None:
         """Start empty."""
         self.data: dict[bytes, Value] = {}
         self.bytes = 0
         self.segments = segments
+        self.end = 0  # log position after the last of them, known once the memtable is frozen
         self._sorted: list[bytes] = []
         self._new: list[bytes] = []
 

@@ -41,7 +41,7 @@ def load(disk: Disk, prefix: str, options: StoreOptions) -> Loaded:
     disk.mkdir(prefix)
     manifest = manifests.read(disk, prefix)
     if manifest is None:
-        manifest = Manifest(1, 1, (), ())
+        manifest = Manifest(1, 1, 0, (), ())
         manifests.write(disk, prefix, manifest)
     _clean(disk, prefix, manifest)
     missing: list[tuple[str, str]] = []
@@ -59,13 +59,15 @@ def load(disk: Disk, prefix: str, options: StoreOptions) -> Loaded:
 
     first = manifest.first_segment
     memtables = [Memtable([])]
-    last = wal.Recovered(first - 1, 0, 0, [], "", 0)
-    for last in wal.replay(disk, prefix, first):
+    base = manifest.first_base
+    last = wal.Recovered(first - 1, base, base, [], "", 0)
+    for last in wal.replay(disk, prefix, first, base):
         if memtables[0].bytes >= options.memtable_bytes:
             memtables.insert(0, Memtable([]))
         memtables[0].segments.append(last.number)
         for batch in last.batches:
             memtables[0].apply(batch)
+        memtables[0].end = last.end
     cut = wal.cut(disk, prefix, first, last)
     return Loaded(manifest, memtables, runs, last.number, last.end, cut, missing)
 

@@ -38,6 +38,7 @@ class State:
         self.runs: list[Run] = loaded.runs  # newest first
         self.next_table = loaded.manifest.next_table
         self.first_segment = loaded.manifest.first_segment
+        self.first_base = loaded.manifest.first_base
         self.quarantined: list[str] = list(loaded.manifest.quarantined)
         self.errors: list[str] = []
         self.damaged: dict[str, None] = {}  # names of tables to salvage
@@ -118,9 +119,15 @@ class State:
         """
         async with self._lock:
             runs = list(change(self.runs))
-            first = max(flushed.segments) + 1 if flushed is not None else self.first_segment
+            first, base = self.first_segment, self.first_base
+            if flushed is not None:
+                first, base = max(flushed.segments) + 1, flushed.end
             manifest = Manifest(
-                self.next_table, first, tuple(r.meta() for r in runs), tuple(self.quarantined)
+                self.next_table,
+                first,
+                base,
+                tuple(r.meta() for r in runs),
+                tuple(self.quarantined),
             )
             try:
                 await self.env.disk.run(manifests.write, self.env.disk, self.prefix, manifest)
@@ -129,7 +136,7 @@ class State:
                 raise
             # No await from here on: readers see all of the change or nothing.
             self.runs = runs
-            self.first_segment = first
+            self.first_segment, self.first_base = first, base
             if flushed is not None:
                 self.frozen.remove(flushed)
             self.refresh()

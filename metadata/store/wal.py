@@ -1,7 +1,7 @@
 """Write-ahead log: segments of checksummed records, group commit, recovery that cannot be fooled.
 
-A segment starts with `magic | version | number | base`; `base` is the log position of its first
-record, so positions run through all segments.  A record is
+A segment starts with `magic | version u32 | number u32 | base u64 | crc32 u32`; `base` is the log
+position of its first record, so positions run through all segments.  A record is
 
     "rec1" | length u32 | durable u64 | crc32 u32 | payload
 
@@ -13,11 +13,11 @@ The crc covers the header and the payload and is seeded with the segment's numbe
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dfs.codec import Buffer, unpack
+from dfs.codec import Buffer, pack, unpack
 from dfs.env import Disk, DiskFile
 from dfs.errors import Corrupt, DiskFull, RemoteProtocolError, StoreFailed
 from dfs.groupsync import GroupSync
@@ -29,6 +29,7 @@ _SEGMENT = struct.Struct("<8sIIQ")  # magic, version, number, base
 _RECORD = struct.Struct("<4sIQ")  # magic, length, durable; then the crc
 _CRC = struct.Struct("<I")
 HEADER = _RECORD.size + _CRC.size
+SEGMENT_HEADER = _SEGMENT.size + _CRC.size
 RECORD_MAGIC = b"rec1"
 
 
@@ -39,7 +40,13 @@ def segment_name(prefix: str, number: int) -> str:
 
 def encode_segment_header(number: int, base: int) -> bytes:
     """First bytes of a segment."""
-    return _SEGMENT.pack(MAGIC, VERSION, number, base)
+    head = _SEGMENT.pack(MAGIC, VERSION, number, base)
+    return head + _CRC.pack(crc32(head))
+
+
+def pack_batch(ops: Sequence[tuple[bytes, bytes | None]]) -> bytes:
+    """Payload of the record of a batch: the MessagePack array of its (key, value or nil)."""
+    return pack(ops)
 
 
 def encode_record(number: int, durable: int, payload: Buffer) -> bytes:
@@ -169,24 +176,29 @@ class Recovered:
     proof: int  # highest `durable` of any intact record, the ones after the bad place included
 
 
-def read_segment(data: bytes, number: int, expected_base: int | None) -> Recovered:
-    """Decode a segment; `expected_base` is where the segment before ended, None for the first."""
-    base = expected_base or 0
-    if len(data) < _SEGMENT.size:
+def read_segment(data: bytes, number: int, expected: int | None) -> Recovered:
+    """Decode a segment; `expected` is where the one before ended, None if any base will do.
+
+    Raises `Corrupt` for another format version.
+    """
+    base = expected or 0
+    if len(data) < SEGMENT_HEADER:
         return Recovered(number, base, base, [], f"a header of {len(data)} bytes", 0)
-    magic, version, stored, base = _SEGMENT.unpack_from(data)
-    if magic == MAGIC and version != VERSION:
+    magic, version, stored, found = _SEGMENT.unpack_from(data)
+    (crc,) = _CRC.unpack_from(data, _SEGMENT.size)
+    if magic != MAGIC or crc != crc32(data[: _SEGMENT.size]) or stored != number:
+        proof = max(_proof(data, 0, number), _proof(data, 0, stored))
+        return Recovered(number, base, base, [], "a damaged header", proof)
+    if version != VERSION:
         raise Corrupt(f"log segment {number} has format version {version}, this is {VERSION}")
-    if magic != MAGIC or stored != number:
-        bad = "a damaged header"
-        base = expected_base or 0
-        return Recovered(number, base, base, [], bad, _proof(data, 0, number))
-    at = _SEGMENT.size
+    at = SEGMENT_HEADER
     proof = 0
     batches = []
     bad = ""
-    if expected_base is not None and base != expected_base:
-        bad = f"position {base} where {expected_base} was expected"
+    if expected is None:
+        base = found
+    elif found != expected:
+        bad = f"position {found} where {expected} was expected"
     while not bad and at < len(data):
         record = _record(data, at, number)
         if record is None:
@@ -201,7 +213,7 @@ def read_segment(data: bytes, number: int, expected_base: int | None) -> Recover
         at = end
     if bad:
         proof = max(proof, _proof(data, at, number))
-    return Recovered(number, base, base + at - _SEGMENT.size, batches, bad, proof)
+    return Recovered(number, base, base + at - SEGMENT_HEADER, batches, bad, proof)
 
 
 def _record(data: bytes, at: int, number: int) -> tuple[int, memoryview, int] | None:
@@ -236,35 +248,36 @@ def numbers(disk: Disk, prefix: str) -> list[int]:
     return [int(n[:-4]) for n in disk.listdir(prefix) if n.endswith(".wal") and n[:-4].isdigit()]
 
 
-def replay(disk: Disk, prefix: str, first: int) -> Iterator[Recovered]:
+def replay(disk: Disk, prefix: str, first: int, base: int) -> Iterator[Recovered]:
     """Read the segments from `first` on, in order; ends after the first that is cut short.
 
+    `base` is the log position at which `first` begins.
     Raises `Corrupt` when acknowledged records are damaged or a segment is missing.  Whoever
     consumes everything may then `cut` the log at the end of the last one.
     """
     present = [n for n in numbers(disk, prefix) if n >= first]
     if present and present[0] != first:
         raise Corrupt(f"log segment {first} is missing from {disk.path(prefix)}; restore it")
-    expected: int | None = None
+    expected = base
     for i, number in enumerate(present):
-        path = disk.path(segment_name(prefix, number))
-        found = (
-            read_segment(_read(disk, prefix, number), number, expected)
-            if number == first + i
-            else Recovered(number, expected or 0, expected or 0, [], "an earlier one is missing", 0)
-        )
+        later = present[i + 1 :]
+        if number == first + i:
+            found = read_segment(_read(disk, prefix, number), number, expected)
+        else:
+            number, later = first + i, present[i:]
+            found = Recovered(number, expected, expected, [], "the segment is missing", 0)
         if not found.bad:
             expected = found.end
             yield found
             continue
         proof = found.proof
-        for later in present[i + 1 :]:
-            data = _read(disk, prefix, later)
-            proof = max(proof, read_segment(data, later, None).proof, _proof(data, 0, later))
+        for other in later:
+            proof = max(proof, _proof(_read(disk, prefix, other), 0, other))
         if proof > found.end:
             raise Corrupt(
-                f"{path}: {found.bad}, but later records prove that it was acknowledged; "
-                "acknowledged writes are lost. Treat this data directory as a lost disk"
+                f"{disk.path(segment_name(prefix, number))}: {found.bad}, but later records prove "
+                "that it was acknowledged; acknowledged writes are lost. "
+                "Treat this data directory as a lost disk"
             )
         yield found
         return
@@ -282,17 +295,17 @@ def cut(disk: Disk, prefix: str, first: int, last: Recovered) -> int:
             break
         dropped += disk.open(segment_name(prefix, number)).size()
         disk.unlink(segment_name(prefix, number))
-    disk.sync_dir(prefix)
     for number in range(first, last.number + 1):
         file = disk.open(segment_name(prefix, number), create=True)
         if number == last.number and last.bad:
-            keep = _SEGMENT.size + last.end - last.base
+            keep = SEGMENT_HEADER + last.end - last.base
             dropped += max(0, file.size() - keep)
             file.truncate(keep if last.batches else 0)
             if not last.batches:
                 file.append((encode_segment_header(number, last.base),))
         file.fdatasync()
         file.close()
+    disk.sync_dir(prefix)
     return dropped
 
 
