@@ -359,8 +359,11 @@ class VolumeHome:
         finally:
             if self.core is core:
                 self._backlog -= request.size
-        entries_ = self.entries_after(have, seq)
-        return request.no, seq, verdicts, () if entries_ is None else entries_, self._number
+        self._beats[request.sid] = self._clock.monotonic()
+        news = self.entries_after(have, seq)
+        # A caller so far behind that entries are gone sees from `seq` that it misses some, and
+        # catches up by a watch; its verdicts are final all the same.
+        return request.no, seq, verdicts, () if news is None else news, self._number
 
     async def _validate(self, core: HomeCore, request: Commit) -> Answer:
         waiter = request.token = Waiter()
