@@ -14,7 +14,7 @@ from dfs.env import Disk
 from dfs.errors import Corrupt
 from metadata.store.manifest import Range
 from metadata.store.memtable import Memtable, Value
-from metadata.store.table import BadBlock, Meta, Table, open_table, write_table
+from metadata.store.table import Meta, Table, open_table, write_table
 from metadata.store.wal import read_batches
 
 Result = tuple[tuple[Any, ...] | None, bytes | None]  # a table's Meta; the first key that is left
@@ -183,7 +183,7 @@ def salvage_table(
         for i in range(count):
             try:
                 block = source.block(i)
-            except BadBlock:
+            except Corrupt:
                 lost.append(source.range_of(i))
                 continue
             yield from block.items()

@@ -143,10 +143,8 @@ class Store:
             pass
 
     async def compact(self) -> None:
-        """Flush, repair what is damaged, and merge everything into one run."""
+        """Flush, salvage what is damaged, and merge everything into one run."""
         await self.flush()
-        while self._state.damaged:
-            await self._maintenance.step()
         await self._maintenance.merge_all()
 
     async def verify(self) -> list[str]:

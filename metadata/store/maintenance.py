@@ -140,11 +140,19 @@ class Maintenance:
             return True
 
     async def merge_all(self) -> None:
-        """Merge everything into one run."""
+        """Salvage what is damaged and merge everything into one run."""
+        s = self._s
         async with self._merging:
-            runs = self._s.runs
-            if runs:
-                await self._merge(policy.Plan(0, len(runs), max(r.level for r in runs)))
+            while s.runs:
+                for name in list(s.damaged):
+                    await self._salvage(name)
+                try:
+                    level = max(r.level for r in s.runs)
+                    await self._merge(policy.Plan(0, len(s.runs), level))
+                    break
+                except Corrupt:
+                    if not s.damaged:
+                        raise
 
     async def _merge(self, plan: policy.Plan) -> None:
         s = self._s
@@ -197,7 +205,7 @@ class Maintenance:
 
     def _found_damaged(self, name: str, why: str) -> None:
         self._s.quarantine(name, why)
-        self._s.damaged[name] = None
+        self._s.damaged.setdefault(name, [])
 
     async def _salvage(self, name: str) -> None:
         """Replace a damaged table by a copy of its intact blocks; keep the original as `.bad`."""
@@ -223,7 +231,9 @@ class Maintenance:
         tables = [*run.tables[:i], *copy, *run.tables[i + 1 :]]
 
         def change(runs: list[Run]) -> list[Run]:
-            new = Run(run.level, tables, tuple(dict.fromkeys((*run.lost, *lost))))
+            # What the salvage could read after all (a passing read error) is not lost.
+            known = [x for x in run.lost if x not in s.damaged[name]]
+            new = Run(run.level, tables, tuple(dict.fromkeys((*known, *lost))))
             return [new if r is run else r for r in runs]
 
         await s.commit(change)

@@ -19,7 +19,7 @@ from metadata.store.bloom import key_hash
 from metadata.store.cache import BlockCache
 from metadata.store.manifest import Range, RunMeta
 from metadata.store.memtable import Memtable, Value
-from metadata.store.table import MISSING, BadBlock, Index, Table
+from metadata.store.table import MISSING, Index, Table
 
 SLICE = 256  # items read at once from each source of a scan
 
@@ -122,15 +122,15 @@ class Reader:
         return None
 
     def _report(self, run: Run, table: Table, error: Corrupt) -> Corrupt:
-        number = error.number if isinstance(error, BadBlock) else None
+        number = error.details[0] if error.details else None
         self._damaged(run, table, number, error)
         return Corrupt(f"{error}; the table is quarantined")
 
     def scan(self, start: bytes, end: bytes, limit: int) -> list[tuple[bytes, bytes]]:
         """Up to `limit` items in [start, end), ascending, without deleted ones.
 
-        An empty `end` is the end of the key space.  Raises `Corrupt` when any item of the range
-        may be lost.
+        An empty `end` is the end of the key space.  Raises `Corrupt` when any item of the part
+        that was looked at may be lost.
         """
         result: list[tuple[bytes, bytes]] = []
         while len(result) < limit:
@@ -138,8 +138,6 @@ class Reader:
             merged: dict[bytes, Value] = {}
             bound: bytes | None = None  # up to here every source has told all it knows
             for run in reversed(self.runs):
-                if run.lost and run.is_lost(start, end):
-                    raise Corrupt(f"items from {start[:40]!r} on were in a damaged table")
                 items, last = self._slice(run, start, end, want)
                 merged.update(items)
                 if last is not None and (bound is None or last < bound):
@@ -149,6 +147,9 @@ class Reader:
                 merged.update(items)
                 if more and (bound is None or items[-1][0] < bound):
                     bound = items[-1][0]
+            told = end if bound is None else bound + b"\0"
+            if any(run.lost and run.is_lost(start, told) for run in self.runs):
+                raise Corrupt(f"items from {start[:40]!r} on were in a damaged table")
             for key in sorted(merged):
                 if bound is not None and key > bound:
                     break
@@ -157,7 +158,7 @@ class Reader:
                     result.append((key, value))
             if bound is None:
                 break
-            start = bound + b"\0"
+            start = told
         del result[limit:]
         return result
 

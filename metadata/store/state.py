@@ -11,7 +11,7 @@ from dfs.env import Env
 from dfs.errors import Corrupt, StoreFailed
 from metadata.store import manifest as manifests
 from metadata.store.cache import BlockCache
-from metadata.store.manifest import Manifest
+from metadata.store.manifest import Manifest, Range
 from metadata.store.memtable import Memtable
 from metadata.store.options import StoreOptions
 from metadata.store.reader import IndexBudget, Reader, Run
@@ -41,7 +41,7 @@ class State:
         self.first_base = loaded.manifest.first_base
         self.quarantined: list[str] = list(loaded.manifest.quarantined)
         self.errors: list[str] = []
-        self.damaged: dict[str, None] = {}  # names of tables to salvage
+        self.damaged: dict[str, list[Range]] = {}  # tables to salvage, ranges suspected lost
         self.table_bytes_written = 0
         self._lock = trio.Lock()
         self._work = trio.Event()
@@ -92,9 +92,10 @@ class State:
         """A read met a bad block (None: the whole table): its keys are lost from now on."""
         meta = table.meta
         lost = (meta.first, meta.last + b"\0") if block is None else table.range_of(block)
+        suspected = self.damaged.setdefault(meta.name, [])
         if lost not in run.lost:
             run.lost = (*run.lost, lost)
-        self.damaged[meta.name] = None
+            suspected.append(lost)
         self.quarantine(meta.name, str(error))
         self.wake()
 

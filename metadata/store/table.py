@@ -183,15 +183,6 @@ class Index(NamedTuple):
     size: int  # bytes of memory, about
 
 
-class BadBlock(Corrupt):
-    """A damaged block of a table; `number` is its index."""
-
-    def __init__(self, message: str, number: int) -> None:
-        """Remember which block."""
-        super().__init__(message)
-        self.number = number
-
-
 class Table:
     """An open table.  The file stays readable while this object lives, even after its removal."""
 
@@ -257,13 +248,13 @@ class Table:
         return value
 
     def block(self, i: int) -> Block:
-        """Read and verify block `i`; raises `BadBlock`."""
+        """Read and verify block `i`; raises `Corrupt` whose detail is `i`."""
         index = self.load()
         at = index.offsets[i]
         try:
             keys, values = self._decode(at, index.offsets[i + 1] - at, f"block {i}")
         except Corrupt as e:
-            raise BadBlock(str(e), i) from e
+            raise Corrupt(str(e), i) from e
         return dict(zip(keys, values, strict=True))
 
     def block_size(self, i: int) -> int:
@@ -322,7 +313,7 @@ class Table:
         return items, i < len(first_keys)
 
     def scan(self, start: bytes) -> Iterator[tuple[list[bytes], list[Value]]]:
-        """Keys and values from `start` on, block by block, past the cache; raises `BadBlock`."""
+        """Keys and values from `start` on, block by block, past the cache; see `block`."""
         index = self.load()
         i = max(0, bisect_right(index.first_keys, start) - 1)
         for n in range(i, len(index.first_keys)):
