@@ -59,10 +59,21 @@ class Overlay:
         gone = (self.seq, None)
         for key in self.keys(start, end):
             self.items[key] = gone
-        group = start[:GROUP_SIZE]
-        ranges = [r for r in self.ranges.get(group, ()) if r[0] < start or r[1] > end]
-        ranges.append((start, end, self.seq))
-        self.ranges[group] = ranges
+        # Ranges of a group are kept disjoint and sorted: where two overlap the newer one counts,
+        # since it will be forgotten later.
+        ranges = self.ranges.setdefault(start[:GROUP_SIZE], [])
+        low = bisect_left(ranges, (start,))
+        if low and ranges[low - 1][1] > start:
+            low -= 1
+        high = bisect_left(ranges, (end,), low)
+        middle = [(start, end, self.seq)]
+        if low < high:
+            first, last = ranges[low], ranges[high - 1]
+            if first[0] < start:
+                middle.insert(0, (first[0], start, first[2]))
+            if last[1] > end:
+                middle.append((end, last[1], last[2]))
+        ranges[low:high] = middle
 
     def absorb(self, other: "Overlay") -> None:
         """Take over the changes of an overlay that was based on this one, under our `seq`."""
@@ -107,7 +118,10 @@ class Overlay:
     def hides(self, key: bytes) -> bool:
         """Whether a removed range hides the base's item of this key."""
         ranges = self.ranges.get(key[:GROUP_SIZE])
-        return ranges is not None and any(start <= key < end for start, end, _ in ranges)
+        if ranges is None:
+            return False
+        after = bisect_left(ranges, (key + b"\0",))
+        return after > 0 and ranges[after - 1][1] > key
 
     def keys(self, start: bytes, end: bytes | None) -> list[bytes]:
         """Changed keys in [start, end), in order; those removed too."""

@@ -180,9 +180,12 @@ def check(get_node: GetNode, root: bytes, salt: bytes, target: int = TARGET) -> 
     while True:
         cut = cutter(salt, level, target)
         below: list[tuple[bytes, bytes]] = []
+        absent: list[bytes] = []
+        nodes = _load(get_node, [name for name, _ in row], absent)
+        if absent:
+            raise Missing(*absent)
         previous = None
-        for position, (current, expected) in enumerate(row):
-            node = get_node(current)
+        for position, ((current, expected), node) in enumerate(zip(row, nodes, strict=True)):
             if node.level != level or node.keys[-1] != expected:
                 raise Corrupt(f"tree node {current.hex()} is not what its parent says")
             for i, (key, value) in enumerate(zip(node.keys, node.values, strict=True)):
@@ -195,5 +198,5 @@ def check(get_node: GetNode, root: bytes, salt: bytes, target: int = TARGET) -> 
                 if level:
                     below.append((value, key))
         if level == 0:
-            return sum(len(get_node(current).keys) for current, _ in row)
+            return sum(len(node.keys) for node in nodes)
         level, row = level - 1, below

@@ -7,7 +7,10 @@ import os
 import random
 import time
 
-from dfs.volume import items, tree
+from dfs.volume import effects as fx
+from dfs.volume import entries, items, tree
+from dfs.volume.effects import of_entry
+from dfs.volume.fold import fold
 from dfs.volume.node import Missing
 from dfs.volume.nodecache import NodeCache
 from dfs.volume.view import View
@@ -29,6 +32,35 @@ def files(first, count):
         made.append((items.extent_key(ino, 0), items.encode_chunk(4096, os.urandom(32), 0, 4096)))
     made.sort()
     return made
+
+
+def creation(i):
+    """Journal entry of the creation of a file."""
+    ino, name = 1_000_000 + i, b"new%d" % i
+    made = (
+        (
+            fx.PUT,
+            items.entry_key(1, items.name_hash(SALT, name)),
+            items.encode_entries(((name, ino, 8),)),
+        ),
+        (fx.PUT, items.inode_key(ino), items.Inode(8, 0o644).encode()),
+        (fx.PATCH, items.inode_key(1), ((items.F_MTIME, fx.LAST, i), (items.F_CTIME, fx.LAST, i))),
+        (fx.PATCH, items.USAGE_KEY, ((items.F_USAGE_INODES, fx.ADD, 1),)),
+    )
+    return entries.encode(entries.DATA, i, ((7, i, (True,), made),))
+
+
+def operation(view, ino):
+    """What a creation does, as a transaction."""
+    txn = view.begin()
+    name = b"name%d" % ino
+    txn.get(items.inode_key(1))
+    key = items.entry_key(1, items.name_hash(SALT, name))
+    if txn.get(key) is None:
+        txn.put(key, items.encode_entries(((name, ino, 8),)))
+        txn.put(items.inode_key(ino), items.Inode(8, 0o644).encode())
+        txn.patch(items.inode_key(1), ((items.F_MTIME, fx.LAST, 1),))
+        txn.patch(items.USAGE_KEY, ((items.F_USAGE_INODES, fx.ADD, 1),))
 
 
 def report(what, seconds, count, note=""):
@@ -112,6 +144,46 @@ def main():
     for key in chosen:
         txn.get(key)
     report("Txn.get from the tree", clock() - t, len(chosen))
+    journal = [creation(i) for i in range(20_000)]
+    view.get(items.USAGE_KEY)
+    t = clock()
+    for seq, entry in enumerate(journal, 1):
+        view.apply_entry(seq, entry)
+    report("apply_entry, one creation", clock() - t, len(journal))
+    chosen = [items.inode_key(1_000_000 + i) for i in range(20_000)]
+    t = clock()
+    for key in chosen:
+        view.get(key)
+    report("View.get from the overlay", clock() - t, len(chosen))
+    t = clock()
+    for key in chosen:
+        view.begin().get(key)
+    report("begin + Txn.get, overlay", clock() - t, len(chosen))
+    t = clock()
+    for i in range(5000):
+        operation(view, 2_000_000 + i)
+    report("creation as a Txn", clock() - t, 5000)
+    t = clock()
+    found = view.begin().scan(items.group(1, items.ENTRY))
+    report("scan a directory", clock() - t, len(found), f"{len(found)} entries")
+    pages, after = 0, b""
+    t = clock()
+    while page := view.begin().scan(items.group(1, items.ENTRY), after, 128):
+        after = page[-1][0]
+        pages += 1
+    report(
+        "scan it by pages of 128",
+        clock() - t,
+        len(found),
+        f"{(clock() - t) / pages * 1e6:.0f} us/page",
+    )
+    effects = [e for entry in journal for e in of_entry(entries.decode(entry))]
+    t = clock()
+    _, made = fold(cache.get, root3, SALT, effects)
+    report("fold 20k creations", clock() - t, len(journal), f"{len(made)} new nodes")
+    t = clock()
+    view.rebase(root3, 20_000)
+    report("rebase", clock() - t, len(journal))
 
 
 if __name__ == "__main__":

@@ -150,6 +150,8 @@ def test_round_trips_follow_the_height():
     _, rounds, nodes = fetching(blobs, lambda c: tree.diff(c.get, root, other))
     assert rounds <= height
     assert nodes <= 3 * height  # equal subtrees are not read
+    _, rounds, _ = fetching(blobs, lambda c: tree.check(c.get, root, b"s", 600))
+    assert rounds == height
 
 
 def test_encoding_and_cutting_are_those_on_disk():
