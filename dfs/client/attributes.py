@@ -1,7 +1,7 @@
 """Attributes of inodes: what `stat` shows, and the operations that change them.
 
-`Attr` is the value the VFS hands out.  The functions are pure operations on a transaction: they read
-and write through it and raise `FsError`.
+`Attr` is the value the VFS hands out.  The functions are pure operations on a transaction: they
+read and write through it and raise `FsError`.
 """
 
 import errno
@@ -32,7 +32,8 @@ class Attr:
     """
 
     __slots__ = (
-        "atime", "btime", "ctime", "gid", "ino", "kind", "mode", "mtime", "nlink", "rdev", "size", "uid",
+        "atime", "btime", "ctime", "gid", "ino", "kind", "mode", "mtime", "nlink", "rdev", "size",
+        "uid",
     )  # fmt: skip
 
     def __init__(self, ino: int, inode: Inode) -> None:
@@ -107,8 +108,8 @@ def set_attr(
 ) -> Inode:
     """chmod, chown and utimens in one; None leaves a field as it is.  Returns the inode as it becomes.
 
-    A change of owner or group clears set-user-ID, and set-group-ID of what its group may execute, on
-    everything but directories, unless the same call sets the mode.
+    A change of owner or group clears set-user-ID, and set-group-ID of what its group may execute,
+    on everything but directories, unless the same call sets the mode.
     """
     inode = get_inode(txn, ino)
     changes: list[fx.Change] = []

@@ -1,9 +1,9 @@
 """Cache of file data: verified parts of chunks, bounded in bytes.
 
-Chunks are immutable, so nothing in this cache can ever be stale; it needs no invalidation.  A part is
-1 MiB of a chunk (what streaming readers want) or, for scattered small reads, one 64 KiB block.
-Concurrent readers of a part share one fetch, which runs in the mount's nursery so that it survives the
-reader that started it.
+Chunks are immutable, so nothing in this cache can ever be stale; it needs no invalidation.  A part
+is 1 MiB of a chunk (what streaming readers want) or, for scattered small reads, one 64 KiB block.
+Concurrent readers of a part share one fetch, which runs in the mount's nursery so that it survives
+the reader that started it.
 """
 
 from collections.abc import Iterable

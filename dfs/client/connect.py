@@ -1,7 +1,7 @@
 """How a client reaches a cluster: from a file or seed addresses to a `Cluster`.
 
-`ClusterRef` names a cluster; `connect` turns it into a live `Cluster` (RPC endpoint, newest map, blob
-client).  Nothing here keeps a connection of its own: the endpoint does.
+`ClusterRef` names a cluster; `connect` turns it into a live `Cluster` (RPC endpoint, newest map,
+blob client).  Nothing here keeps a connection of its own: the endpoint does.
 """
 
 import contextlib
@@ -154,8 +154,8 @@ async def connect(
 ) -> AsyncIterator[Cluster]:
     """Connect to a cluster for the length of the block.
 
-    Raises `Unreachable` when all seeds are dead, `WrongCluster` when they belong to another cluster.
-    An error raised inside the block leaves it as it is, not wrapped in a group.
+    Raises `Unreachable` when all seeds are dead, `WrongCluster` when they belong to another
+    cluster.  An error raised inside the block leaves it as it is, not wrapped in a group.
     """
     clock = clock or SystemClock()
     random = random or SystemRandom()

@@ -1,20 +1,20 @@
 """File data of one client: write-back, commit, read-ahead.
 
-Writes go to the file's `WriteBuffer`.  Whole 4 MiB windows are uploaded at once, in the background; the
-rest when the file is committed: by flush or fsync, by a task a second after the first write, or because
-too much is uncommitted.  A commit is, in this order: upload what is left, packed into shared chunks; a
-`sync` barrier, after which the chunks are durable on W servers; one transaction with the extents, size
-and times.  So a commit never names a chunk that could be lost.  Up to 4 KiB need no chunk at all: they
-are inline extents.
+Writes go to the file's `WriteBuffer`.  Whole 4 MiB windows are uploaded at once, in the background;
+the rest when the file is committed: by flush or fsync, by a task a second after the first write, or
+because too much is uncommitted.  A commit is, in this order: upload what is left, packed into
+shared chunks; a `sync` barrier, after which the chunks are durable on W servers; one transaction
+with the extents, size and times.  So a commit never names a chunk that could be lost.  Up to 4 KiB
+need no chunk at all: they are inline extents.
 
 Concurrency contract.  One loop; code between awaits is atomic.  `File.lock` is held by commits and
 truncation of a file, never by reads or writes.  While a commit waits, writes go on: they cut the
-segments under commit, and `WriteBuffer.forget` afterwards drops only what is still as it was committed.
-A reader takes committed extents and dirty segments in one step, so it sees a write either in the buffer
-or in the extents; chunk bytes are fetched afterwards and are immutable.
+segments under commit, and `WriteBuffer.forget` afterwards drops only what is still as it was
+committed.  A reader takes committed extents and dirty segments in one step, so it sees a write
+either in the buffer or in the extents; chunk bytes are fetched afterwards and are immutable.
 
-A failed write-back keeps the data, is tried again by the next commit, and its error is raised once, by
-the next write, flush or fsync.
+A failed write-back keeps the data, is tried again by the next commit, and its error is raised once,
+by the next write, flush or fsync.
 """
 
 import errno
@@ -72,7 +72,8 @@ class File:
     """What this client knows of one regular file that is open or dirty."""
 
     __slots__ = (
-        "buffer", "dirty_since", "error", "handles", "ino", "lock", "mtime", "orphan", "size", "span",
+        "buffer", "dirty_since", "error", "handles", "ino", "lock", "mtime", "orphan", "size",
+        "span",
     )  # fmt: skip
 
     def __init__(self, ino: int) -> None:

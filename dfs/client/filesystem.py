@@ -1,13 +1,14 @@
 """`FileSystem`: the VFS of dfs, defined here and only here.
 
 An inode-based POSIX file system on one session at one volume: no FUSE types, no paths (see
-`dfs.client.paths`), no permission checks (the kernel does those for a mount; a library client has the
-rights of its credentials).  Names are bytes, times nanoseconds, errors `FsError`.
+`dfs.client.paths`), no permission checks (the kernel does those for a mount; a library client has
+the rights of its credentials).  Names are bytes, times nanoseconds, errors `FsError`.
 
-Every operation on names or attributes is committed before it returns.  File data is written back: it is
-committed by `flush`, `fsync`, `release`, or a second after it was written (see `dfs.client.files`).
-Looking (`lookup`, `getattr`, `readdir`) answers from the session's view, at most 1.5 s old; `open`
-first brings the view up to date, so that it sees whatever was closed before, on any client.
+Every operation on names or attributes is committed before it returns.  File data is written back:
+it is committed by `flush`, `fsync`, `release`, or a second after it was written (see
+`dfs.client.files`).  Looking (`lookup`, `getattr`, `readdir`) answers from the session's view, at
+most 1.5 s old; `open` first brings the view up to date, so that it sees whatever was closed before,
+on any client.
 """
 
 import contextlib
@@ -56,8 +57,8 @@ class FsStats(NamedTuple):
 class FileSystem:
     """The file system of one volume; see the module's docstring.
 
-    `clear_privileges`: whether a write clears set-user-ID bits here; a FUSE mount leaves that to the
-    kernel, which knows who writes.
+    `clear_privileges`: whether a write clears set-user-ID bits here; a FUSE mount leaves that to
+    the kernel, which knows who writes.
     """
 
     def __init__(
@@ -453,8 +454,8 @@ class FileSystem:
     async def _purge_orphans(self, delay: float = 0.0) -> None:
         """Remove what sessions that ended left open and unlinked, if nobody else may need it.
 
-        An orphan does not say who has it open, so only a session that knows to be the only writing one
-        purges, and spares what it has open itself.
+        An orphan does not say who has it open, so only a session that knows to be the only writing
+        one purges, and spares what it has open itself.
         """
         await trio.sleep(delay)
         if not self.session.alone:
@@ -486,7 +487,8 @@ async def open_filesystem(
     """A `FileSystem` for the length of the block; at its end dirty data is committed.
 
     `chunks(session)` makes the chunk client (whose `run` is started here).  `options` go to
-    `FileSystem`.  Errors are raised as they are, not wrapped in a group; so is a failed last commit.
+    `FileSystem`.  Errors are raised as they are, not wrapped in a group; so is a failed last
+    commit.
     """
     session = Session(cluster, volume, mode=mode, name=name, deadline=deadline)
     error: BaseException | None = None

@@ -50,8 +50,8 @@ class FileHandle:
 class DirHandle:
     """An open directory: where its reader is.
 
-    A cookie names a bucket of names with equal hashes; `names` are those of it that were returned, so
-    that a reader stopped inside a bucket continues there.
+    A cookie names a bucket of names with equal hashes; `names` are those of it that were returned,
+    so that a reader stopped inside a bucket continues there.
     """
 
     __slots__ = ("cookie", "ino", "names")

@@ -1,18 +1,23 @@
 """Names: every POSIX operation on directories, as pure functions on a transaction.
 
 A function reads through the transaction, buffers effects in it and returns the result, or raises
-`FsError`; it may be run any number of times and knows neither network nor time (`now` is an argument).
-What makes the concurrency right is what each function *reads*:
+`FsError`; it may be run any number of times and knows neither network nor time (`now` is an
+argument).  What makes the concurrency right is what each function *reads*:
 
-- creating reads the directory's INODE (so it conflicts with the directory's removal) and the one bucket
+- creating reads the directory's INODE (so it conflicts with the directory's removal) and the one
+bucket
   of the name (so it conflicts with the same name), never the whole directory;
-- the directory's times, size and link count are changed by LAST and ADD, which conflict with nobody;
-- a file's link count is SET, because "was that the last name?" must be decided by one of two unlinks;
-- rmdir reads the directory's whole ENTRY group; renaming a directory reads the INODEs of all ancestors
+- the directory's times, size and link count are changed by LAST and ADD, which conflict with
+nobody;
+- a file's link count is SET, because "was that the last name?" must be decided by one of two
+unlinks;
+- rmdir reads the directory's whole ENTRY group; renaming a directory reads the INODEs of all
+ancestors
   of its new place, so that two renames cannot make a loop.
 
-A directory's `size` is its number of entries, its link count 2 + its subdirectories.  `Inode.parent` is
-the directory of the inode's primary name; further names of a file are recorded as BACKLINKs.
+A directory's `size` is its number of entries, its link count 2 + its subdirectories.
+`Inode.parent` is the directory of the inode's primary name; further names of a file are recorded as
+BACKLINKs.
 """
 
 import errno

@@ -1,19 +1,23 @@
 """A session: one client's standing at one volume, and the loop that keeps its view true.
 
-Concurrency contract.  Everything runs on one trio loop, so code between two awaits is atomic.  Three
-tasks serve a session: *commit* (the only sender of `vol.commit`, one request in flight), *watch* (long
-poll; also the session's beat, and the only one that opens and reopens) and *sync* (confirmed reads on
-demand).  All three hand journal entries to `_absorb`, which applies them strictly in order whatever
-order they arrive in; no lock is needed because an entry leaves `_pending` in the same step that applies
-it.  An operation is a pure function on a `Txn` of the view and may be run any number of times.
+Concurrency contract.  Everything runs on one trio loop, so code between two awaits is atomic.
+Three tasks serve a session: *commit* (the only sender of `vol.commit`, one request in flight),
+*watch* (long poll; also the session's beat, and the only one that opens and reopens) and *sync*
+(confirmed reads on demand).  All three hand journal entries to `_absorb`, which applies them
+strictly in order whatever order they arrive in; no lock is needed because an entry leaves
+`_pending` in the same step that applies it.  An operation is a pure function on a `Txn` of the view
+and may be run any number of times.
 
 What is known when:
 
-- a *verdict* for a transaction is final.  Anything else than a verdict means "unknown", so the identical
-  request is sent again, to any home, until the deadline; then the session is over, because whether its
-  last request took effect can no longer be learned.  A new session is opened in its place.
-- the view is *fresh* while the last confirmed answer was asked for less than `FRESH` seconds ago.  A
-  view that is not fresh answers nothing; operations wait for freshness up to the deadline, then EIO.
+- a *verdict* for a transaction is final.  Anything else than a verdict means "unknown", so the
+identical
+  request is sent again, to any home, until the deadline; then the session is over, because whether
+  its last request took effect can no longer be learned.  A new session is opened in its place.
+- the view is *fresh* while the last confirmed answer was asked for less than `FRESH` seconds ago.
+A
+  view that is not fresh answers nothing; operations wait for freshness up to the deadline, then
+  EIO.
 """
 
 import contextlib
@@ -40,7 +44,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 FRESH = 1.5  # seconds a confirmed answer keeps the view fresh
 WATCH_WAIT = 0.5  # seconds the home may hold a watch
-ATTEMPT = 2.0  # seconds one home is given to answer before another is asked
+ATTEMPT = 3.0  # seconds one home is given to answer before another is asked
 DEADLINE = 30.0  # seconds until an operation gives up with EIO
 MAX_BATCH = 256  # transactions a request
 MAX_BATCH_BYTES = 1 << 20  # effects a request, roughly
@@ -92,8 +96,9 @@ class _Submission(Generic[T]):
 class Session:
     """One client's session at one volume.
 
-    `view` is the volume as this session knows it, `params` the volume's genesis parameters, `sid` the
-    session's id (it changes when the session is replaced after a loss).  `mode` is "rw" or "ro".
+    `view` is the volume as this session knows it, `params` the volume's genesis parameters, `sid`
+    the session's id (it changes when the session is replaced after a loss).  `mode` is "rw" or
+    "ro".
     """
 
     def __init__(
@@ -155,8 +160,8 @@ class Session:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Open, report started, then serve until cancelled.
 
-        Raises what the first open raises: `VolumeNotFound`/`NotFound`, or `FsError` EIO when no home
-        answers within the deadline.
+        Raises what the first open raises: `VolumeNotFound`/`NotFound`, or `FsError` EIO when no
+        home answers within the deadline.
         """
         await self._open(self._clock.monotonic() + self.deadline)
         task_status.started()
@@ -233,9 +238,10 @@ class Session:
     async def transact(self, op: Callable[[Txn], T], *, oldest: int = 0) -> T:
         """Run a mutating operation and commit it; returns once a majority holds it.
 
-        `op` is pure and is run again after a conflict.  A `DfsError` that it raises is only raised here
-        once the home has confirmed that what the operation read is still so.  Raises `FsError` EIO when
-        no quorum answered until the deadline.  `oldest`: stamp of the oldest chunk the effects rely on.
+        `op` is pure and is run again after a conflict.  A `DfsError` that it raises is only raised
+        here once the home has confirmed that what the operation read is still so.  Raises `FsError`
+        EIO when no quorum answered until the deadline.  `oldest`: stamp of the oldest chunk the
+        effects rely on.
         """
         give_up = self._clock.monotonic() + self.deadline
         conflicts = 0
@@ -382,7 +388,7 @@ class Session:
             result, _ = await self.cluster.rpc.call(
                 address, method, args, timeout=timeout, priority=priority
             )
-        except (Fenced, InvalidArgument, NotFound):
+        except (Fenced, InvalidArgument):
             raise
         except DfsError as e:
             if self._owner == home:
@@ -524,15 +530,14 @@ class Session:
             try:
                 if self._over:
                     await self._wait_fresh(give_up)
-                seq, owner = await self._ask("vol.sync", (self.volume,), timeout=ATTEMPT)
-                while self.view.seq < seq and not self._over:
-                    upto, received, reset, owner = await self._ask(
-                        "vol.watch", (self.volume, self.sid, self.view.seq, 0.0), timeout=ATTEMPT
-                    )
-                    await self._follow(upto, received, reset, asked_at, owner)
+                # A watch that does not wait is confirmed and brings the entries along.
+                seq, received, reset, owner = await self._ask(
+                    "vol.watch", (self.volume, self.sid, self.view.seq, 0.0), timeout=ATTEMPT
+                )
                 if not self._over:
-                    self._heard(asked_at, owner)
-                    return None
+                    await self._follow(seq, received, reset, asked_at, owner)
+                    if self.view.seq >= seq:
+                        return None
             except FsError as e:
                 return e
             except DfsError as e:
@@ -601,8 +606,8 @@ class Session:
         give_up = self._clock.monotonic() + self.deadline
         attempt = 0
         failure: DfsError
+        asked_at = self._clock.monotonic()
         while True:
-            asked_at = self._clock.monotonic()
             if generation != self._generation or self._over:
                 failure = Fenced("the session was lost while a commit was on its way")
                 break
@@ -630,13 +635,21 @@ class Session:
                 continue
             self._counts["commits"] += 1
             self._counts["transactions"] += len(batch)
-            self._heard(asked_at, owner)
+            while self.view.seq < seq and generation == self._generation:
+                await self._news.park()  # the tail was cut: the watch task resets the view
+            if True in verdicts:  # otherwise the answer says nothing about now
+                self._heard(asked_at, owner)
             for submission, verdict in zip(batch, verdicts, strict=True):
                 submission.resolve(bool(verdict))
             return
-        error = FsError(f"{self._no_quorum()}; last: {failure}", errno.EIO)
         if isinstance(failure, InvalidArgument):
             error = FsError(f"commit refused: {failure}", errno.EINVAL)
+        elif isinstance(failure, Fenced):
+            error = FsError(
+                f"it is not known whether the operation took place: {failure}", errno.EIO
+            )
+        else:
+            error = FsError(f"{self._no_quorum()}; last: {failure}", errno.EIO)
         for submission in batch:
             submission.resolve(error)
 

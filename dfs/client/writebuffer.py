@@ -2,8 +2,8 @@
 
 Segments never overlap; writing over a segment cuts it.  A segment's bytes lie in a `Source`: the
 buffer that came with the write, or an `Upload`, a chunk being sent, into which many segments were
-gathered.  Nothing is copied: segments are windows on the buffers that the caller handed over, and must
-not be changed afterwards.
+gathered.  Nothing is copied: segments are windows on the buffers that the caller handed over, and
+must not be changed afterwards.
 
 The buffer is plain data without IO: `dfs.client.files` decides when to upload and to commit.
 """

@@ -1,8 +1,8 @@
 """An in-memory cluster for tests of the client: one sequential home, dict blobs, dict chunks.
 
 `FakeHome` implements the `vol.*` and `jrnl.genesis` methods with a plain list as the journal and
-optimistic concurrency judged one request at a time.  Every client gets its own `FakeRpc`, whose knobs
-make calls slow, unreachable, or executed without an answer; arguments and results go through
+optimistic concurrency judged one request at a time.  Every client gets its own `FakeRpc`, whose
+knobs make calls slow, unreachable, or executed without an answer; arguments and results go through
 `dfs.codec`, so that only what fits on the wire passes.
 """
 

@@ -1,0 +1,177 @@
+"""One mount: checks, options, the kernel's knobs, the main loop, a clean end."""
+
+import contextlib
+import errno
+import gc
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from dfs.client.filesystem import FileSystem
+from dfs.errors import ConfigError, DfsError, FsError
+from fuse.invalidate import Invalidator
+from fuse.operations import Operations
+
+log = logging.getLogger(__name__)
+
+MIN_TASKS, MAX_TASKS = 16, 64  # each keeps a 1 MiB buffer once it has received a request
+READ_AHEAD_KB = 1024  # the kernel's default of 128 makes 128 KiB requests
+MAX_BACKGROUND, CONGESTION = 64, 48
+FLUSH_TIMEOUT = 60.0  # seconds that an unmount waits for dirty data
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """How to mount; `volume` is a name for messages and /proc/mounts."""
+
+    mountpoint: str
+    volume: str
+    read_only: bool = False
+    xattrs: bool = False
+    allow_other: bool = True  # only has an effect for root
+
+    def fuse_options(self) -> set[str]:
+        """Options for libfuse.  Never `max_read`: libfuse refuses it in this combination."""
+        options = set(pyfuse3.default_options)
+        options |= {"default_permissions", f"fsname=dfs:{self.volume}", "subtype=dfs"}
+        if self.read_only:
+            options.add("ro")
+        if self.allow_other and os.geteuid() == 0:
+            options.add("allow_other")
+        return options
+
+
+def check_mountpoint(mountpoint: str) -> None:
+    """Raise `ConfigError` that says why nothing can be mounted there."""
+    path = Path(mountpoint)
+    try:
+        if not path.is_dir():
+            what = "is not a directory" if path.exists() else "does not exist; create it first"
+            raise ConfigError(f"mount point {path} {what}")
+        if is_mounted(mountpoint):
+            raise ConfigError(
+                f"mount point {path} is busy: something is mounted there;"
+                f" `fusermount3 -u {path}` unmounts it"
+            )
+        if any(path.iterdir()):
+            raise ConfigError(f"mount point {path} is not empty; a mount would hide its content")
+    except OSError as e:
+        if e.errno == errno.ENOTCONN:
+            raise ConfigError(
+                f"mount point {path} holds a dead mount; remove it with `fusermount3 -uz {path}`"
+            ) from e
+        raise ConfigError(f"mount point {path} is not usable: {e.strerror}") from e
+
+
+def check_system(device: str = "/dev/fuse") -> None:
+    """Raise `ConfigError` when this machine cannot mount FUSE file systems."""
+    if not Path(device).exists():
+        raise ConfigError(
+            f"{device} does not exist: load the kernel module (`modprobe fuse`), or give the"
+            " container the device"
+        )
+    if not os.access(device, os.R_OK | os.W_OK):
+        raise ConfigError(f"{device} may not be opened by this user")
+    paths = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    if not any(os.access(Path(p, "fusermount3"), os.X_OK) for p in paths):
+        raise ConfigError("fusermount3 is not installed; install the package fuse3")
+
+
+def _mounts() -> list[tuple[str, str]]:
+    """(device "major:minor", mount point) of everything mounted."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split(" ")
+        found.append((fields[2], fields[4].encode().decode("unicode_escape")))
+    return found
+
+
+def is_mounted(mountpoint: str) -> bool:
+    """Whether something is mounted exactly there."""
+    real = os.path.realpath(mountpoint)
+    return any(place == real for _, place in _mounts())
+
+
+def tune(real_mountpoint: str) -> None:
+    """Raise the kernel's read-ahead and background limits; needs root, does nothing without.
+
+    libfuse offers no option for either, but both may be set once the mount is there.  The argument
+    must be resolved already: looking at the mount point now would wait for ourselves.
+    """
+    minors = [device.split(":")[1] for device, place in _mounts() if place == real_mountpoint]
+    if not minors:
+        return
+    for path, value in (
+        (f"/sys/class/bdi/0:{minors[-1]}/read_ahead_kb", READ_AHEAD_KB),
+        (f"/sys/fs/fuse/connections/{minors[-1]}/max_background", MAX_BACKGROUND),
+        (f"/sys/fs/fuse/connections/{minors[-1]}/congestion_threshold", CONGESTION),
+    ):
+        try:
+            Path(path).write_text(str(value))
+        except OSError as e:
+            log.debug("%s stays as it is: %s", path, e)
+
+
+def tune_collector() -> None:
+    """Keep the garbage collector away from what start-up made, and make it rarer."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
+@contextlib.asynccontextmanager
+async def mounted(fs: FileSystem, options: MountOptions) -> AsyncIterator[Operations]:
+    """The file system in the kernel for the length of the block; `serve` must run inside."""
+    invalidator = Invalidator()
+    operations = Operations(fs, invalidator, xattrs=options.xattrs)
+    try:
+        pyfuse3.init(operations, options.mountpoint, options.fuse_options())
+    except RuntimeError as e:
+        invalidator.stop()
+        raise ConfigError(
+            f"cannot mount on {options.mountpoint}: {e}; the lines above tell what libfuse says"
+        ) from e
+    try:
+        yield operations
+    finally:
+        invalidator.stop()
+        pyfuse3.close(unmount=True)
+
+
+async def serve(fs: FileSystem, options: MountOptions, ready: Callable[[], None]) -> None:
+    """Mount, call `ready`, serve until SIGTERM, SIGINT or an unmount; then commit what is dirty.
+
+    Raises `ConfigError` when it cannot mount, `FsError` when dirty data could not be committed.
+    """
+    real = os.path.realpath(options.mountpoint)
+    async with mounted(fs, options):
+        tune(real)
+        tune_collector()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_until_signal, fs)
+            ready()
+            await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
+            nursery.cancel_scope.cancel()
+    with trio.move_on_after(FLUSH_TIMEOUT) as limit:
+        await fs.shut_down()
+    if limit.cancelled_caught:
+        raise FsError("data that was written could not be committed before the end", errno.EIO)
+
+
+async def _until_signal(fs: FileSystem) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            log.info("%s: unmounting", signal.Signals(number).name)
+            try:  # while the mount still serves: whatever is written from now on comes after
+                with trio.move_on_after(FLUSH_TIMEOUT):
+                    await fs.shut_down()
+            except DfsError as e:
+                log.warning("not everything is committed: %s", e)
+            pyfuse3.terminate()
+            return

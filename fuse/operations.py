@@ -1,0 +1,351 @@
+"""FUSE requests to `FileSystem` calls: decode, call, encode.  No rule of the file system is here.
+
+Every handler is wrapped once, in `_answering`, so that only `FUSEError` can leave it: anything else
+would end pyfuse3's main loop and with it the mount.  A cancelled handler answers too, or its caller
+would hang in the kernel for ever.
+
+Attributes and entries are valid for a second in the kernel, about as long as the session's view;
+what other clients change is invalidated as soon as the watch tells (`fuse.invalidate`).
+"""
+
+import errno
+import functools
+import logging
+import os
+import stat
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import pyfuse3
+import trio
+
+from dfs.client.filesystem import Attr, Caller, FileSystem
+from dfs.errors import DfsError
+from dfs.volume import items
+from fuse.handles import OpenInodes
+from fuse.inodes import InodeTable
+from fuse.invalidate import Invalidator
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = 1.0  # seconds that the kernel may answer from its own caches
+BLOCK_SIZE = 4096  # of statfs
+NO_LIMIT = 1 << 60  # bytes that statfs shows when nobody knows a limit
+READDIR_LIMIT = 256
+
+Handler = Callable[..., Awaitable[Any]]
+
+
+def _answering(handler: Handler) -> Handler:
+    """Let only `FUSEError` out of a handler."""
+
+    @functools.wraps(handler)
+    async def answering(self: "Operations", *args: Any) -> Any:
+        try:
+            return await handler(self, *args)
+        except pyfuse3.FUSEError:
+            raise
+        except DfsError as e:
+            if e.errno == errno.EIO:
+                log.warning("%s: %s", handler.__name__, e)
+            raise pyfuse3.FUSEError(e.errno) from None
+        except trio.Cancelled:  # pyfuse3 is being cancelled; its next checkpoint says so again
+            raise pyfuse3.FUSEError(errno.EIO) from None
+        except Exception:
+            log.exception("%s%r failed", handler.__name__, _short(args))
+            raise pyfuse3.FUSEError(errno.EIO) from None
+
+    return answering
+
+
+def _short(args: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(a if not isinstance(a, bytes) or len(a) < 300 else f"{len(a)} bytes" for a in args)
+
+
+_ENOSYS = pyfuse3.FUSEError(errno.ENOSYS)
+
+
+class Operations(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
+    """The handlers of one mount; `xattrs`: whether to serve extended attributes.
+
+    Serving them costs one more request for every write(2), since the kernel then asks for
+    `security.capability` each time; unserved, it asks once and never again.
+    """
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = False
+
+    def __init__(self, fs: FileSystem, invalidator: Invalidator, *, xattrs: bool = False) -> None:
+        """Serve `fs`."""
+        super().__init__()
+        self._fs = fs
+        self._xattrs = xattrs
+        self._invalidator = invalidator
+        self.inodes = InodeTable()
+        self.open_inodes = OpenInodes()
+        fs.session.on_change(self._changed_elsewhere)
+
+    # ------------------------------------------------------------------ encoding
+
+    def _attributes(self, attr: Attr) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = attr.ino
+        entry.st_mode = attr.kind << 12 | attr.mode
+        entry.st_nlink = attr.nlink
+        entry.st_uid = attr.uid
+        entry.st_gid = attr.gid
+        entry.st_rdev = attr.rdev
+        entry.st_size = attr.size
+        entry.st_blocks = (attr.size + 511) >> 9
+        entry.st_blksize = 1 << 17
+        entry.st_atime_ns = attr.atime
+        entry.st_mtime_ns = attr.mtime
+        entry.st_ctime_ns = attr.ctime
+        entry.st_birthtime_ns = attr.btime
+        entry.entry_timeout = TIMEOUT
+        entry.attr_timeout = TIMEOUT
+        return entry
+
+    def _entry(self, parent: int, name: bytes, attr: Attr) -> pyfuse3.EntryAttributes:
+        """Attributes of an entry; the kernel will hold the inode."""
+        key = items.entry_key(parent, self._fs.namespace.cookie(name))
+        self.inodes.looked_up(attr.ino, key, parent, name)
+        return self._attributes(attr)
+
+    def _changed_elsewhere(self, keys: Sequence[bytes] | None) -> None:
+        """Another session's commit: have the kernel forget what it knows of these items."""
+        inodes, invalidator = self.inodes, self._invalidator
+        if keys is None:
+            for parent, name in inodes.places():
+                invalidator.entry(parent, name)
+            for ino in inodes.all():
+                invalidator.inode(ino)
+            return
+        for key in keys:
+            ino, kind, _ = items.split_key(key)
+            if kind == items.ENTRY:
+                for name in inodes.names(key):
+                    invalidator.entry(ino, name)
+            elif kind in (items.INODE, items.EXTENT) and ino in inodes:
+                invalidator.inode(ino)
+
+    # ------------------------------------------------------------------ names
+
+    async def lookup(self, parent: int, name: bytes, _ctx: Any) -> pyfuse3.EntryAttributes:
+        """LOOKUP."""
+        return self._entry(parent, name, await self._fs.lookup(parent, name))
+
+    async def forget(self, forgotten: Sequence[tuple[int, int]]) -> None:
+        """FORGET and BATCH_FORGET; must not fail."""
+        for ino, count in forgotten:
+            self.inodes.forget(ino, count)
+
+    async def mknod(
+        self, parent: int, name: bytes, mode: int, rdev: int, ctx: Any
+    ) -> pyfuse3.EntryAttributes:
+        """MKNOD."""
+        attr = await self._fs.mknod(parent, name, mode, rdev, Caller(ctx.uid, ctx.gid))
+        return self._entry(parent, name, attr)
+
+    async def mkdir(self, parent: int, name: bytes, mode: int, ctx: Any) -> pyfuse3.EntryAttributes:
+        """MKDIR."""
+        attr = await self._fs.mkdir(parent, name, mode & 0o7777, Caller(ctx.uid, ctx.gid))
+        return self._entry(parent, name, attr)
+
+    async def symlink(
+        self, parent: int, name: bytes, target: bytes, ctx: Any
+    ) -> pyfuse3.EntryAttributes:
+        """SYMLINK."""
+        attr = await self._fs.symlink(parent, name, target, Caller(ctx.uid, ctx.gid))
+        return self._entry(parent, name, attr)
+
+    async def link(self, ino: int, parent: int, name: bytes, _ctx: Any) -> pyfuse3.EntryAttributes:
+        """LINK."""
+        return self._entry(parent, name, await self._fs.link(ino, parent, name))
+
+    async def readlink(self, ino: int, _ctx: Any) -> bytes:
+        """READLINK."""
+        return await self._fs.readlink(ino)
+
+    async def unlink(self, parent: int, name: bytes, _ctx: Any) -> None:
+        """UNLINK."""
+        await self._fs.unlink(parent, name)
+
+    async def rmdir(self, parent: int, name: bytes, _ctx: Any) -> None:
+        """RMDIR."""
+        await self._fs.rmdir(parent, name)
+
+    async def rename(
+        self,
+        parent: int,
+        name: bytes,
+        new_parent: int,
+        new_name: bytes,
+        flags: int,
+        _ctx: Any,
+    ) -> None:
+        """RENAME and RENAME2."""
+        await self._fs.rename(parent, name, new_parent, new_name, flags)
+
+    # ------------------------------------------------------------------ attributes
+
+    async def getattr(self, ino: int, _ctx: Any) -> pyfuse3.EntryAttributes:
+        """GETATTR."""
+        return self._attributes(await self._fs.getattr(ino))
+
+    async def setattr(
+        self, ino: int, attr: pyfuse3.EntryAttributes, fields: Any, _fh: Any, _ctx: Any
+    ) -> pyfuse3.EntryAttributes:
+        """SETATTR: chmod, chown, truncate, utimens."""
+        changed = await self._fs.setattr(
+            ino,
+            mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime=attr.st_atime_ns if fields.update_atime else None,
+            mtime=attr.st_mtime_ns if fields.update_mtime else None,
+            ctime=attr.st_ctime_ns if fields.update_ctime else None,
+        )
+        return self._attributes(changed)
+
+    async def statfs(self, _ctx: Any) -> pyfuse3.StatvfsData:
+        """STATFS."""
+        stats = await self._fs.statfs()
+        found = pyfuse3.StatvfsData()
+        found.f_bsize = found.f_frsize = BLOCK_SIZE
+        total = stats.total or NO_LIMIT
+        free = stats.free if stats.total else NO_LIMIT - min(stats.used, NO_LIMIT)
+        found.f_blocks = total // BLOCK_SIZE
+        found.f_bfree = found.f_bavail = free // BLOCK_SIZE
+        found.f_files = stats.inodes + stats.free_inodes
+        found.f_ffree = found.f_favail = stats.free_inodes
+        found.f_namemax = items.MAX_NAME
+        return found
+
+    async def access(self, _ino: int, _mode: int, _ctx: Any) -> bool:
+        """ACCESS; the kernel checks permissions itself (`default_permissions`)."""
+        return True
+
+    async def getxattr(self, ino: int, name: bytes, _ctx: Any) -> bytes:
+        """GETXATTR."""
+        if not self._xattrs:
+            raise _ENOSYS
+        return await self._fs.getxattr(ino, name)
+
+    async def listxattr(self, ino: int, _ctx: Any) -> Sequence[bytes]:
+        """LISTXATTR."""
+        if not self._xattrs:
+            raise _ENOSYS
+        return await self._fs.listxattr(ino)
+
+    async def setxattr(self, ino: int, name: bytes, value: bytes, _ctx: Any) -> None:
+        """SETXATTR; pyfuse3 does not hand over the flags."""
+        if not self._xattrs:
+            raise _ENOSYS
+        await self._fs.setxattr(ino, name, value)
+
+    async def removexattr(self, ino: int, name: bytes, _ctx: Any) -> None:
+        """REMOVEXATTR."""
+        if not self._xattrs:
+            raise _ENOSYS
+        await self._fs.removexattr(ino, name)
+
+    # ------------------------------------------------------------------ files
+
+    async def open(self, ino: int, flags: int, _ctx: Any) -> pyfuse3.FileInfo:
+        """OPEN; O_TRUNC arrives here.  ESTALE makes the kernel look the name up again."""
+        mode = flags & os.O_ACCMODE
+        handle = await self._fs.open(
+            ino,
+            readable=mode != os.O_WRONLY,
+            writable=mode != os.O_RDONLY,
+            truncate=bool(flags & os.O_TRUNC),
+        )
+        # What others changed was queued for invalidation while the open brought the view up to
+        # date; the kernel must have dropped its size and pages before it reads: close-to-open.
+        if self._invalidator.is_pending(ino):
+            await self._invalidator.wait_inode(ino)
+        self.open_inodes.opened(handle, ino)
+        return pyfuse3.FileInfo(fh=handle, keep_cache=True)
+
+    async def create(
+        self, parent: int, name: bytes, mode: int, flags: int, ctx: Any
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        """CREATE: make and open."""
+        attr, handle = await self._fs.create(
+            parent,
+            name,
+            stat.S_IMODE(mode),
+            Caller(ctx.uid, ctx.gid),
+            exclusive=bool(flags & os.O_EXCL),
+            truncate=bool(flags & os.O_TRUNC),
+        )
+        self.open_inodes.opened(handle, attr.ino)
+        return pyfuse3.FileInfo(fh=handle, keep_cache=True), self._entry(parent, name, attr)
+
+    async def read(self, fh: int, offset: int, size: int) -> Any:
+        """READ."""
+        return await self._fs.read(fh, offset, size)
+
+    async def write(self, fh: int, offset: int, data: bytes) -> int:
+        """WRITE."""
+        return await self._fs.write(fh, offset, data)
+
+    async def flush(self, fh: int) -> None:
+        """FLUSH: close(2) of one descriptor."""
+        await self._fs.flush(fh)
+
+    async def fsync(self, fh: int, _datasync: bool) -> None:
+        """FSYNC."""
+        await self._fs.fsync(fh)
+
+    async def release(self, fh: int) -> None:
+        """RELEASE: the last descriptor is closed."""
+        self.open_inodes.released(fh)
+        await self._fs.release(fh)
+
+    # ------------------------------------------------------------------ directories
+
+    async def opendir(self, ino: int, _ctx: Any) -> int:
+        """OPENDIR."""
+        return self.open_inodes.opened(await self._fs.opendir(ino), ino)
+
+    async def readdir(self, fh: int, start: int, token: Any) -> None:
+        """READDIRPLUS, from the cookie `start` until the kernel's buffer is full."""
+        ino = self.open_inodes.inode(fh)
+        for cookie, name in ((1, b"."), (2, b"..")):
+            if start < cookie:  # these two are not counted as looked up
+                attr = await self._fs.lookup(ino, name)
+                if not pyfuse3.readdir_reply(token, name, self._attributes(attr), cookie):
+                    return
+                start = cookie
+        while True:
+            entries = await self._fs.readdir(fh, start, READDIR_LIMIT)
+            for name, cookie, attr in entries:
+                if not pyfuse3.readdir_reply(token, name, self._attributes(attr), cookie):
+                    return
+                self._entry(ino, name, attr)
+                self._fs.returned(fh, name, cookie)
+                start = cookie
+            if not entries:
+                return
+
+    async def fsyncdir(self, fh: int, _datasync: bool) -> None:
+        """FSYNCDIR."""
+        await self._fs.fsyncdir(fh)
+
+    async def releasedir(self, fh: int) -> None:
+        """RELEASEDIR."""
+        self.open_inodes.released(fh)
+        await self._fs.releasedir(fh)
+
+
+HANDLERS = tuple(
+    name
+    for name, value in vars(Operations).items()
+    if not name.startswith("_") and callable(value) and name != "forget"
+)
+for _name in HANDLERS:
+    setattr(Operations, _name, _answering(getattr(Operations, _name)))

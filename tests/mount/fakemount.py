@@ -1,0 +1,92 @@
+"""Mounts the in-memory cluster, twice if asked: `python fakemount.py MOUNTPOINT [MOUNTPOINT]`.
+
+Two mount points are two clients of one volume, in two processes that talk to the fake home of the
+first over nothing but a pipe would be too much: so one process serves one mount point, and the second
+client is a `FileSystem` in it that obeys commands on standard input (`write NAME TEXT`, `read NAME`,
+`unlink NAME`, `rename A B`, `mkdir NAME`, `break`, `mend`, `quit`), one answer line each.
+"""
+
+import logging
+import sys
+
+import trio
+
+from dfs.client.filesystem import FileSystem
+from dfs.client.paths import read_path, resolve, write_path
+from dfs.client.registry import make_root
+from dfs.client.session import Session
+from dfs.errors import DfsError
+from dfs.testing.fakehome import FakeHome
+from fuse.mount import MountOptions, serve
+
+VOLUME = b"v" * 16
+
+
+async def client(home, nursery, seed, **options):
+    cluster = home.client(seed=seed, name=f"client{seed}")
+    session = Session(cluster, VOLUME, name=f"c{seed}", deadline=3.0)
+    await nursery.start(session.run)
+    await session.transact(lambda txn: make_root(txn, 1))
+    fs = FileSystem(session, home.chunk_client(), **options)
+    fs.rpc = cluster.rpc
+    await nursery.start(fs.run)
+    return fs
+
+
+async def obey(line, home, mounted, other):
+    command, *args = line.split(" ")
+    names = [a.encode() for a in args]
+    if command == "write":
+        await write_path(other, names[0], names[1])
+    elif command == "read":
+        return (await read_path(other, names[0])).decode()
+    elif command == "unlink":
+        await other.unlink(1, names[0])
+    elif command == "rename":
+        await other.rename(1, names[0], 1, names[1])
+    elif command == "mkdir":
+        await other.mkdir(1, names[0], 0o755)
+    elif command == "stat":
+        return str((await resolve(other, names[0])).size)
+    elif command == "break":
+        home.chunks.broken = True
+    elif command == "mend":
+        home.chunks.broken = False
+    elif command == "cut":
+        mounted.rpc.down = {1, 2, 3}
+    elif command == "join":
+        mounted.rpc.down = set()
+    elif command == "boom":
+        mounted.readlink = None  # a bug: calling it raises TypeError
+    return "ok"
+
+
+async def commands(home, mounted, other):
+    async for line in trio.lowlevel.FdStream(0):
+        for text in line.decode().splitlines():
+            try:
+                answer = await obey(text, home, mounted, other)
+            except DfsError as e:
+                answer = f"error {e.errno}"
+            print(answer, flush=True)
+
+
+async def main(mountpoint, *flags):
+    home = FakeHome(latency=0.0002)
+    params = {"salt": b"s" * 16, "class": "strict"}
+    if "quota" in flags:
+        params["quota_bytes"] = 1 << 20
+    home.create(VOLUME, params)
+    async with trio.open_nursery() as nursery:
+        mounted = await client(home, nursery, 0, clear_privileges=False)
+        other = await client(home, nursery, 1)
+        nursery.start_soon(commands, home, mounted, other)
+        options = MountOptions(mountpoint, "fake", xattrs="xattrs" in flags)
+        await serve(mounted, options, lambda: print("ready", flush=True))
+        print(f"open {len(mounted.handles)}", flush=True)
+        nursery.cancel_scope.cancel()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    trio.run(main, *sys.argv[1:])
