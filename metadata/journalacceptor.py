@@ -272,12 +272,14 @@ class Acceptor:
         """The entry after the last chosen one is chosen."""
         seq = self.chosen + 1
         prev_hash = self.head
-        if self.pending is None or self.pending.hash != here:
+        config = apply_config(self.configs, seq, payload)
+        # That an entry is chosen need not be remembered: the next one shows it.  A config is an
+        # exception, because its old members may be gone by then: see "wiping" in JOURNAL.md.
+        if config or self.pending is None or self.pending.hash != here:
             self.out.append((PERSIST, (ENTRY, seq, NO_BALLOT, prev_hash, payload, True)))
         self.pending = None
         self.chosen, self.head = seq, here
         self._remember(prev_hash, payload)
-        apply_config(self.configs, seq, payload)
         if seq == 1:
             self.base = self.base._replace(genesis=payload)
         self.out.append((CHOSEN, seq, payload))
