@@ -29,26 +29,22 @@ def start_mount(
     try:
         arguments = ["--cluster", str(file.absolute()), "--volume", volume, *options]
         arguments += ["--ready-fd", str(writer), str(where)]
-        log_size = process.log.stat().st_size if process.log.exists() else 0
         child = spawn(process, arguments, pass_fds=(writer,))
         process.pid_file.with_suffix(".mountpoint").write_text(f"{where}\n")
         os.close(writer)
         writer = -1
-        if _wait_ready(reader, child):
-            return child.pid
+        said = _wait_ready(reader, child)
     finally:
         os.close(reader)
         if writer >= 0:
             os.close(writer)
+    if said == "ready":
+        return child.pid
     _forget(process)
     if child.poll() is None:
         child.terminate()
-        raise DfsError(
-            f"the mount of {volume} is not ready after {READY_TIMEOUT:g} s; {process.log}"
-        )
-    said = process.log.read_text(errors="replace")[log_size:].strip().splitlines()
-    reason = said[-1] if said else f"status {child.returncode}"
-    raise DfsError(f"mounting {volume} on {where} failed: {reason.removeprefix('dfs mount: ')}")
+    reason = said.removeprefix("error: ") or f"no answer, see {process.log}"
+    raise DfsError(f"mounting {volume} on {where} failed: {reason}")
 
 
 def check_mount_point(where: Path) -> Path:
@@ -138,19 +134,20 @@ def _process(directory: ClusterDir, volume: str, pid_file: Path | None) -> Proce
         number += 1
 
 
-def _wait_ready(reader: int, child: subprocess.Popen[bytes]) -> bool:
-    """True once something was written to the pipe; False when it closed or time is up."""
+def _wait_ready(reader: int, child: subprocess.Popen[bytes]) -> str:
+    """The line that the mount wrote when it was ready or failed; "" if it ended or time is up."""
     end = time.monotonic() + READY_TIMEOUT
-    while time.monotonic() < end:
+    line = b""
+    while time.monotonic() < end and not line.endswith(b"\n"):
         readable, _, _ = select.select([reader], [], [], 0.1)
         if readable:
-            if os.read(reader, 16):
-                return True
-            child.wait(5)
-            return False
-        if child.poll() is not None:
-            return False
-    return False
+            part = os.read(reader, 4096)
+            if not part:
+                break
+            line += part
+        elif child.poll() is not None:
+            break
+    return line.decode(errors="replace").strip()
 
 
 def _forget(process: Process) -> None:
