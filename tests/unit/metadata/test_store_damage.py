@@ -66,7 +66,7 @@ async def test_one_bad_block_loses_one_block():
     assert audit(store, model) == lost
     assert store.quarantined == [name]
     assert any(name in e and "damaged block" in e for e in store.errors)
-    with pytest.raises(Corrupt, match="damaged table"):
+    with pytest.raises(Corrupt, match="damaged block"):
         store.scan(b"", limit=1000)
     safe = min(k for k in model if k > max(lost))
     assert store.scan(b"", limit=2) == sorted(model.items())[:2] or b"0000" in lost
@@ -79,6 +79,8 @@ async def test_one_bad_block_loses_one_block():
     assert not env.disk.exists(f"lsm/{name}")
     assert audit(store, model) == lost
     assert store.statistics()["lost_ranges"] == 1
+    with pytest.raises(Corrupt, match="damaged table"):
+        store.scan(b"", limit=1000)
     again = await Store.open(env, options=SMALL)
     assert again.quarantined == [name]
     assert audit(again, model) == lost
