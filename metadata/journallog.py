@@ -450,6 +450,8 @@ class JournalLog:
     async def collect(self) -> int:
         """Remove old segments that hold little of use, after copying that; returns how many."""
         removed = 0
+        if len(self._segments) > 1:
+            await self.sync()  # a base counts when it is written
         while len(self._segments) > 1:
             oldest = next(iter(self._segments.values()))
             if oldest.live * CARRY_SHARE > oldest.end:

@@ -1,0 +1,325 @@
+"""The journals' log: format, recovery after power loss, damage, collection."""
+
+import random
+from pathlib import Path
+
+import pytest
+import trio
+
+from dfs.errors import Corrupt, StoreFailed
+from dfs.testing.disk import SimDisk
+from dfs.testing.journal_cores import genesis, operation
+from metadata import journallog
+from metadata.journallog import JournalLog, encode, header, mark, parse
+from metadata.journalstate import BASE, ENTRY, NO_HASH, PROMISED, chain, replay
+
+GOLDEN = Path(__file__).parents[2] / "data" / "journal-log-1.bin"
+V, W = b"v" * 16, b"w" * 16
+FIRST = genesis((0, 1, 2))
+
+
+def history(count, start=1):
+    """ENTRY records 1..count, the first a genesis, each on top of the one before."""
+    head, records = NO_HASH, []
+    for seq in range(1, count + 1):
+        payload = FIRST if seq == 1 else operation(seq) + b"x" * 20
+        records.append((ENTRY, seq, (seq, 1), head, payload, False))
+        head = chain(head, seq, payload)
+    return records[start - 1 :]
+
+
+async def running(disk, **options):
+    log, states = await JournalLog.open(disk, "journals", **options)
+    return log, states
+
+
+async def written(disk, records, volume=V, **options):
+    """A log whose records, one batch each, are durable; it is idle, but not marked so."""
+    async with trio.open_nursery() as nursery:
+        log, _ = await running(disk, **options)
+        nursery.start_soon(log.run)
+        for record in records:
+            log.append(volume, record)
+            await log.sync()
+        nursery.cancel_scope.cancel()
+    return log
+
+
+def golden_segment():
+    records = [
+        (V, (PROMISED, (1, 2))),
+        *((V, r) for r in history(3)),
+        (W, (ENTRY, 1, (0, 0), NO_HASH, FIRST, True)),
+        (V, (BASE, 2, history(3)[2][3], 1, (0, 1, 2), FIRST, (3, 1))),
+    ]
+    data = header(7) + mark(7, len(header(7)), 0)
+    for volume, record in records:
+        data += b"".join(encode(volume, record))
+    return data + mark(7, len(data), len(data)), records
+
+
+def test_the_format_is_the_one_on_disk():
+    data, records = golden_segment()
+    assert GOLDEN.read_bytes() == data, "the format changed: give it a new number"
+    found, end = parse(GOLDEN.read_bytes(), 7, last=True)
+    assert [f[:2] for f in found] == records
+    assert end == len(data)
+    assert b"".join(data[start:stop] for _, _, start, stop in found) in data.replace(
+        mark(7, len(header(7)), 0), b""
+    )
+
+
+async def test_what_was_synced_is_recovered():
+    disk = SimDisk(random.Random(1))
+    records = [*history(5), (PROMISED, (9, 2))]
+    await written(disk, records)
+    disk.crash()
+    log, states = await running(disk)
+    state = states[V]
+    assert state.promised == (9, 2)
+    assert state.chosen == 4
+    assert state.pending.payload == records[4][4]
+    assert log.read(V, 3) == (records[2][3], records[2][4])
+    assert not log.cut
+
+
+async def test_a_torn_tail_is_cut_whatever_a_power_loss_leaves():
+    """Batches are lost, torn or swapped by the crash; all that was acknowledged is there."""
+    cuts = 0
+    for seed in range(150):
+        rnd = random.Random(seed)
+        disk = SimDisk(rnd, sync_delay=0.01)
+        records = history(40)
+        durable = []
+
+        async def writer(log, records=records, durable=durable):
+            for record in records:
+                batch = log.append(V, record)
+                log.when_durable(batch, durable.append, record)
+                await trio.sleep(0.001)
+
+        async with trio.open_nursery() as nursery:
+            log, _ = await running(disk, segment_bytes=1500)
+            nursery.start_soon(log.run)
+            nursery.start_soon(writer, log)
+            await trio.sleep(rnd.random() * 0.06)
+            disk.crash()
+            nursery.cancel_scope.cancel()
+        log, states = await running(disk)
+        cuts += bool(log.cut)
+        reached = states[V].chosen + 1 if states else 0
+        assert reached >= len(durable), f"seed {seed}: an acknowledged record is lost"
+        if states:
+            assert states[V].promised == (reached, 1)
+        # And it goes on from there.
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(log.run)
+            for record in records[reached:]:
+                log.append(V, record)
+            await log.sync()
+            nursery.cancel_scope.cancel()
+        _, states = await running(disk)
+        assert states[V].chosen == 39
+    assert cuts > 10
+
+
+def segment_name(disk):
+    return f"journals/{disk.listdir('journals')[-1]}"
+
+
+@pytest.mark.parametrize("idle", [False, True])
+async def test_damage_that_is_no_torn_tail_stops_the_node(idle):
+    """Any flipped bit of what a later mark calls synced; the last record is the torn-tail case."""
+    records = history(6)
+    for byte in range(0, 700, 7):
+        disk = SimDisk(random.Random(byte))
+        log = await written(disk, records)
+        name = segment_name(disk)
+        end = disk.open(name).size()
+        start_of_last = log._index[V].starts[5] - journallog._MARK_SIZE
+        if idle:
+            log._parked = trio.lowlevel.current_task()
+            assert log.idle(trio.current_time() + 1)
+        if byte >= disk.open(name).size():
+            break
+        disk.flip(name, byte)
+        protected = end if idle else start_of_last
+        if byte < protected:
+            with pytest.raises(StoreFailed, match="offset"):
+                await running(disk)
+        else:
+            log, _ = await running(disk)
+            assert log.cut or idle
+
+
+async def test_damage_in_a_sealed_segment_or_a_missing_one_stops_the_node():
+    for kind in ("flip", "shorten", "missing"):
+        disk = SimDisk(random.Random(1))
+        await written(disk, history(40), segment_bytes=800)
+        names = disk.listdir("journals")
+        assert len(names) > 3
+        middle = f"journals/{names[1]}"
+        if kind == "flip":
+            disk.flip(middle, disk.open(middle).size() - 3)
+        elif kind == "shorten":
+            disk.open(middle).truncate(disk.open(middle).size() - 5)
+        else:
+            disk.unlink(middle)
+        with pytest.raises(StoreFailed, match=r"must not vote|gaps"):
+            await running(disk)
+
+
+async def test_a_missing_first_segment_is_noticed_by_the_chain():
+    disk = SimDisk(random.Random(1))
+    await written(disk, history(40), segment_bytes=800)
+    disk.unlink(f"journals/{disk.listdir('journals')[0]}")
+    with pytest.raises(StoreFailed, match="missing"):
+        await running(disk)
+
+
+def test_a_copy_of_a_mark_elsewhere_claims_nothing():
+    """A payload may hold bytes of a log; they are not taken for marks of this one."""
+    data = header(1)
+    foreign = mark(1, 5000, 5000) + mark(2, len(data), 9000)
+    data += b"".join(encode(V, (ENTRY, 1, (1, 1), NO_HASH, FIRST, False)))
+    cut_at = len(data)
+    data += b"garbage" + foreign
+    assert parse(data, 1, last=True)[1] == cut_at
+    with pytest.raises(Corrupt):
+        parse(data, 1, last=False)
+    synced = data + mark(1, len(data), cut_at + 3)
+    with pytest.raises(Corrupt, match=f"offset {cut_at}"):
+        parse(synced, 1, last=True)
+
+
+async def test_recovery_without_the_marks_would_forget_promises():
+    """The mutant: cut at the first bad record, always."""
+    disk = SimDisk(random.Random(1))
+    await written(disk, history(6))
+    name = segment_name(disk)
+    disk.flip(name, 200)
+    data = disk.open(name).pread(1 << 20, 0)
+    claimed, journallog._claimed = journallog._claimed, lambda *_: 0
+    try:
+        found, _ = parse(data, 1, last=True)
+    finally:
+        journallog._claimed = claimed
+    assert len(found) < 6, "the mutant would have gone on with fewer records than acknowledged"
+    with pytest.raises(Corrupt):
+        parse(data, 1, last=True)
+
+
+async def test_segments_go_when_nothing_in_them_is_needed():
+    rnd = random.Random(3)
+    disk = SimDisk(rnd)
+    async with trio.open_nursery() as nursery:
+        log, _ = await running(disk, segment_bytes=3000)
+        nursery.start_soon(log.run)
+        log.append(W, (ENTRY, 1, (1, 0), NO_HASH, FIRST, False))  # an idle journal, for ever here
+        records = history(400)
+        for record in records:
+            log.append(V, record)
+            await log.sync()
+        before = len(disk.listdir("journals"))
+        assert await log.collect() == 0
+        base = (BASE, 390, records[390][3], 1, (0, 1, 2), FIRST, (390, 1))
+        log.append(V, base)
+        removed = await log.collect()
+        assert removed >= before - 3
+        assert log.read(V, 395) == (records[394][3], records[394][4])
+        nursery.cancel_scope.cancel()
+    disk.crash()
+    log, states = await running(disk)
+    assert states[V].base.seq == 390
+    assert states[V].chosen == 399
+    assert states[V].promised == (400, 1)
+    assert states[W].promised == (1, 0)
+    assert states[W].pending.payload == FIRST
+
+
+async def test_collection_does_not_undo_an_acceptance_on_its_way():
+    disk = SimDisk(random.Random(3))
+    async with trio.open_nursery() as nursery:
+        log, _ = await running(disk, segment_bytes=300)
+        nursery.start_soon(log.run)
+        records = history(2)
+        for record in records:
+            log.append(W, record)
+            await log.sync()
+        for k in range(12):  # W's records stay alone in the first segments
+            log.append(V, (PROMISED, (k, 1)))
+            await log.sync()
+        newer = (ENTRY, 2, (9, 2), records[1][3], operation(77), False)
+        log.append(W, newer)
+        log._segments[1].live = 0  # collect it whatever it holds
+        await log.collect()
+        nursery.cancel_scope.cancel()
+    _, states = await running(disk)
+    assert states[W].pending.payload == operation(77)
+    assert states[W].promised == (9, 2)
+
+
+async def test_a_full_disk_delays_and_loses_nothing():
+    disk = SimDisk(random.Random(3))
+    async with trio.open_nursery() as nursery:
+        log, _ = await running(disk, segment_bytes=2000)
+        nursery.start_soon(log.run)
+        records = history(60)
+        done = []
+        for record in records[:20]:
+            log.append(V, record)
+            await log.sync()
+        disk.full = True
+        for record in records[20:]:
+            log.when_durable(log.append(V, record), done.append, record[1])
+        await trio.sleep(5)
+        assert log.full is not None
+        assert not done
+        assert log.read(V, 30)[1] == records[29][4], "readable before it is written"
+        disk.full = False
+        await log.sync()
+        assert log.full is None
+        assert len(done) == 40
+        nursery.cancel_scope.cancel()
+    _, states = await running(disk)
+    assert states[V].chosen == 59
+
+
+async def test_a_failed_sync_ends_the_log():
+    disk = SimDisk(random.Random(3))
+    log, _ = await running(disk)
+    disk.fail_next("sync", "journals")
+    done = []
+    log.when_durable(log.append(V, history(1)[0]), done.append, 1)
+    with pytest.raises(StoreFailed):
+        await log.run()
+    assert not done
+
+
+async def test_a_segment_made_just_before_a_crash_is_made_again():
+    disk = SimDisk(random.Random(3))
+    await written(disk, history(3))
+    for content in (b"", header(2)[:10], bytes(len(header(2)))):
+        disk.open("journals/000000000002.log", create=True, truncate=True).append([content])
+        log, states = await running(disk)
+        assert states[V].chosen == 2
+        assert disk.listdir("journals") == ["000000000001.log"]
+
+
+async def test_reading_a_damaged_entry_says_where():
+    disk = SimDisk(random.Random(3))
+    log = await written(disk, history(3))
+    disk.flip(segment_name(disk), log._index[V].starts[1] + 90)
+    with pytest.raises(StoreFailed, match="entry 2 is damaged"):
+        log.read(V, 2)
+
+
+def test_replay_refuses_gaps_and_broken_chains():
+    records = history(6)
+    assert replay(records).chosen == 5
+    with pytest.raises(Corrupt, match="entries 3 to 3"):
+        replay(records[:2] + records[3:])
+    bad = list(records[3])
+    bad[3] = b"?" * 32
+    with pytest.raises(Corrupt, match="chain"):
+        replay([*records[:3], tuple(bad), *records[4:]])
