@@ -143,8 +143,8 @@ class FileSystem:
         if size is not None:
             await self.files.truncate(ino, size)
         if not (mode is uid is gid is atime is mtime is ctime is None):
-            if mtime is not None:
-                await self.files.settle_times(ino)
+            if mtime is not None or mode is not None:
+                await self.files.settle(ino)
             now = self._time_ns()
             await self.session.transact(
                 lambda txn: attributes.set_attr(
@@ -501,9 +501,12 @@ async def open_filesystem(
             await nursery.start(fs.run)
             try:
                 yield fs
-            finally:
-                with trio.CancelScope(shield=True):
-                    await fs.shut_down()
+            except trio.Cancelled:
+                raise  # the tasks that would commit are cancelled too: this is a crash
+            except BaseException:
+                await fs.shut_down()
+                raise
+            await fs.shut_down()
         except trio.Cancelled:
             raise
         except BaseException as e:
