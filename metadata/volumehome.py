@@ -86,6 +86,8 @@ class Waiter:
 class VolumeHome:
     """A volume whose journal has a replica here; serves requests while it owns the ballot."""
 
+    core_class: type[HomeCore] = HomeCore
+
     def __init__(
         self,
         volume: bytes,
@@ -208,7 +210,7 @@ class VolumeHome:
     async def _rebuild(self) -> HomeCore:
         """The core as the journal held here makes it; ends at the last chosen entry."""
         journal = self.journal
-        core = HomeCore(journal.base)
+        core = self.core_class(journal.base)
         tail = Tail()
         while core.seq < journal.chosen:
             for seq, entry in journal.entries(core.seq, 1 << 20):
