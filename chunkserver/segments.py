@@ -38,7 +38,7 @@ class StoreOptions:
     reserve: int = 256 << 20  # ... or fewer bytes are free; deletes and compaction need room
     hint_every: int = 64 << 20  # synced bytes after which the active segment gets a new hint
     inline: int = 80 << 10  # appends up to this size are written without a thread
-    remember: int = 48 * 3600 * 10**9  # ns for which verdicts of the collector are known
+    remember: int = 72 * 3600 * 10**9  # ns for which verdicts of the collector are known
 
 
 class _Write(NamedTuple):

@@ -198,7 +198,7 @@ class _Scenario:
             await trio.sleep(random.random() * 0.6)
             what = random.random()
             try:
-                if what < 0.5:
+                if what < 0.65:
                     data = self.data()
                     durable = random.random() < 0.2
                     chunk_id = await client.put(data, durable=durable)
@@ -206,7 +206,7 @@ class _Scenario:
                         self.ack({chunk_id: data})
                     else:
                         fresh[chunk_id] = data
-                elif what < 0.7:
+                elif what < 0.73:
                     covered = dict(fresh)
                     await client.sync()
                     self.ack(covered)
@@ -389,8 +389,18 @@ def run(seed: int, *, mutant: str | None = None) -> list[str]:
     """One seeded run; the violations found, empty = all invariants hold."""
     if mutant is not None and mutant not in MUTANTS:
         raise ValueError(f"unknown mutant {mutant!r}; known: {', '.join(MUTANTS)}")
+    return _play(seed, mutant).violations
+
+
+def fingerprint(seed: int) -> tuple[int, int]:
+    """What went over the network in a run: equal for equal seeds."""
+    scenario = _play(seed, None)
+    return scenario.cluster.network.fingerprint, len(scenario.acked)
+
+
+def _play(seed: int, mutant: str | None) -> _Scenario:
     scenario = _Scenario(seed, mutant)
     trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
     trio._core._run._r = Random(seed)  # noqa: S311 - reproducible
     trio.run(scenario.main, clock=trio.testing.MockClock(autojump_threshold=0))
-    return scenario.violations
+    return scenario
