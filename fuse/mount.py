@@ -151,17 +151,27 @@ async def serve(fs: FileSystem, options: MountOptions, ready: Callable[[], None]
     """
     real = os.path.realpath(options.mountpoint)
     async with mounted(fs, options):
-        tune(real)
-        tune_collector()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_until_signal, fs)
-            ready()
+            nursery.start_soon(_when_served, real, ready)
             await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
             nursery.cancel_scope.cancel()
     with trio.move_on_after(FLUSH_TIMEOUT) as limit:
         await fs.shut_down()
     if limit.cancelled_caught:
         raise FsError("data that was written could not be committed before the end", errno.EIO)
+
+
+async def _when_served(real_mountpoint: str, ready: Callable[[], None]) -> None:
+    """Wait until the kernel's first request was answered, then tune and say so.
+
+    Earlier would be in vain: the answer to INIT, the very first request, resets the read-ahead.
+    """
+    with contextlib.suppress(OSError):  # the volume has no quorum now; it is mounted all the same
+        await trio.to_thread.run_sync(os.stat, real_mountpoint, abandon_on_cancel=True)
+    tune(real_mountpoint)
+    tune_collector()
+    ready()
 
 
 async def _until_signal(fs: FileSystem) -> None:

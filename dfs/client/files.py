@@ -206,8 +206,8 @@ class Files:
             attr.mtime = attr.ctime = max(file.mtime, attr.mtime)
         return attr
 
-    async def settle_times(self, ino: int) -> None:
-        """Commit dirty data, so that a modification time set next is not overtaken by it."""
+    async def settle(self, ino: int) -> None:
+        """Commit dirty data, so that the mode or time set next is not undone by it."""
         file = self._dirty.get(ino)
         if file is not None:
             await self.flush(file)

@@ -125,6 +125,7 @@ class Session:
         self._minted = 0
         self._generation = 0  # counts opens; answers to an older generation are dropped
         self._over = True
+        self._closing = False
         self._confirmed = float("-inf")
         self._owner: int | None = None
         self._rotation = 0
@@ -174,6 +175,7 @@ class Session:
         """Tell the home that the session ends; best effort, the home also notices silence."""
         if self._over:
             return
+        self._closing = True
         with contextlib.suppress(DfsError):
             await self._ask("vol.close", (self.volume, self.sid), timeout=ATTEMPT)
 
@@ -455,7 +457,7 @@ class Session:
 
     def _lose(self, why: str) -> None:
         """The session is over; the watch task opens the next one."""
-        if self._over:
+        if self._over or self._closing:
             return
         log.warning("session %x at volume %s is over: %s", self.sid, self.volume.hex(), why)
         self._over = True

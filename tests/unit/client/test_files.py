@@ -1,0 +1,351 @@
+"""File data: inline and chunked commits, write-back, its errors, reading, read-ahead."""
+
+import errno
+import random
+
+import pytest
+import trio
+
+from dfs.errors import FsError
+from dfs.volume import extents, items
+from tests.unit.client.support import VOLUME, filesystem, new_home, read_file, write_file
+
+MIB = 1 << 20
+
+
+async def extents_of(fs, ino):
+    prefix = items.group(ino, items.EXTENT)
+    return await fs.session.read(lambda txn: extents.decode(txn.scan(prefix)))
+
+
+async def test_a_small_file_is_inline_and_costs_two_commits():
+    home = new_home()
+    async with filesystem(home) as fs:
+        before = home.calls["vol.commit"]
+        ino = await write_file(fs, 1, b"a", b"x" * 4096)
+        assert home.calls["vol.commit"] - before == 2
+        assert home.chunks.puts == 0
+        assert await read_file(fs, ino) == b"x" * 4096
+        [extent] = await extents_of(fs, ino)
+        assert extent.data == b"x" * 4096
+
+
+async def test_small_appends_do_not_pile_up_as_items():
+    home = new_home()
+    async with filesystem(home) as fs:
+        attr, fh = await fs.create(1, b"log", 0o644)
+        for n in range(200):
+            await fs.write(fh, n * 100, b"%0100d" % n)
+            await fs.fsync(fh)
+        await fs.release(fh)
+        found = await extents_of(fs, attr.ino)
+        assert len(found) <= 6
+        assert await read_file(fs, attr.ino) == b"".join(b"%0100d" % n for n in range(200))
+
+
+async def test_whole_windows_are_uploaded_before_anybody_asks():
+    home = new_home()
+    async with filesystem(home) as fs:
+        _, fh = await fs.create(1, b"a", 0o644)
+        for n in range(13):
+            await fs.write(fh, n * MIB, bytes([n]) * MIB)
+        await trio.sleep(0.1)
+        assert home.chunks.puts == 3
+        assert (await fs.getattr((await fs.lookup(1, b"a")).ino)).size == 13 * MIB
+        await fs.fsync(fh)
+        assert home.chunks.puts == 4
+        assert home.chunks.durable == set(home.chunks.stored)
+        await fs.release(fh)
+
+
+async def test_a_commit_never_names_a_chunk_that_is_not_durable():
+    home = new_home()
+    async with filesystem(home) as fs:
+        seen = []
+        real = home.handle
+
+        async def handle(method, args):
+            if method == "vol.commit":
+                for _, _, effects in args[5]:
+                    for effect in effects:
+                        if effect[0] == 0 and effect[1][8] == items.EXTENT:
+                            fields = items.decode_extent(effect[2])
+                            seen.append(fields[2] in home.chunks.durable if fields[1] else True)
+            return await real(method, args)
+
+        home.handle = handle
+        for n in range(5):
+            await write_file(fs, 1, b"f%d" % n, bytes([n]) * (5 * MIB + n * 1000))
+        assert seen
+        assert all(seen)
+
+
+async def test_scattered_writes_share_chunks_and_read_back():
+    home = new_home()
+    async with filesystem(home) as fs:
+        rng = random.Random(1)
+        whole = bytearray(rng.randbytes(6 * MIB))
+        ino = await write_file(fs, 1, b"a", bytes(whole))
+        puts = home.chunks.puts
+        fh = await fs.open(ino, writable=True)
+        for _ in range(100):
+            at, data = rng.randrange(6 * MIB - 9000), rng.randbytes(rng.randrange(1, 9000))
+            whole[at : at + len(data)] = data
+            await fs.write(fh, at, data)
+            got = await fs.read(fh, at - 50 if at > 50 else 0, 10_000)
+            begin = at - 50 if at > 50 else 0
+            assert bytes(got) == bytes(whole[begin : begin + 10_000])
+        await fs.fsync(fh)
+        assert home.chunks.puts - puts == 1
+        assert await read_file(fs, ino) == bytes(whole)
+        await fs.release(fh)
+
+
+async def test_writes_during_a_commit_are_kept():
+    home = new_home()
+    home.chunks.delay = 0.05
+    async with filesystem(home) as fs:
+        attr, fh = await fs.create(1, b"a", 0o644)
+        await fs.write(fh, 0, b"a" * 100_000)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fs.fsync, fh)
+            await trio.sleep(0.02)
+            await fs.write(fh, 50_000, b"b" * 10)
+        want = b"a" * 50_000 + b"b" * 10 + b"a" * 49_990
+        assert bytes(await fs.read(fh, 0, 200_000)) == want
+        await fs.release(fh)
+        async with filesystem(home, seed=1) as other:
+            assert await read_file(other, attr.ino) == want
+
+
+async def test_equal_bytes_written_again_elsewhere_survive_a_commit():
+    home = new_home()
+    home.chunks.delay = 0.05
+    data = b"abcd" * 2000
+    async with filesystem(home) as fs:
+        attr, fh = await fs.create(1, b"a", 0o644)
+        await fs.write(fh, 0, data)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fs.fsync, fh)
+            await trio.sleep(0.02)
+            await fs.write(fh, 2, data)  # the same object, moved by two bytes
+        await fs.release(fh)
+        assert await read_file(fs, attr.ino) == data[:2] + data
+
+
+async def test_dirty_data_is_committed_after_a_second():
+    home = new_home()
+    async with filesystem(home) as fs, filesystem(home, seed=1) as other:
+        attr, fh = await fs.create(1, b"a", 0o644)
+        await fs.write(fh, 0, b"hello")
+        await trio.sleep(2)
+        assert await read_file(other, attr.ino) == b"hello"
+        await fs.release(fh)
+
+
+async def test_an_error_of_the_write_back_comes_once_and_the_data_is_kept():
+    home = new_home()
+    async with filesystem(home) as fs:
+        attr, fh = await fs.create(1, b"a", 0o644)
+        home.chunks.broken = True
+        await fs.write(fh, 0, b"x" * 10_000)
+        await trio.sleep(3)
+        with pytest.raises(FsError) as caught:
+            await fs.write(fh, 0, b"y")
+        assert caught.value.errno == errno.EIO
+        with pytest.raises(FsError):
+            await fs.fsync(fh)
+        home.chunks.broken = False
+        await fs.fsync(fh)
+        await fs.release(fh)
+        assert await read_file(fs, attr.ino) == b"x" * 10_000
+
+
+async def test_a_full_cluster_is_enospc_at_close():
+    home = new_home()
+    async with filesystem(home) as fs:
+        attr, fh = await fs.create(1, b"a", 0o644)
+        home.chunks.full = True
+        await fs.write(fh, 0, b"x" * 10_000)
+        with pytest.raises(FsError) as caught:
+            await fs.flush(fh)
+        assert caught.value.errno == errno.ENOSPC
+        home.chunks.full = False
+        await fs.release(fh)
+        assert await read_file(fs, attr.ino) == b"x" * 10_000
+
+
+async def test_a_quota_is_edquot():
+    home = new_home(quota_bytes=100_000, quota_inodes=4)
+    async with filesystem(home) as fs:
+        await write_file(fs, 1, b"a", b"x" * 90_000)
+        _, fh = await fs.create(1, b"b", 0o644)
+        await fs.write(fh, 0, b"x" * 20_000)
+        with pytest.raises(FsError) as caught:
+            await fs.fsync(fh)
+        assert caught.value.errno == errno.EDQUOT
+        await fs.unlink(1, b"a")
+        await fs.fsync(fh)
+        await fs.release(fh)
+        await fs.mkdir(1, b"c", 0o755)
+        await fs.mkdir(1, b"d", 0o755)
+        with pytest.raises(FsError) as caught:
+            await fs.mkdir(1, b"e", 0o755)
+        assert caught.value.errno == errno.EDQUOT
+
+
+async def test_holes_read_as_zeros_and_truncation_forgets():
+    home = new_home()
+    async with filesystem(home) as fs:
+        ino = await write_file(fs, 1, b"a", b"end", at=9 * MIB)
+        assert (await fs.getattr(ino)).size == 9 * MIB + 3
+        assert await read_file(fs, ino) == bytes(9 * MIB) + b"end"
+        await fs.setattr(ino, size=9 * MIB + 1)
+        await fs.setattr(ino, size=9 * MIB + 5)
+        assert (await read_file(fs, ino))[-5:] == b"e\0\0\0\0"
+        fh = await fs.open(ino, writable=True)
+        await fs.write(fh, 100, b"dirty")
+        await fs.setattr(ino, size=102)
+        await fs.setattr(ino, size=200)
+        assert bytes(await fs.read(fh, 98, 10)) == b"\0\0di" + bytes(6)
+        await fs.release(fh)
+        assert await read_file(fs, ino) == bytes(100) + b"di" + bytes(98)
+
+
+async def test_a_deleted_open_file_is_readable_until_its_last_close():
+    home = new_home()
+    async with filesystem(home) as fs:
+        ino = await write_file(fs, 1, b"a", b"x" * 10_000)
+        one, two = await fs.open(ino, writable=True), await fs.open(ino)
+        await fs.unlink(1, b"a")
+        assert (await fs.getattr(ino)).nlink == 0
+        await fs.write(one, 5, b"yyy")
+        await fs.release(one)
+        assert bytes(await fs.read(two, 0, 20_000)) == b"x" * 5 + b"yyy" + b"x" * 9992
+        await fs.release(two)
+        with pytest.raises(FsError) as caught:
+            await fs.getattr(ino)
+        assert caught.value.errno == errno.ESTALE
+        assert (await fs.statfs()).inodes == 1
+
+
+async def test_orphans_of_a_dead_client_are_purged_by_the_next_only_writer():
+    home = new_home()
+    async with filesystem(home, flush=False) as fs:
+        ino = await write_file(fs, 1, b"a", b"x" * 10_000)
+        await fs.open(ino)
+        await fs.unlink(1, b"a")
+        home.fence(VOLUME, fs.session.sid)
+        fs.rpc.down = {1, 2, 3}
+    async with filesystem(home, seed=1) as other:
+        await trio.sleep(1)
+        assert (await other.statfs()).inodes == 1
+
+
+async def test_a_sequential_reader_is_ahead_of_itself_and_fetches_everything_once():
+    home = new_home()
+    async with filesystem(home) as fs:
+        ino = await write_file(fs, 1, b"a", random.Random(1).randbytes(20 * MIB))
+    home.chunks.delay = 0.010
+    async with filesystem(home, seed=1) as fs:
+        fh = await fs.open(ino)
+        began = trio.current_time()
+        for at in range(0, 20 * MIB, 128 << 10):
+            assert len(await fs.read(fh, at, 128 << 10)) == 128 << 10
+        assert home.chunks.reads == 20
+        assert trio.current_time() - began < 20 * 0.010 / 2
+        await fs.release(fh)
+
+
+async def test_readers_of_one_chunk_share_a_fetch():
+    home = new_home()
+    async with filesystem(home) as fs:
+        ino = await write_file(fs, 1, b"a", b"z" * MIB)
+        fh = await fs.open(ino)
+        async with trio.open_nursery() as nursery:
+            for n in range(8):
+                nursery.start_soon(fs.read, fh, n * 1000, 1000)
+        assert home.chunks.reads == 1
+        await fs.release(fh)
+
+
+async def test_a_scattered_reader_does_not_fetch_whole_megabytes():
+    home = new_home()
+    async with filesystem(home) as fs:
+        ino = await write_file(fs, 1, b"a", bytes(64 * MIB))
+    async with filesystem(home, seed=1, cache_bytes=8 * MIB) as fs:
+        lengths = []
+        real = fs.files._cache._chunks.read
+
+        async def read(chunk_id, offset, length):
+            lengths.append(length)
+            return await real(chunk_id, offset, length)
+
+        fs.files._cache._chunks.read = read
+        fh = await fs.open(ino)
+        for n in (40, 3, 60, 20, 50, 10, 33, 5):
+            await fs.read(fh, n * MIB + 5000, 4096)
+        assert max(lengths) <= 64 << 10
+        for n in range(64):
+            await fs.read(fh, n * MIB, MIB)
+        assert fs.files.statistics()["cache"]["used"] <= 9 * MIB
+        await fs.release(fh)
+
+
+async def test_close_to_open_between_two_clients():
+    home = new_home()
+    async with filesystem(home) as a, filesystem(home, seed=1) as b:
+        ino = await write_file(a, 1, b"f", b"0" * 100_000)
+        for n in range(1, 10):
+            writer, reader = (a, b) if n % 2 else (b, a)
+            fh = await writer.open(ino, writable=True)
+            await writer.write(fh, n * 10, b"%d" % n)
+            await writer.flush(fh)
+            got = await read_file(reader, ino)
+            assert got[n * 10 : n * 10 + 1] == b"%d" % n
+            await writer.release(fh)
+
+
+async def test_a_lost_session_fails_dirty_files_once_and_keeps_their_data():
+    home = new_home()
+    async with filesystem(home) as fs:
+        attr, fh = await fs.create(1, b"a", 0o644)
+        await fs.write(fh, 0, b"hello")
+        home.fence(VOLUME, fs.session.sid)
+        await trio.sleep(0.05)
+        with pytest.raises(FsError) as caught:
+            await fs.flush(fh)
+        assert caught.value.errno == errno.EIO
+        await fs.flush(fh)
+        await fs.release(fh)
+        assert await read_file(fs, attr.ino) == b"hello"
+
+
+async def test_a_file_removed_by_another_client_is_stale():
+    home = new_home()
+    async with filesystem(home) as a, filesystem(home, seed=1) as b:
+        ino = await write_file(a, 1, b"f", b"0")
+        fh = await a.open(ino, writable=True)
+        await b.session.refresh()
+        await b.unlink(1, b"f")
+        await a.write(fh, 0, b"1")
+        with pytest.raises(FsError) as caught:
+            await a.fsync(fh)
+        assert caught.value.errno == errno.ESTALE
+        with pytest.raises(FsError) as caught:
+            await a.open(ino)
+        assert caught.value.errno == errno.ESTALE
+        await a.release(fh)
+
+
+async def test_a_writer_that_is_faster_than_the_cluster_waits():
+    home = new_home()
+    home.chunks.delay = 0.5
+    async with filesystem(home) as fs:
+        attr, fh = await fs.create(1, b"a", 0o644)
+        data = bytes(MIB)
+        for n in range(200):
+            await fs.write(fh, n * MIB, data)
+            assert fs.files.statistics()["uncommitted"] <= 100 * MIB
+        await fs.release(fh)
+        assert (await fs.getattr(attr.ino)).size == 200 * MIB
