@@ -43,7 +43,7 @@ def sim(
     """
     known = scenarios()
     if list_all:
-        listed = [
+        listed: list[dict[str, Any]] = [
             {"name": name, "about": _about(s), "mutants": _mutants(s)} for name, s in known.items()
         ]
         if as_json:

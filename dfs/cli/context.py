@@ -56,9 +56,16 @@ def cluster_file(choice: str | None) -> Path:
 
 
 def run(fn: Callable[..., Awaitable[T]], *args: Any) -> T:
-    """Run an async function to its end; a group of one error is raised as that error."""
+    """Run an async function to its end; a group of one error is raised as that error.
+
+    What the client library logs is shown only if DFS_LOG names a level: its errors are raised, and
+    we show them in one line.
+    """
+    import logging
+
     import trio
 
+    logging.basicConfig(level=os.environ.get("DFS_LOG", "critical").upper())
     try:
         return trio.run(fn, *args)
     except BaseExceptionGroup as group:

@@ -1,0 +1,189 @@
+"""Copying local files into a volume."""
+
+import errno
+import os
+import stat
+import sys
+from typing import Any
+
+import click
+import trio
+
+from dfs.cli.client import DedupChunks, naming
+from dfs.cli.place import Place
+from dfs.cli.progress import Meter
+from dfs.client.filesystem import FileSystem
+from dfs.client.paths import resolve, resolve_parent
+from dfs.errors import AlreadyExists, FsError, InvalidArgument
+
+WORKERS = 12  # files on their way at once: their commits go out together
+PIECE = 4 << 20  # bytes read at once: what becomes a chunk
+SMALL = 64 << 10  # bytes read first, without a thread
+
+
+class Upload:
+    """One `dfs put`; afterwards `files`, `size` and `known_bytes` tell what it did."""
+
+    def __init__(
+        self, fs: FileSystem, chunks: DedupChunks, *, recursive: bool, force: bool
+    ) -> None:
+        """`force`: replace files that exist, each in one step."""
+        self._fs = fs
+        self._chunks = chunks
+        self._recursive = recursive
+        self._force = force
+        self._meter = Meter("put")
+
+    @property
+    def files(self) -> int:
+        """Files and symbolic links copied."""
+        return self._meter.files
+
+    @property
+    def size(self) -> int:
+        """Their bytes."""
+        return self._meter.bytes
+
+    @property
+    def known_bytes(self) -> int:
+        """Bytes of chunks that the cluster had already."""
+        return self._chunks.known_bytes
+
+    async def run(self, sources: list[bytes], target: Place) -> None:
+        """Copy the sources to or into the target; raises the first error."""
+        into = await self._is_directory(target)
+        if len(sources) > 1 and not into:
+            raise InvalidArgument(f"{target} is no directory: several files need one")
+        with self._meter:
+            send, receive = trio.open_memory_channel[tuple[bytes, Place]](WORKERS)
+            async with trio.open_nursery() as nursery:
+                for _ in range(WORKERS):
+                    nursery.start_soon(self._work, receive.clone())
+                receive.close()
+                async with send:
+                    for source in sources:
+                        name = _name(source)
+                        place = target / name if into else target
+                        if source == b"-":
+                            if into:
+                                raise InvalidArgument(f"{target} is a directory: name the file")
+                            await self._stream(sys.stdin.buffer, place, 0o644)
+                        else:
+                            await self._plan(source, place, send)
+
+    async def _is_directory(self, target: Place) -> bool:
+        try:
+            attr = await resolve(self._fs, target.path)
+        except FsError as e:
+            if e.errno == errno.ENOENT and not target.directory:
+                return False
+            with naming(target):
+                raise
+        if target.directory and not attr.is_dir:
+            raise FsError(f"{target}: Not a directory", errno.ENOTDIR)
+        return attr.is_dir
+
+    async def _plan(
+        self, source: bytes, place: Place, send: "trio.MemorySendChannel[tuple[bytes, Place]]"
+    ) -> None:
+        """Make directories at once, in order, and hand out files to the workers."""
+        pending = [(source, place)]
+        while pending:
+            path, to = pending.pop()
+            found = os.lstat(path)
+            if stat.S_ISDIR(found.st_mode):
+                if not self._recursive:
+                    raise InvalidArgument(f"{os.fsdecode(path)} is a directory: use -r")
+                await self._make_directory(to, stat.S_IMODE(found.st_mode))
+                with os.scandir(path) as entries:
+                    names = sorted((entry.name for entry in entries), reverse=True)
+                pending += [(os.path.join(path, name), to / name) for name in names]  # noqa: PTH118
+            elif stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode):
+                self._meter.expect(found.st_size)
+                await send.send((path, to))
+            else:
+                click.echo(f"dfs: {os.fsdecode(path)} is no file, skipped", err=True)
+
+    async def _make_directory(self, place: Place, mode: int) -> None:
+        if place.path == b"/":
+            return
+        with naming(place):
+            parent, name = await resolve_parent(self._fs, place.path)
+            try:
+                await self._fs.mkdir(parent, name, mode)
+            except FsError as e:
+                if e.errno != errno.EEXIST or not (await self._fs.lookup(parent, name)).is_dir:
+                    raise
+
+    async def _work(self, receive: "trio.MemoryReceiveChannel[tuple[bytes, Place]]") -> None:
+        async with receive:
+            async for path, place in receive:
+                if stat.S_ISLNK(os.lstat(path).st_mode):
+                    await self._symlink(os.readlink(path), place)  # noqa: PTH115
+                else:
+                    with open(path, "rb", buffering=0) as source:  # noqa: ASYNC230, PTH123
+                        mode = stat.S_IMODE(os.fstat(source.fileno()).st_mode)
+                        await self._stream(source, place, mode)
+
+    async def _symlink(self, target: bytes, place: Place) -> None:
+        with naming(place):
+            parent, name = await resolve_parent(self._fs, place.path)
+            try:
+                await self._fs.symlink(parent, name, target)
+            except FsError as e:
+                if e.errno != errno.EEXIST:
+                    raise
+                if not self._force:
+                    raise AlreadyExists(f"{place} exists already: -f replaces it") from e
+                await self._fs.unlink(parent, name)
+                await self._fs.symlink(parent, name, target)
+        self._meter.files += 1
+
+    async def _stream(self, source: Any, place: Place, mode: int) -> None:
+        """Write a file: a new one under its name, a replacement under another until it is whole."""
+        with naming(place):
+            parent, name = await resolve_parent(self._fs, place.path)
+            temporary = name
+            try:
+                _, handle = await self._fs.create(parent, name, mode)
+            except FsError as e:
+                if e.errno != errno.EEXIST:
+                    raise
+                if not self._force:
+                    raise AlreadyExists(f"{place} exists already: -f replaces it") from e
+                temporary = b".dfs-put-%016x" % self._fs.session.cluster.random.getrandbits(64)
+                _, handle = await self._fs.create(parent, temporary, mode)
+            try:
+                await self._copy(source, handle)
+                if temporary != name:
+                    await self._fs.rename(parent, temporary, parent, name)
+            except BaseException:
+                with trio.CancelScope(deadline=trio.current_time() + 5, shield=True):
+                    await self._abandon(parent, temporary)
+                raise
+        self._meter.files += 1
+
+    async def _copy(self, source: Any, handle: int) -> None:
+        at = 0
+        try:
+            # the first piece tells whether a thread is worth its 0.1 ms
+            data = source.read(SMALL)
+            while data:
+                await self._fs.write(handle, at, data)
+                at += len(data)
+                self._meter.done(len(data))
+                data = await trio.to_thread.run_sync(source.read, PIECE - at % PIECE)
+            await self._fs.flush(handle)
+        finally:
+            await self._fs.release(handle)
+
+    async def _abandon(self, parent: int, name: bytes) -> None:
+        try:
+            await self._fs.unlink(parent, name)
+        except FsError as e:
+            click.echo(f"dfs: an incomplete {os.fsdecode(name)} stays behind: {e}", err=True)
+
+
+def _name(source: bytes) -> bytes:
+    """What a copy of a local path is called, also for `.` and `..`."""
+    return os.path.basename(os.path.abspath(source))  # noqa: PTH100, PTH119
