@@ -65,7 +65,7 @@ class _Segment:
         self.number = number
         self.base = base  # position of the first record
         self.end = end  # position after the last record
-        self.synced = base
+        self.synced = -1  # below any position: an empty segment's header must be synced too
 
 
 class _Sync:

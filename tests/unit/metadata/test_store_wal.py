@@ -79,6 +79,17 @@ async def test_sync_after_rotation_covers_the_earlier_segment():
         assert replay(disk)[0] == [batch(0), batch(1)]
 
 
+async def test_sync_covers_the_header_of_an_empty_segment():
+    for seed in range(40):
+        disk = make_disk(seed)
+        log = Log(disk, "d", 0, 0)
+        await log.rotate()
+        await log.rotate()
+        await append(log, 0)
+        disk.crash()
+        assert replay(disk)[0] == [batch(0)]
+
+
 def damage(disk, number, offset):
     disk.flip(wal.segment_name("d", number), offset, 2)
 
