@@ -208,7 +208,7 @@ class Homes:
                 return await self._serve_blank(method, volume, own, hops, deadline, waits)
             started = clock.monotonic()
             try:
-                if home.ready:
+                if home.ready():
                     return await local(home), b""
                 target = self._target(home, hops, hint, started)
                 if target is None:
@@ -229,7 +229,7 @@ class Homes:
                 if hops:
                     raise
                 error = e
-                if not home.ready:
+                if not home.ready():
                     hint = self._failed(home, e, started)
             else:
                 self._routes[volume].reset()

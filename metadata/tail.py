@@ -10,7 +10,7 @@ from itertools import islice
 from dfs.volume import entries
 
 Numbered = tuple[int, bytes]  # (seq, entry)
-TAIL_BYTES = 8 << 20  # kept in memory
+TAIL_BYTES = 2 << 20  # kept in memory; the journal has more
 ANSWER_BYTES = 8 << 20  # of entries in one answer
 
 

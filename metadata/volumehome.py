@@ -36,10 +36,12 @@ ACQUIRE_TIMEOUT = 1.5
 MAX_WATCH = 0.5  # seconds that a watch waits
 MAX_BACKLOG = 64 << 20  # bytes of effects that wait
 SESSION_TTL = 24 * 3600.0  # seconds without a beat
+EXPIRY_LOOK = 10.0  # seconds between looks for sessions that are silent
 CHECKPOINT_BYTES = 16 << 20  # of journal, or a hundredth of the tree if that is more
 CHECKPOINT_AGE = 300.0  # seconds, if there is anything to fold
 CHECKPOINT_RETRY = 30.0  # seconds after a failure
 FOLD_BYTES = 32 << 20  # of entries in one fold
+READ_BYTES = 1 << 20  # of entries read without giving others a turn
 WINDOW_NAMES = 500_000  # keys and groups in the conflict window: fold to shorten it
 
 Folder = Callable[[bytes, bytes, Sequence[bytes]], Awaitable[tuple[bytes, int]]]
@@ -115,9 +117,9 @@ class VolumeHome:
         self._covered = 0  # by the newest checkpoint seen here
         self._checkpoint_at = 0.0  # time of the last one, or of the last attempt
         self._folding = False
+        self._look_at = 0.0  # when to look for silent sessions
         journal.subscribe(self._chosen)
 
-    @property
     def ready(self) -> bool:
         """Whether this node owns the ballot, as far as it knows, and knows the control state."""
         if self.core is not None and not self.journal.owned:
@@ -128,21 +130,22 @@ class VolumeHome:
 
     def _chosen(self, seq: int, entry: bytes) -> None:
         """A journal entry was chosen; called by the journal, in order."""
-        self._tail.append(seq, entry)
         core, ours = self.core, False
-        if core is not None:
-            flying = core.flying
-            try:
+        try:
+            if core is not None:
+                self._tail.append(seq, entry)
+                flying = core.flying
                 answers = core.absorb(seq, entry)
-            except DfsError as e:
-                log.exception("volume %s: entry %d", self.volume.hex(), seq)
-                self._drop(core, str(e))
-            else:
                 ours = flying and not core.flying
                 for request, answer in answers:
                     request.token.set(answer)
-        if kind_of(entry) == entries.CHECKPOINT:
-            self._checkpointed(entries.decode(entry).body[0])
+            if kind_of(entry) == entries.CHECKPOINT:
+                self._checkpointed(entries.decode(entry).body[0])
+        except DfsError as e:
+            # Whoever takes over meets the same entry and says so to the clients.
+            log.exception("volume %s: entry %d", self.volume.hex(), seq)
+            if core is not None:
+                self._drop(core, str(e))
         if self._watchers:
             woken, self._watchers = self._watchers, {}
             for waiter in woken:
@@ -188,9 +191,11 @@ class VolumeHome:
 
         Raises `NoQuorum`, `NotHome` or `OwnershipLost`.
         """
+        if self.ready():
+            return
         if self._taking is not None:
             await self._taking.wait()
-            if not self.ready:
+            if not self.ready():
                 raise OwnershipLost(f"node {self._number} could not own volume {self.volume.hex()}")
             return
         self._taking = trio.Event()
@@ -213,7 +218,7 @@ class VolumeHome:
         core = self.core_class(journal.base)
         tail = Tail()
         while core.seq < journal.chosen:
-            for seq, entry in journal.entries(core.seq, 1 << 20):
+            for seq, entry in journal.entries(core.seq, READ_BYTES):
                 core.absorb(seq, entry)
                 tail.append(seq, entry)
             tail.cover(core.covered)
@@ -234,6 +239,7 @@ class VolumeHome:
         if self.core is not core:
             return
         self.core = None
+        self._tail = Tail()
         self._backlog = 0
         lost = OwnershipLost(f"volume {self.volume.hex()}: {reason}", *self.journal.members)
         for request in core.abandon():
@@ -286,12 +292,12 @@ class VolumeHome:
 
         No batch may be formed before that: it could be judged without the undecided one.
         """
-        for request in core.give_up():
-            request.token.set(error)
         while self.core is core and core.flying:
             if not self.journal.owned:
                 self._drop(core, str(error))
                 return
+            for request in core.give_up():
+                request.token.set(error)
             await trio.sleep(0.05)
 
     async def _settle_all(self, core: HomeCore, requests: list[Request]) -> None:
@@ -414,12 +420,16 @@ class VolumeHome:
         core = self.core
         if core is None or not self.journal.owned:
             return
-        since, beats = self._owned_since, self._beats
-        silent = tuple(
-            sid for sid in core.sessions if now - max(since, beats.get(sid, since)) > SESSION_TTL
-        )
-        if silent:
-            self._nursery.start_soon(self._expire, silent)
+        if now >= self._look_at:
+            self._look_at = now + EXPIRY_LOOK
+            since, beats = self._owned_since, self._beats
+            silent = tuple(
+                sid
+                for sid in core.sessions
+                if now - max(since, beats.get(sid, since)) > SESSION_TTL
+            )
+            if silent:
+                self._nursery.start_soon(self._expire, silent)
         if not self._folding and self._due(core, now):
             self._folding = True
             self._nursery.start_soon(self._checkpoint, core)
@@ -441,12 +451,22 @@ class VolumeHome:
             age >= CHECKPOINT_AGE or tail.loose_bytes >= limit or core.window_names > WINDOW_NAMES
         )
 
+    async def _to_fold(self, core: HomeCore) -> tuple[int, list[bytes]]:
+        """The oldest entries after the last checkpoint: (seq of the last one, the DATA entries)."""
+        upto, size, data = core.covered, 0, []
+        while upto < core.seq and size < FOLD_BYTES:
+            for seq, entry in self.journal.entries(upto, READ_BYTES):
+                upto = seq
+                size += len(entry)
+                if kind_of(entry) == entries.DATA:
+                    data.append(entry)
+            await trio.lowlevel.checkpoint()  # reading may touch the disk
+        return upto, data
+
     async def _checkpoint(self, core: HomeCore) -> None:
         """Fold the oldest entries into the tree and record it; harmless if another home does."""
         try:
-            held = self.journal.entries(core.covered, FOLD_BYTES)
-            upto = held[-1][0]
-            data = [entry for _, entry in held if kind_of(entry) == entries.DATA]
+            upto, data = await self._to_fold(core)
             root, tree_bytes = core.root, core.tree_bytes
             if data:
                 root, tree_bytes = await self._folder(root, core.params.get("salt", b""), data)

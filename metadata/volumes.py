@@ -121,9 +121,9 @@ class HomeCore:
                 self.seq = seq
                 self._absorb_data(flight.parts)
                 return self._proved(flight)
-            self._absorb(seq, entries.decode(entry))
+            self._absorb(seq, entry)
             return self._proved(flight)
-        self._absorb(seq, entries.decode(entry))
+        self._absorb(seq, entry)
         return []
 
     def _proved(self, flight: Flight) -> Answers:
@@ -133,8 +133,13 @@ class HomeCore:
             for request, answer in flight.answers
         ]
 
-    def _absorb(self, seq: int, entry: entries.Entry) -> None:
-        kind, stamp, body = entry
+    def _absorb(self, seq: int, entry: bytes) -> None:
+        try:
+            self._apply(seq, *entries.decode(entry))
+        except (TypeError, ValueError, IndexError, AttributeError) as e:
+            raise Corrupt(f"journal entry {seq} is malformed: {e}") from e
+
+    def _apply(self, seq: int, kind: int, stamp: int, body: tuple[Any, ...]) -> None:
         self.seq = seq
         self.stamp = max(self.stamp, stamp)
         if kind == entries.DATA:
