@@ -97,13 +97,14 @@ class _Session:
         server.counts["accepted"] += 1
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT):
+                events: list[Event] = []
                 while channel.connection.state is State.GREETING:
-                    await channel.receive()
+                    events = await channel.receive()
             peer = channel.connection.peer
             self._peer = f"{peer.name if peer else '?'}@{self._peer}"
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(channel.send_loop)
-                await self._converse()
+                await self._converse(events[1:])  # what came right behind HELLO
         except* EOFError:
             log.debug("%s closed its connection", self._peer)
         except* trio.TooSlowError:
@@ -121,9 +122,11 @@ class _Session:
             channel.flush()  # the GOODBYE, if there is one
             channel.close()
 
-    async def _converse(self) -> None:
+    async def _converse(self, events: list[Event]) -> None:
         channel = self._channel
         connection = channel.connection
+        self._handle(events)
+        channel.flush()
         while True:
             if connection.waiting:
                 await self._admit(connection)
@@ -189,11 +192,11 @@ class _Session:
             except Exception as e:  # judged there
                 self._refuse(wanted, stream, priority, method, e)
                 continue
-            if type(made) is tuple:
+            if isinstance(made, tuple):
                 if wanted:
                     self._reply(stream, priority, method, made)
             elif self._tasks >= TASK_LIMIT:
-                made.close()  # type: ignore[union-attr]  # handlers return a tuple or a coroutine
+                made.close()  # type: ignore[attr-defined]  # what is no tuple is a coroutine
                 busy = Busy(f"{self._tasks} requests of this connection are under way; try again")
                 self._refuse(wanted, stream, priority, method, busy)
             else:

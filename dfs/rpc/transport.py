@@ -130,8 +130,9 @@ def listening(address: str) -> Iterator[tuple[socket.socket, str]]:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             target: Any = path
         else:
+            host, port = parse_address(address)  # type: ignore[str-unpack]  # no path, so a pair
             family, _, _, _, target = socket.getaddrinfo(
-                *where, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )[0]
             sock = socket.socket(family, socket.SOCK_STREAM)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -17,7 +17,6 @@ from hmac import compare_digest
 from typing import Any, NamedTuple
 
 from dfs.codec import pack, unpack
-from dfs.env import Buffers
 from dfs.errors import (
     DfsError,
     LocalProtocolError,
@@ -28,7 +27,7 @@ from dfs.errors import (
     to_wire,
 )
 from dfs.wire import frame
-from dfs.wire.frame import CAST, ERROR, GOODBYE, HELLO, KIND_NAMES, REPLY, REQUEST
+from dfs.wire.frame import CAST, ERROR, GOODBYE, HELLO, KIND_NAMES, REPLY, REQUEST, Buffers
 from dfs.wire.outgoing import SendQueue
 
 PROTOCOL = 1

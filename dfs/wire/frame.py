@@ -27,9 +27,11 @@ one scratch buffer; a large frame gets a buffer of its own which the socket fill
 from collections.abc import Sequence
 from struct import Struct
 
-from dfs.env import Buffer, Buffers
+from dfs.codec import Buffer
 from dfs.errors import DfsError, LocalProtocolError, RemoteProtocolError, WrongVersion
 from dfs.hashing import crc32
+
+Buffers = Buffer | Sequence[Buffer]
 
 MAGIC = b"dF"
 VERSION = 1

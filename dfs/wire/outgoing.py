@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 
-from dfs.env import Buffer
+from dfs.codec import Buffer
 from dfs.wire.frame import PRIORITIES
 
 SMALL = 4096  # shorter data is copied behind its header: cheaper than one more buffer to gather

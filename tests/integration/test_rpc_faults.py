@@ -604,3 +604,18 @@ async def test_epoch_of_the_endpoint_is_the_default():
         to = await serve(nursery, server, {"epoch": lambda c, a, d: ((c.epoch,), b"")})
         assert (await client.call(to, "epoch", timeout=5))[0] == (42,)
         assert (await client.call(to, "epoch", timeout=5, epoch=7))[0] == (7,)
+
+
+async def test_requests_may_follow_the_greeting_at_once():
+    server = endpoint("server")
+    async with running() as nursery:
+        to = await serve(nursery, server, {"echo": echo})
+        stream = await raw(to)
+        requests = [frame.encode(frame.REQUEST, i, b"\x92\xa4echo\x91\x07") for i in (1, 2, 3)]
+        await stream.send_all(hello() + b"".join(requests))
+        answers = b"".join(frame.encode(frame.REPLY, i, b"\x91\x07") for i in (1, 2, 3))
+        got = b""
+        with trio.fail_after(5):
+            while not got.endswith(answers):
+                got += await stream.receive_some()
+        await stream.aclose()
