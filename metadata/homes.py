@@ -22,10 +22,12 @@ from dfs.errors import (
     ConfigError,
     DeadlineExceeded,
     DfsError,
+    DiskFull,
     InvalidArgument,
     NoQuorum,
     NotHome,
     StaleEpoch,
+    StoreFailed,
     Unreachable,
     VolumeNotFound,
 )
@@ -46,8 +48,17 @@ MAX_HANDLING = 30.0  # seconds, whatever deadline the caller has
 TICK = 1.0  # seconds between rounds of housekeeping
 VOLUME_SIZE = 16
 
-# What a forwarded call may fail with without having an outcome that is final.
-_UNDECIDED = (Unreachable, DeadlineExceeded, NoQuorum, NotHome, VolumeNotFound, StaleEpoch)
+# What a call to the owner may fail with when another home would perhaps do better.
+_UNDECIDED = (
+    Unreachable,
+    DeadlineExceeded,
+    NoQuorum,
+    NotHome,
+    VolumeNotFound,
+    StaleEpoch,
+    DiskFull,
+    StoreFailed,
+)
 
 __all__ = ["Folder", "Homes"]
 
@@ -99,7 +110,6 @@ class Homes:
         self._routes: dict[bytes, _Route] = {}
         self._nursery: trio.Nursery | None = None
         self.forwarded = 0
-        self.taken_over = 0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the background work of all volumes until cancelled."""
@@ -132,6 +142,16 @@ class Homes:
                 owner = self._number if journal.owned else journal.owner
                 found.append((volume, journal.chosen, -1 if owner is None else owner))
         return found
+
+    def statistics(self) -> dict[str, int]:
+        """Counters since the start, for people."""
+        homes = self._homes.values()
+        return {
+            "volumes": len(homes),
+            "owned": sum(home.core is not None for home in homes),
+            "take_overs": sum(home.take_overs for home in homes),
+            "forwarded": self.forwarded,
+        }
 
     # -------------------------------------------------------------------------------- handlers
 
@@ -213,7 +233,6 @@ class Homes:
                 target = self._target(home, hops, hint, started)
                 if target is None:
                     await home.take_over()
-                    self.taken_over += 1
                     self._routes[volume].reset()
                     continue
                 if hops:
@@ -231,6 +250,9 @@ class Homes:
                 error = e
                 if not home.ready():
                     hint = self._failed(home, e, started)
+            except DfsError:
+                self._routes[volume].reset()  # an answer, if no good one: the owner is alive
+                raise
             else:
                 self._routes[volume].reset()
                 return reply

@@ -20,19 +20,21 @@ from typing import Any
 import trio
 
 from dfs.clock import Clock
-from dfs.errors import Busy, Corrupt, DfsError, Fenced, NotHome
+from dfs.errors import Busy, Corrupt, DfsError, DiskFull, Fenced, NotHome
 from dfs.ids import SYSTEM_VOLUME, SessionId
 from dfs.volume import entries
 from metadata.journals import Journal, Trimmed
 from metadata.requests import Checkpoint, Close, Commit, Open, Request, parse_commit
 from metadata.tail import ANSWER_BYTES, Numbered, Tail, kind_of
 from metadata.volumes import Answer, HomeCore
+from metadata.waiter import Waiter
 
 log = logging.getLogger(__name__)
 
 PROPOSE_TIMEOUT = 4.0  # seconds
 CONFIRM_TIMEOUT = 2.0
 ACQUIRE_TIMEOUT = 1.5
+TAKE_OVER_WAIT = 1.0  # seconds that a request waits for a take-over
 MAX_WATCH = 0.5  # seconds that a watch waits
 MAX_BACKLOG = 64 << 20  # bytes of effects that wait
 SESSION_TTL = 24 * 3600.0  # seconds without a beat
@@ -52,37 +54,14 @@ class OwnershipLost(NotHome):
     """The ballot went to another home before the outcome was known; ask again there."""
 
 
-class Waiter:
-    """Where a request's outcome arrives; cheaper than an Event and safe to cancel."""
+class _Attempt:
+    """A take-over under way."""
 
-    __slots__ = ("_task", "outcome")
+    __slots__ = ("done", "error")
 
     def __init__(self) -> None:
-        """No outcome yet."""
-        self._task: trio.lowlevel.Task | None = None
-        self.outcome: Answer = None
-
-    def set(self, outcome: Answer) -> None:
-        """Deliver; the first outcome counts."""
-        if self.outcome is None:
-            self.outcome = outcome
-            if self._task is not None:
-                trio.lowlevel.reschedule(self._task)
-                self._task = None
-
-    async def wait(self) -> Answer:
-        """The outcome; raises it if it is an error."""
-        if self.outcome is None:
-            self._task = trio.lowlevel.current_task()
-
-            def abort(_: Any) -> trio.lowlevel.Abort:
-                self._task = None
-                return trio.lowlevel.Abort.SUCCEEDED
-
-            await trio.lowlevel.wait_task_rescheduled(abort)
-        if isinstance(self.outcome, DfsError):
-            raise self.outcome
-        return self.outcome
+        self.done = trio.Event()
+        self.error: DfsError | None = None
 
 
 class VolumeHome:
@@ -103,6 +82,7 @@ class VolumeHome:
         self.volume = volume
         self.journal = journal
         self.core: HomeCore | None = None
+        self.take_overs = 0
         self._number = number
         self._clock = clock
         self._nursery = nursery
@@ -110,7 +90,7 @@ class VolumeHome:
         self._tail = Tail()
         self._watchers: dict[Waiter, None] = {}
         self._driver: trio.lowlevel.Task | None = None  # parked, nothing to do
-        self._taking: trio.Event | None = None
+        self._taking: _Attempt | None = None
         self._beats: dict[SessionId, float] = {}
         self._owned_since = 0.0
         self._backlog = 0
@@ -189,33 +169,46 @@ class VolumeHome:
     async def take_over(self) -> None:
         """Own the ballot and rebuild the core; callers at once share one attempt.
 
-        Raises `NoQuorum`, `NotHome` or `OwnershipLost`.
+        Raises `NoQuorum`, `NotHome` or `OwnershipLost`; and `Busy` when it takes longer, which
+        tells who forwarded a request here that this node is alive: the attempt goes on.
         """
         if self.ready():
             return
-        if self._taking is not None:
-            await self._taking.wait()
-            if not self.ready():
-                raise OwnershipLost(f"node {self._number} could not own volume {self.volume.hex()}")
+        if self._taking is None:
+            self._taking = _Attempt()
+            self._nursery.start_soon(self._take_over, self._taking)
+        attempt = self._taking
+        with trio.move_on_after(TAKE_OVER_WAIT):
+            await attempt.done.wait()
+        if self.ready():
             return
-        self._taking = trio.Event()
+        if not attempt.done.is_set():
+            raise Busy(f"node {self._number} is taking volume {self.volume.hex()} over")
+        error = attempt.error
+        if error is None:
+            raise OwnershipLost(f"the ballot of volume {self.volume.hex()} was lost again")
+        raise type(error)(str(error), *error.details) from error
+
+    async def _take_over(self, attempt: "_Attempt") -> None:
         try:
             await self.journal.acquire(ACQUIRE_TIMEOUT)
             core = await self._rebuild()
-            if not self.journal.owned:
-                raise OwnershipLost(f"the ballot of volume {self.volume.hex()} was lost again")
-            self.core = core
-            self._beats = {}
-            self._owned_since = self._checkpoint_at = self._clock.monotonic()
-            self._nursery.start_soon(self._drive, core)
+            if self.journal.owned:
+                self.core = core
+                self.take_overs += 1
+                self._beats = {}
+                self._owned_since = self._checkpoint_at = self._clock.monotonic()
+                self._nursery.start_soon(self._drive, core)
+        except DfsError as e:
+            attempt.error = e
         finally:
-            self._taking.set()
             self._taking = None
+            attempt.done.set()
 
     async def _rebuild(self) -> HomeCore:
         """The core as the journal held here makes it; ends at the last chosen entry."""
         journal = self.journal
-        core = self.core_class(journal.base)
+        core = self.core_class(max(journal.base, self._covered))
         tail = Tail()
         while core.seq < journal.chosen:
             for seq, entry in journal.entries(core.seq, READ_BYTES):
@@ -282,6 +275,9 @@ class VolumeHome:
                 await propose(formed.payload, PROPOSE_TIMEOUT)
             except NotHome as e:
                 self._drop(core, str(e))
+            except DiskFull as e:
+                for request in core.retract():
+                    request.token.set(e)
             except DfsError as e:
                 await self._undecided(core, e)
             if self.core is core and core.flying:

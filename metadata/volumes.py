@@ -228,11 +228,15 @@ class HomeCore:
             self._flight.answers = []
         return left
 
-    def abandon(self) -> list[Request]:
-        """Every request without an outcome, when the ballot is lost; the core is over."""
+    def retract(self) -> list[Request]:
+        """Every request without an outcome; the batch in flight was never proposed."""
         left = self.give_up()
         self._flight = None
         return left
+
+    def abandon(self) -> list[Request]:
+        """Every request without an outcome, when the ballot is lost; the core is over."""
+        return self.retract()
 
     def form(self, now: int) -> Formed:
         """Form the next batch from what waits; `now` is the wall clock in ns.

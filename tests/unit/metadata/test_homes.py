@@ -10,6 +10,8 @@ from dfs.clock import SystemClock
 from dfs.errors import (
     Busy,
     DeadlineExceeded,
+    DfsError,
+    DiskFull,
     Fenced,
     InvalidArgument,
     NoQuorum,
@@ -484,3 +486,56 @@ async def test_status_names_volume_seq_and_owner():
         await trio.sleep(1)
         for number in homes(c):
             assert c.nodes[number].node.homes.status() == [(VOLUME, seq, homes(c)[0])]
+
+
+async def test_a_long_take_over_is_not_taken_for_a_dead_owner(monkeypatch):
+    async with cluster() as c:
+        a = await opened(c)
+        owner, other, _ = homes(c)
+        await a.commit(txn([put(5)]))
+        c.nodes[owner].crash()
+        await c.nodes[owner].start()
+        rebuild = volumehome.VolumeHome._rebuild
+
+        async def slow(self):
+            await trio.sleep(6)
+            return await rebuild(self)
+
+        monkeypatch.setattr(volumehome.VolumeHome, "_rebuild", slow)
+        busy = 0
+        for _ in range(100):
+            try:
+                answer = await a.client.call(other, "vol.sync", VOLUME, timeout=3.0)
+                break
+            except Busy:
+                busy += 1
+        assert busy > 2
+        assert answer[1] == owner
+        taken = [n.node.homes.statistics()["take_overs"] for n in c.nodes.values()]
+        assert sum(taken) == 1
+
+
+async def three_commits(session, node):
+    for i in range(3):  # the first may still get through
+        await session.commit(txn([put(5, i)]), at=node)
+        await trio.sleep(1)
+
+
+async def test_a_full_disk_at_the_owner_is_an_error_and_another_home_helps():
+    async with cluster() as c:
+        a = await opened(c)
+        owner, other, third = homes(c)
+        c.nodes[owner].disk.full = True
+        with pytest.raises(DiskFull):
+            await three_commits(a, owner)
+        a.no += 1
+        args = (VOLUME, a.sid, a.no, a.seq, a.seq, (txn([put(6)]),), 0)
+        for _ in range(10):
+            with contextlib.suppress(DfsError):
+                answer = await a.client.call(other, "vol.commit", *args, timeout=3.0)
+                break
+        assert answer[2] == (True,)
+        assert answer[4] in (other, third)
+        c.nodes[owner].disk.full = False
+        await trio.sleep(5)
+        assert (await a.commit(txn([put(7)]), base=answer[1]))[1] == (True,)
