@@ -23,7 +23,9 @@ def split(path: bytes) -> list[bytes]:
     return [name for name in path.split(b"/") if name]
 
 
-async def resolve(fs: FileSystem, path: bytes, *, follow: bool = True, start: int = ROOT_INO) -> Attr:
+async def resolve(
+    fs: FileSystem, path: bytes, *, follow: bool = True, start: int = ROOT_INO
+) -> Attr:
     """The inode a path leads to; `follow`: through a symbolic link at its end, too.
 
     Raises ENOENT, ENOTDIR, ELOOP.

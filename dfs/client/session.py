@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 FRESH = 1.5  # seconds a confirmed answer keeps the view fresh
 WATCH_WAIT = 0.5  # seconds the home may hold a watch
+QUIET = 0.05  # seconds between watches that bring nothing new
 ATTEMPT = 3.0  # seconds one home is given to answer before another is asked
 DEADLINE = 30.0  # seconds until an operation gives up with EIO
 MAX_BATCH = 256  # transactions a request
@@ -490,7 +491,11 @@ class Session:
                     timeout=WATCH_WAIT + 1.0,
                 )
                 if generation == self._generation and not self._over:
+                    known = self.view.seq
                     await self._follow(seq, received, reset, asked_at, owner)
+                    if known >= seq and received:
+                        # Our own commits bring all news with their answers: no need to be told twice.
+                        await trio.sleep(QUIET)
                 attempt = 0
             except Fenced as e:
                 if generation == self._generation:

@@ -1,9 +1,7 @@
-"""Mounts the in-memory cluster, twice if asked: `python fakemount.py MOUNTPOINT [MOUNTPOINT]`.
+"""Mounts the in-memory cluster: `python fakemount.py MOUNTPOINT [quota] [xattrs]`.
 
-Two mount points are two clients of one volume, in two processes that talk to the fake home of the
-first over nothing but a pipe would be too much: so one process serves one mount point, and the second
-client is a `FileSystem` in it that obeys commands on standard input (`write NAME TEXT`, `read NAME`,
-`unlink NAME`, `rename A B`, `mkdir NAME`, `break`, `mend`, `quit`), one answer line each.
+The process holds the fake cluster, the mounted client and a second client of the same volume that
+obeys commands on standard input, one a line, one answer line each; see `obey`.
 """
 
 import logging
@@ -83,7 +81,8 @@ async def main(mountpoint, *flags):
         nursery.start_soon(commands, home, mounted, other)
         options = MountOptions(mountpoint, "fake", xattrs="xattrs" in flags)
         await serve(mounted, options, lambda: print("ready", flush=True))
-        print(f"open {len(mounted.handles)}", flush=True)
+        saved = (await other.statfs()).used
+        print(f"saved {saved} open {len(mounted.handles)}", flush=True)
         nursery.cancel_scope.cancel()
 
 

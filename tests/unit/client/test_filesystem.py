@@ -46,10 +46,9 @@ async def test_listing_returns_what_stays_exactly_once_whatever_changes(bits):
 
 async def test_listing_a_cold_directory_fetches_in_few_rounds():
     home = new_home()
-    async with filesystem(home) as fs:
-        async with trio.open_nursery() as nursery:
-            for n in range(1000):
-                nursery.start_soon(fs.mknod, 1, b"f%d" % n, 0o100644)
+    async with filesystem(home) as fs, trio.open_nursery() as nursery:
+        for n in range(1000):
+            nursery.start_soon(fs.mknod, 1, b"f%d" % n, 0o100644)
     home.checkpoint(VOLUME)
     async with filesystem(home, seed=1, mode="ro") as cold:
         assert len(await names(cold, 1)) == 1000

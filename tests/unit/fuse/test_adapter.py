@@ -1,0 +1,238 @@
+"""The parts of the FUSE adapter that need no kernel: errors, lookup counts, invalidation."""
+
+import errno
+import logging
+import os
+import threading
+import time
+
+import pyfuse3
+import pytest
+import trio
+
+from dfs.client.filesystem import Caller
+from dfs.errors import ConfigError, FsError, NoQuorum
+from fuse.__main__ import Ready, main
+from fuse.inodes import InodeTable
+from fuse.invalidate import Invalidator
+from fuse.mount import MountOptions, check_mountpoint, check_system
+from fuse.operations import HANDLERS, TIMEOUT, Operations, _answering
+from tests.unit.client.support import filesystem, new_home, write_file
+
+
+class Told:
+    """An `Invalidator` that only notes."""
+
+    def __init__(self):
+        self.inodes, self.entries = [], []
+
+    def inode(self, ino):
+        self.inodes.append(ino)
+
+    def entry(self, parent, name):
+        self.entries.append((parent, name))
+
+    def is_pending(self, ino):
+        return False
+
+
+async def answer(error):
+    @_answering
+    async def handler(self):
+        raise error
+
+    with pytest.raises(pyfuse3.FUSEError) as caught:
+        await handler(None)
+    return caught.value.errno
+
+
+async def test_every_error_becomes_an_errno(caplog):
+    assert await answer(FsError("x", errno.ENOTEMPTY)) == errno.ENOTEMPTY
+    assert await answer(NoQuorum("x")) == errno.EIO
+    assert await answer(pyfuse3.FUSEError(errno.ENOSYS)) == errno.ENOSYS
+    caplog.clear()
+    assert await answer(KeyError("bug")) == errno.EIO
+    assert caplog.records[-1].levelno == logging.ERROR
+    assert caplog.records[-1].exc_info
+
+
+async def test_a_cancelled_handler_answers():
+    @_answering
+    async def handler(self):
+        await trio.sleep_forever()
+
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        with pytest.raises(pyfuse3.FUSEError) as caught:
+            await handler(None)
+        assert caught.value.errno == errno.EIO
+
+
+def test_every_handler_is_wrapped():
+    assert {"lookup", "open", "read", "write", "rename", "readdir", "setattr"} <= set(HANDLERS)
+    for name in HANDLERS:
+        assert hasattr(getattr(Operations, name), "__wrapped__"), name
+    fuse = {n for n in vars(pyfuse3.Operations) if not n.startswith("_")}
+    ours = set(HANDLERS) | {"forget", "init", "poll", "stacktrace"}
+    assert {n for n in fuse if callable(getattr(pyfuse3.Operations, n))} <= ours
+
+
+def test_lookup_counts_and_names():
+    table = InodeTable()
+    table.looked_up(5, b"k1", 1, b"a")
+    table.looked_up(5, b"k1", 1, b"a")
+    table.looked_up(6, b"k1", 1, b"b")
+    assert table.names(b"k1") == [b"a", b"b"]
+    assert not table.forget(5, 1)
+    assert 5 in table
+    table.looked_up(5, b"k2", 9, b"moved")
+    assert table.names(b"k1") == [b"b"]
+    assert table.names(b"k2") == [b"moved"]
+    assert table.forget(5, 2)
+    assert 5 not in table
+    assert table.names(b"k2") == []
+    assert table.forget(6, 1)
+    assert len(table) == 0
+    assert 1 in table
+
+
+async def test_changes_of_others_are_invalidated_and_our_own_are_not():
+    home = new_home()
+    told = Told()
+    async with filesystem(home) as fs, filesystem(home, seed=1) as other:
+        operations = Operations(fs, told)
+        ino = await write_file(fs, 1, b"f", b"x")
+        entry = await operations.lookup(1, b"f", None)
+        assert (entry.st_ino, entry.entry_timeout, entry.attr_timeout) == (ino, TIMEOUT, TIMEOUT)
+        await fs.setattr(ino, mode=0o600)
+        await fs.rename(1, b"f", 1, b"g")
+        await fs.rename(1, b"g", 1, b"f")
+        assert not told.inodes
+        assert not told.entries
+        await write_file(other, 1, b"new", b"x")
+        await other.setattr(ino, mode=0o644)
+        await fs.session.refresh()
+        assert ino in told.inodes
+        assert not told.entries
+        await other.unlink(1, b"f")
+        await fs.session.refresh()
+        assert (1, b"f") in told.entries
+
+
+@pytest.mark.realtime
+async def test_an_open_waits_until_the_kernel_dropped_what_changed():
+    home = new_home()
+    order = []
+
+    def slow(ino):
+        time.sleep(0.1)
+        order.append(("inode", ino))
+
+    loop = Invalidator(invalidate_inode=slow, invalidate_entry=lambda *_: None)
+    async with filesystem(home) as fs, filesystem(home, seed=1) as other:
+        operations = Operations(fs, loop)
+        ino = await write_file(fs, 1, b"f", b"x")
+        await operations.lookup(1, b"f", None)
+        fh = await other.open(ino, writable=True)
+        await other.write(fh, 0, b"yy")
+        await other.flush(fh)
+        info = await operations.open(ino, 0, None)
+        assert ("inode", ino) in order
+        assert bytes(await operations.read(info.fh, 0, 10)) == b"yy"
+        await operations.release(info.fh)
+        await other.release(fh)
+    loop.stop()
+
+
+def test_the_queue_of_invalidations_coalesces_and_is_bounded():
+    gate, seen, started = threading.Event(), [], threading.Event()
+
+    def inode(ino):
+        started.set()
+        gate.wait(10)
+        seen.append(ino)
+
+    queue = Invalidator(limit=5, invalidate_inode=inode, invalidate_entry=lambda *_: None)
+    queue.inode(0)
+    assert started.wait(10)
+    assert queue.is_pending(0)  # the kernel is being told right now
+    for _ in range(3):
+        for n in range(1, 9):
+            queue.inode(n)
+    assert queue.statistics()["pending"] == 5
+    assert queue.statistics()["dropped"] > 0
+    gate.set()
+    while queue.statistics()["pending"]:
+        time.sleep(0.01)
+    queue.stop()
+    assert seen[0] == 0
+    assert len(seen) <= 6
+
+
+async def test_xattrs_are_served_only_on_request():
+    home = new_home()
+    async with filesystem(home) as fs:
+        ino = await write_file(fs, 1, b"f", b"")
+        off, on = Operations(fs, Told()), Operations(fs, Told(), xattrs=True)
+        for call in (off.getxattr(ino, b"user.a", None), off.listxattr(ino, None)):
+            with pytest.raises(pyfuse3.FUSEError) as caught:
+                await call
+            assert caught.value.errno == errno.ENOSYS
+        await on.setxattr(ino, b"user.a", b"1", None)
+        assert await on.getxattr(ino, b"user.a", None) == b"1"
+
+
+async def test_the_caller_owns_what_it_makes():
+    home = new_home()
+
+    class Ctx:
+        uid, gid = 12, 34
+
+    async with filesystem(home) as fs:
+        made = await Operations(fs, Told()).mkdir(1, b"d", 0o40755, Ctx)
+        assert (made.st_uid, made.st_gid, made.st_mode) == (*Caller(12, 34), 0o40755)
+
+
+def test_mount_points_that_will_not_do(tmp_path):
+    for path, why in (
+        (tmp_path / "none", "does not exist"),
+        (tmp_path / "file", "not a directory"),
+        (tmp_path / "full", "not empty"),
+        ("/proc", "busy"),
+    ):
+        if path == tmp_path / "file":
+            path.write_text("")
+        if path == tmp_path / "full":
+            path.mkdir()
+            (path / "x").write_text("")
+        with pytest.raises(ConfigError, match=why):
+            check_mountpoint(str(path))
+    (tmp_path / "ok").mkdir()
+    check_mountpoint(str(tmp_path / "ok"))
+
+
+def test_a_machine_without_fuse(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="modprobe fuse"):
+        check_system(str(tmp_path / "fuse"))
+    (tmp_path / "fuse").write_text("")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="fuse3"):
+        check_system(str(tmp_path / "fuse"))
+
+
+def test_options_for_the_kernel():
+    options = MountOptions("/mnt", "v", read_only=True).fuse_options()
+    assert {"default_permissions", "fsname=dfs:v", "subtype=dfs", "ro"} <= options
+    assert not any("max_read" in option for option in options)
+
+
+def test_whoever_started_us_is_told_why_not(tmp_path, capsys):
+    read, write = os.pipe()
+    (tmp_path / "mnt").mkdir()
+    cluster = str(tmp_path / "cluster.json")
+    arguments = ["--cluster", cluster, "--volume", "v", "--ready-fd", str(write)]
+    assert main([*arguments, str(tmp_path / "mnt")]) == 1
+    with os.fdopen(read) as line:
+        assert line.readline().startswith("error: cluster file")
+    assert "dfs cluster init" in capsys.readouterr().err
+    Ready(None).tell("nobody listens")
