@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import trio
@@ -68,7 +67,7 @@ class Ready:
 async def mount(arguments: argparse.Namespace, ready: Ready) -> None:
     """Mount and serve until the end."""
     options = MountOptions(
-        mountpoint=str(Path(arguments.mountpoint).absolute()),
+        mountpoint=arguments.mountpoint,
         volume=arguments.volume,
         read_only=arguments.read_only,
         xattrs=arguments.xattrs,
@@ -132,9 +131,9 @@ def _detach() -> Ready:
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0 after a clean unmount, 1 after an error, 2 for a wrong command line."""
     arguments = parse(argv)
-    for name in ("cluster", "log", "mountpoint"):
+    for name in ("cluster", "log", "mountpoint"):  # a daemon has another working directory
         if getattr(arguments, name):
-            setattr(arguments, name, str(Path(getattr(arguments, name)).absolute()))
+            setattr(arguments, name, os.path.realpath(getattr(arguments, name)))
     ready = Ready(arguments.ready_fd)
     if arguments.daemon:
         if arguments.ready_fd is not None:

@@ -1,4 +1,4 @@
-"""What FUSE needs to know of open handles beyond what `FileSystem` keeps: which inode they belong to.
+"""Which inode an open handle belongs to: what FUSE needs beyond what `FileSystem` keeps.
 
 The kernel names a handle in `read` and `write`, an inode in `getattr` and `forget`; `fsync` of a
 directory and `release` name a handle only.

@@ -28,7 +28,7 @@ FLUSH_TIMEOUT = 60.0  # seconds that an unmount waits for dirty data
 
 @dataclass(frozen=True, slots=True)
 class MountOptions:
-    """How to mount; `volume` is a name for messages and /proc/mounts."""
+    """How to mount: `mountpoint` without symbolic links, `volume` a name for /proc/mounts."""
 
     mountpoint: str
     volume: str
@@ -149,13 +149,11 @@ async def serve(fs: FileSystem, options: MountOptions, ready: Callable[[], None]
 
     Raises `ConfigError` when it cannot mount, `FsError` when dirty data could not be committed.
     """
-    real = os.path.realpath(options.mountpoint)
-    async with mounted(fs, options):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_until_signal, fs)
-            nursery.start_soon(_when_served, real, ready)
-            await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
-            nursery.cancel_scope.cancel()
+    async with mounted(fs, options), trio.open_nursery() as nursery:
+        nursery.start_soon(_until_signal, fs)
+        nursery.start_soon(_when_served, options.mountpoint, ready)
+        await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
+        nursery.cancel_scope.cancel()
     with trio.move_on_after(FLUSH_TIMEOUT) as limit:
         await fs.shut_down()
     if limit.cancelled_caught:

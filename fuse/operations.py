@@ -65,7 +65,7 @@ def _short(args: Sequence[Any]) -> tuple[Any, ...]:
 _ENOSYS = pyfuse3.FUSEError(errno.ENOSYS)
 
 
-class Operations(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
+class Operations(pyfuse3.Operations):
     """The handlers of one mount; `xattrs`: whether to serve extended attributes.
 
     Serving them costs one more request for every write(2), since the kernel then asks for

@@ -106,10 +106,11 @@ def set_attr(
     mtime: int | None = None,
     ctime: int | None = None,
 ) -> Inode:
-    """chmod, chown and utimens in one; None leaves a field as it is.  Returns the inode as it becomes.
+    """chmod, chown and utimens in one; None leaves a field as it is.
 
-    A change of owner or group clears set-user-ID, and set-group-ID of what its group may execute,
-    on everything but directories, unless the same call sets the mode.
+    Returns the inode as it becomes.  A change of owner or group clears set-user-ID, and
+    set-group-ID of what its group may execute, on everything but directories, unless the same call
+    sets the mode.
     """
     inode = get_inode(txn, ino)
     changes: list[fx.Change] = []
@@ -139,7 +140,7 @@ def set_attr(
 
 
 def without_privileges(mode: int) -> int:
-    """Permission bits after a write or change of owner: no set-user-ID, no effective set-group-ID."""
+    """Permission bits after a write or change of owner: set-ID bits cleared where in effect."""
     mode &= ~S_ISUID
     return mode & ~S_ISGID if mode & S_IXGRP else mode
 

@@ -139,7 +139,8 @@ async def load_map(rpc: Rpc, seeds: tuple[str, ...]) -> ClusterMap:
     if not found:
         told = "; ".join(f"{seed}: {why}" for seed, why in failures.items()) or "no seeds given"
         raise Unreachable(
-            f"no node of the cluster answers ({told}); are the daemons running? try `dfs cluster up`"
+            f"no node of the cluster answers ({told});"
+            " are the daemons running? try `dfs cluster up`"
         )
     return max(found, key=lambda m: m.epoch)
 

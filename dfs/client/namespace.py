@@ -234,7 +234,10 @@ class Namespace:
         is_open: Callable[[int], bool],
         flags: int = 0,
     ) -> tuple[int, int]:
-        """rename(2) and renameat2(2); returns (inode moved, inode replaced or exchanged, 0 = none)."""
+        """rename(2), renameat2(2).
+
+        Returns (inode moved, inode replaced or exchanged or 0).
+        """
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE) or flags == (
             RENAME_NOREPLACE | RENAME_EXCHANGE
         ):

@@ -1,7 +1,7 @@
 """Paths on top of `FileSystem`: what a command line needs, in terms of inodes.
 
-Paths are bytes, `/` separates, symbolic links are followed inside the volume (an absolute target starts
-at the volume's root).  Nothing here is atomic beyond what the single operations are.
+Paths are bytes, `/` separates, symbolic links are followed inside the volume (an absolute target
+starts at the volume's root).  Nothing here is atomic beyond what the single operations are.
 """
 
 import errno
@@ -80,7 +80,7 @@ async def list_directory(fs: FileSystem, ino: int) -> AsyncIterator[tuple[bytes,
     cookie = 0
     try:
         while entries := await fs.readdir(handle, cookie):
-            for name, cookie, attr in entries:  # noqa: B007 - the last one is where to go on
+            for name, cookie, attr in entries:
                 fs.returned(handle, name, cookie)
                 yield name, attr
     finally:

@@ -181,7 +181,7 @@ class Session:
             await self._ask("vol.close", (self.volume, self.sid), timeout=ATTEMPT)
 
     def on_change(self, fn: OnChange) -> None:
-        """Call `fn(keys)` after entries with other sessions' effects; None = anything may differ."""
+        """Call `fn(keys)` after others' effects were applied; None = anything may differ."""
         self._on_change.append(fn)
 
     def on_fenced(self, fn: Callable[[], None]) -> None:
@@ -494,7 +494,7 @@ class Session:
                     known = self.view.seq
                     await self._follow(seq, received, reset, asked_at, owner)
                     if known >= seq and received:
-                        # Our own commits bring all news with their answers: no need to be told twice.
+                        # Our own commits bring all news: no need to be told twice.
                         await trio.sleep(QUIET)
                 attempt = 0
             except Fenced as e:

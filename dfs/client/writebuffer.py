@@ -165,7 +165,7 @@ class WriteBuffer:
     def gather(
         self, parts: Sequence[tuple[int, int]], upload: Upload, offsets: Sequence[int]
     ) -> None:
-        """Let an upload be the source of ranges: `parts` (start, length), `offsets` in the chunk."""
+        """Let an upload be the source of `parts` (start, length), at `offsets` in the chunk."""
         for (start, length), at in zip(parts, offsets, strict=True):
             self.cut(start, start + length)
             self._insert(Segment(start, length, upload, at))

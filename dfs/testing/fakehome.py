@@ -126,10 +126,10 @@ class FakeHome:
         return 1
 
     def client(self, *, seed: int = 0, clock: Clock | None = None, name: str = "client") -> Cluster:
-        """A `Cluster` as `dfs.client.connect.connect` gives; its `rpc` is a `FakeRpc` with knobs."""
+        """A `Cluster` as `connect` gives; its `rpc` is a `FakeRpc` with knobs."""
         rpc = FakeRpc(self, name)
         get_map: Callable[[], Any] = lambda: self.map  # noqa: E731 - needs the type
-        return Cluster(rpc, get_map, self.blobs, clock or SystemClock(), Random(seed))
+        return Cluster(rpc, get_map, self.blobs, clock or SystemClock(), Random(seed))  # noqa: S311
 
     def chunk_client(self) -> "FakeChunks":
         """What stands for `dfs.client.chunkio.ChunkClient`."""
@@ -170,10 +170,8 @@ class FakeHome:
         return await handler(volume, *args[1:])
 
     async def _open(self, v: _Volume, mode: str, nonce: bytes, name: str) -> Any:
-        for sid, session in v.sessions.items():
-            if session[3] == nonce:
-                break
-        else:
+        sid = next((sid for sid, s in v.sessions.items() if s[3] == nonce), 0)
+        if not sid:
             self._sids += 1
             sid = ids.session_id(1, self._sids)
             v.sessions[sid] = [0, None, mode, nonce]
@@ -265,7 +263,7 @@ class FakeRpc:
         """A perfect network until a knob is turned."""
         self.home = home
         self.name = name
-        self.random = random or Random(name)
+        self.random = random or Random(name)  # noqa: S311
         self.delay = 0.0
         self.down: set[int] = set()
         self.lose_request = 0.0

@@ -1,8 +1,8 @@
 """A POSIX file system as a plain data structure: what `FileSystem` must behave like.
 
 Small and obvious on purpose: nodes in a dict tree, no times, no permissions.  Every method has the
-name of the one of `dfs.client.filesystem.FileSystem` that it judges and raises `OSError` with the errno
-that Linux gives.  Nodes stand for inodes; a test keeps the pairs.
+name of the one of `dfs.client.filesystem.FileSystem` that it judges and raises `OSError` with the
+errno that Linux gives.  Nodes stand for inodes; a test keeps the pairs.
 """
 
 import errno

@@ -1,5 +1,6 @@
 """Sessions: group commit, conflicts, resends, loss, freshness, resets."""
 
+import contextlib
 import errno
 
 import pytest
@@ -40,6 +41,15 @@ def size_of(ino):
     return op
 
 
+@contextlib.asynccontextmanager
+async def two_sessions(home):
+    async with (
+        open_session(home.client(seed=1), VOLUME) as a,
+        open_session(home.client(seed=2), VOLUME) as b,
+    ):
+        yield a, b
+
+
 async def gather(*calls):
     results = [None] * len(calls)
 
@@ -73,13 +83,12 @@ async def test_conflicting_transactions_of_one_session_run_again_without_a_round
 
 async def test_two_sessions_never_lose_an_update():
     home = new_home()
-    async with open_session(home.client(seed=1), VOLUME) as a:
-        async with open_session(home.client(seed=2), VOLUME) as b:
-            calls = [lambda s=s: s.transact(increment(7)) for s in (a, b) for _ in range(25)]
-            await gather(*calls)
-            await gather(a.refresh, b.refresh)
-            assert await a.read(size_of(7)) == await b.read(size_of(7)) == 50
-            assert a.statistics()["conflicts"] + b.statistics()["conflicts"] > 0
+    async with two_sessions(home) as (a, b):
+        calls = [lambda s=s: s.transact(increment(7)) for s in (a, b) for _ in range(25)]
+        await gather(*calls)
+        await gather(a.refresh, b.refresh)
+        assert await a.read(size_of(7)) == await b.read(size_of(7)) == 50
+        assert a.statistics()["conflicts"] + b.statistics()["conflicts"] > 0
 
 
 async def test_lost_answers_are_asked_for_again_and_nothing_happens_twice():
@@ -111,16 +120,15 @@ async def test_an_error_is_only_raised_when_the_home_confirms_what_was_read():
     def remove(txn):
         txn.delete(items.inode_key(7))
 
-    async with open_session(home.client(seed=1), VOLUME) as a:
-        async with open_session(home.client(seed=2), VOLUME) as b:
+    async with two_sessions(home) as (a, b):
+        await a.transact(exclusive)
+        await b.refresh()
+        b.cluster.rpc.delay = 0.2  # b's view is behind from now on
+        await a.transact(remove)
+        await b.transact(exclusive)  # its stale view said EEXIST
+        with pytest.raises(FsError) as caught:
             await a.transact(exclusive)
-            await b.refresh()
-            b.cluster.rpc.delay = 0.2  # b's view is behind from now on
-            await a.transact(remove)
-            await b.transact(exclusive)  # its stale view said EEXIST
-            with pytest.raises(FsError) as caught:
-                await a.transact(exclusive)
-            assert caught.value.errno == errno.EEXIST
+        assert caught.value.errno == errno.EEXIST
 
 
 async def test_a_view_that_is_not_fresh_answers_nothing_and_gives_up_with_eio():
@@ -183,29 +191,27 @@ async def test_tree_nodes_are_fetched_when_missing_and_once_for_all_who_wait():
 
 async def test_a_watcher_behind_the_tail_is_reset():
     home = new_home()
-    async with open_session(home.client(seed=1), VOLUME) as a:
-        async with open_session(home.client(seed=2), VOLUME) as b:
-            b.cluster.rpc.down = {1, 2, 3}
-            await trio.sleep(1.0)
-            for n in range(5):
-                await a.transact(increment(7))
-                home.checkpoint(VOLUME)
-            changes = []
-            b.on_change(changes.append)
-            b.cluster.rpc.down = set()
-            await b.refresh()
-            assert await b.read(size_of(7)) == n + 1
-            assert None in changes
+    async with two_sessions(home) as (a, b):
+        b.cluster.rpc.down = {1, 2, 3}
+        await trio.sleep(1.0)
+        for _ in range(5):
+            await a.transact(increment(7))
+            home.checkpoint(VOLUME)
+        changes = []
+        b.on_change(changes.append)
+        b.cluster.rpc.down = set()
+        await b.refresh()
+        assert await b.read(size_of(7)) == 5
+        assert None in changes
 
 
 async def test_refresh_sees_what_was_committed_before_it():
     home = new_home()
-    async with open_session(home.client(seed=1), VOLUME) as a:
-        async with open_session(home.client(seed=2), VOLUME) as b:
-            for n in range(1, 20):
-                await a.transact(increment(7))
-                await b.refresh()
-                assert await b.read(size_of(7)) == n
+    async with two_sessions(home) as (a, b):
+        for n in range(1, 20):
+            await a.transact(increment(7))
+            await b.refresh()
+            assert await b.read(size_of(7)) == n
 
 
 async def test_a_read_only_session_refuses_to_write():
