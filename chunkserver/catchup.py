@@ -79,7 +79,7 @@ class CatchUp(Worker):
         after = b"" if partition == 0 else (int.from_bytes(at, "big") - 1).to_bytes(32, "big")
         found: list[tuple[bytes, int]] = []
         while True:
-            (page,), _ = await self._peers.call(number, "chunk.list", (after, PAGE))
+            (page,), _ = await self._peers.call(number, "chunk.list", (after, PAGE, partition))
             for chunk_id, _plain, _stored, stamp in page:
                 if partition_of(chunk_id) != partition:
                     return found
@@ -102,9 +102,9 @@ class CatchUp(Worker):
     async def _push_foreign(self) -> list[str]:
         problems: list[str] = []
         for partition in range(PARTITIONS):
-            entries = self._store.index.partition(partition)
-            if not entries or self._peers.is_home(partition):
+            if self._peers.is_home(partition):
                 continue
+            entries = self._store.index.partition(partition)
             done: list[bytes] = []
             for chunk_id, entry in entries:
                 try:

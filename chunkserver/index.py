@@ -71,11 +71,14 @@ class Index:
             self._add(p, -1, -int.from_bytes(chunk_id[:16], "big"))
         return old
 
-    def after(self, chunk_id: bytes, limit: int) -> list[tuple[bytes, Entry]]:
-        """Up to `limit` entries with larger ids, in order; `b""` starts at the beginning."""
+    def after(self, chunk_id: bytes, limit: int, last: int = 0) -> list[tuple[bytes, Entry]]:
+        """Up to `limit` entries with larger ids, in order; `b""` starts at the beginning.
+
+        Ends with partition `last`, if one is given.
+        """
         out: list[tuple[bytes, Entry]] = []
         first = partition_of(chunk_id) if chunk_id else 0
-        for p in range(first, PARTITIONS):
+        for p in range(first, last + 1 if last else PARTITIONS):
             part = self._parts[p]
             if part:
                 out += [(i, part[i]) for i in sorted(part) if i > chunk_id]

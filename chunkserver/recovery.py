@@ -9,8 +9,8 @@ hashes at most what was written since the last hint (64 MiB) or one segment.
 - A tail without a valid record, or ending in records whose data is bad, is cut: it was never
   acknowledged as durable.
 - A damaged header in the middle is skipped to the next valid record.
-- A chunk in the middle whose data is bad becomes a *suspect*: the server quarantines it and asks
-  the other homes.
+- A chunk in the middle whose data is bad becomes a *suspect*: most likely it was never synced.  The
+  server drops it and asks the other homes; if none has it, it was never acknowledged.
 - A segment whose header and hint are both unreadable is moved to `quarantine/`.
 """
 
@@ -70,7 +70,8 @@ class Recovery:
     """What a start found; the texts are for an operator."""
 
     segments: dict[int, Segment] = field(default_factory=dict)
-    suspects: list[tuple[bytes, str]] = field(default_factory=list)  # (chunk id, what is wrong)
+    suspects: list[tuple[bytes, str]] = field(default_factory=list)  # held, but the data is bad
+    missing: list[tuple[bytes, str]] = field(default_factory=list)  # were held, are gone
     garbage: list[Entry] = field(default_factory=list)  # dead chunks whose space may be in use
     notes: list[str] = field(default_factory=list)  # normal after a crash
     errors: list[str] = field(default_factory=list)  # damage
@@ -172,7 +173,7 @@ def _lost(disk: Disk, name: str, ledger: Ledger, found: Recovery) -> None:
         found.errors.append(
             f"{disk.path(segment_name(number))} is gone, {len(missing)} chunks lost"
         )
-        found.suspects += [(i, f"segment {number} is gone") for i in sorted(missing)]
+        found.missing += [(i, f"segment {number} is gone") for i in sorted(missing)]
     else:  # kept until every chunk it names is back
         disk.unlink(f"{SEGMENTS}/{name}")
 

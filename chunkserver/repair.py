@@ -28,9 +28,12 @@ class Repair(Worker):
         self.queue: dict[bytes, tuple[str, int, float]] = {}
         self.lost: set[bytes] = set()  # nobody has a copy
         self.repaired = 0
+        self._doubtful: set[bytes] = set()
 
-    def add(self, chunk_id: bytes, reason: str) -> None:
-        """Queue a chunk for repair now."""
+    def add(self, chunk_id: bytes, reason: str, *, doubtful: bool = False) -> None:
+        """Queue a chunk for repair now; `doubtful`: it may never have been acknowledged."""
+        if doubtful:
+            self._doubtful.add(chunk_id)
         if chunk_id not in self.queue:
             self.queue[chunk_id] = (reason, 0, 0.0)
         self.wake()
@@ -45,16 +48,19 @@ class Repair(Worker):
             try:
                 finished = await self._repair(chunk_id)
             except (NotFound, DiskFull) as e:
-                self.last_error = str(e)
-                if isinstance(e, NotFound):
-                    self.lost.add(chunk_id)
-                finished = False
+                # what a crash tore and nobody else has was never acknowledged by W servers
+                finished = isinstance(e, NotFound) and chunk_id in self._doubtful
+                if not finished:
+                    self.last_error = str(e)
+                    if isinstance(e, NotFound):
+                        self.lost.add(chunk_id)
             except DfsError as e:
                 self.last_error = str(e)
                 finished = False
             if finished:
                 self.queue.pop(chunk_id, None)
                 self.lost.discard(chunk_id)
+                self._doubtful.discard(chunk_id)
                 done += 1
             else:
                 pause = min(LAST_PAUSE, FIRST_PAUSE * 2.0**tries)

@@ -84,7 +84,11 @@ class ChunkNode:
             log.error("recovery: %s", text)
             self._count(text)
         for chunk_id, reason in store.recovery.suspects:
-            await self.bad(chunk_id, reason)
+            log.warning("recovery: chunk %s was written before a crash: %s", chunk_id.hex(), reason)
+            await store.drop([chunk_id])
+            self.repair.add(chunk_id, reason, doubtful=True)
+        for chunk_id, reason in store.recovery.missing:
+            self.repair.add(chunk_id, reason)
         for chunk_id in sorted(store.quarantine.ids):
             self.repair.add(chunk_id, "quarantined earlier")
         try:
@@ -180,8 +184,9 @@ class ChunkNode:
         return ("ok",), b""
 
     def _list(self, _ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
-        after, limit = args
-        page = self.store.index.after(after, max(1, min(limit, LIST_LIMIT)))
+        after, limit, *more = args
+        last = more[0] if more else 0
+        page = self.store.index.after(after, max(1, min(limit, LIST_LIMIT)), last)
         return (tuple((i, e.plain, e.stored, e.stamp) for i, e in page),), b""
 
     def _summary(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:

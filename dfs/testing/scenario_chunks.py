@@ -44,7 +44,7 @@ MUTANTS = (
 )
 SERVERS = 4
 CLIENTS = 2
-BUSY = 60.0  # virtual seconds of work under faults
+BUSY = 50.0  # virtual seconds of work under faults
 DELETE_AGE = 30.0  # no request of a writer is under way any more
 
 
@@ -146,6 +146,7 @@ class _Scenario:
         self.damaged: set[tuple[int, bytes]] = set()  # (server, chunk) with a flipped bit
         self.deleted: set[tuple[int, bytes]] = set()  # (server, chunk) deletion acknowledged
         self.condemned: set[bytes] = set()
+        self.reused: set[bytes] = set()  # written more than once: never condemned
         self.rotten = 1 + self.random.randrange(SERVERS)  # bits flip on one disk only
 
     async def main(self) -> None:
@@ -221,7 +222,9 @@ class _Scenario:
         random = self.random
         kind = random.random()
         if kind < 0.1 and self.acked:
-            return random.choice(list(self.acked.values()))
+            chunk_id = random.choice(list(self.acked))
+            self.reused.add(chunk_id)
+            return self.acked[chunk_id]
         if kind < 0.3:
             return random.randbytes(8) + b"text " * random.randrange(1, 20_000)
         return random.randbytes(random.choice((20, 3000, 70_000)) + random.randrange(9))
@@ -247,6 +250,7 @@ class _Scenario:
             await trio.sleep(self.random.random() * 10)
             now = self.clock.monotonic()
             old = [i for i in self.acked if self.since[i] < now - DELETE_AGE]
+            old = [i for i in old if i not in self.reused]
             if not old:
                 continue
             chunk_id = self.random.choice(old)
@@ -365,7 +369,7 @@ class _Scenario:
         """C1b, C3, C4 after a scrub and a quiet while."""
         for node in self.cluster.nodes.values():
             await node.scrub.run_once()
-        await trio.sleep(500)
+        await trio.sleep(450)
         for chunk_id in self.acked:
             homes = set(self.cluster.map.homes(CHUNK, partition_of(chunk_id)))
             if missing := homes - await self.good_copies(chunk_id):

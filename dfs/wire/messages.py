@@ -61,7 +61,7 @@ Chunkserver (design.md section 8).  An encoded chunk is `dfs.chunks.format`: hea
     chunk.get(chunk_id, first_block, blocks) -> (plain_length, stamp) data=header + those stored blocks
         blocks = -1 means to the end.  errors: NotFound, Corrupt
     chunk.report(chunk_id)               -> (action,)               # a reader saw a bad copy: "ok" | "quarantined" | "absent"
-    chunk.list(after_id, limit)          -> (((chunk_id, plain_length, stored_length, stamp), ...),)
+    chunk.list(after_id, limit, last_partition=0) -> (((chunk_id, plain_length, stored_length, stamp), ...),)
     chunk.summary()                      -> (4096,)                 data=(count u32, sum of id[:16] mod 2**128) a partition
     chunk.delete((chunk_id, ...), before=0) -> ()                   # tombstones; used by GC only
         before: stamp; chunks put or touched at or after it stay.  0 = all of them go.

@@ -414,3 +414,27 @@ async def test_the_own_host_is_read_first_and_a_slow_home_last():
         order = client._reader.order(chunk_id)
         assert order[0] == homes[1]
         assert order[3] not in homes
+
+
+async def test_what_a_crash_tore_is_fetched_again_or_forgotten():
+    """A record whose data is bad in front of good ones, newer than the last hint."""
+    async with chunk_cluster(3) as cluster:
+        client = await connected(cluster)
+        shared = await client.put(b"shared" * 1000, durable=True)
+        await trio.sleep(1)
+        call = Caller(cluster)
+        alone, raw = encoded(b"alone" * 1000)
+        await call("chunk.put", alone, True, 1, data=raw)
+        await call("chunk.put", encoded(b"last")[0], True, 1, data=encoded(b"last")[1])
+        index = cluster.nodes[1].store.index
+        places = [index.get(i).offset for i in (shared, alone)]
+        cluster.crash(1)
+        for offset in places:
+            cluster.disks[1].flip("segments/00000001.seg", offset + 70)
+        node = await cluster.start(1)
+        assert len(node.store.recovery.suspects) == 2
+        await trio.sleep(30)
+        assert node.store.held(shared)
+        assert not node.store.held(alone)
+        assert node.status()["errors"] == ()
+        assert not node.repair.queue

@@ -218,7 +218,7 @@ async def test_a_vanished_segment_is_told_and_its_chunks_are_suspects(kit):
     kit.env.disk.unlink(FIRST)
     store = await kit.open()
     assert "is gone" in store.recovery.errors[0]
-    assert [i for i, _ in store.recovery.suspects] == in_first
+    assert [i for i, _ in store.recovery.missing] == in_first
 
 
 async def test_deletion_gives_space_back_and_stays():
