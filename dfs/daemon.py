@@ -136,11 +136,11 @@ def load_map(disk: RealDisk, seed: Path | None, marker: Marker) -> ClusterMap:
     """
     data = Path(disk.path())
     own = data / "map"
-    found = [
-        ClusterMap.decode(path.read_bytes())
-        for path in (own, seed)
-        if path is not None and path.exists()
-    ]
+    paths = [path for path in (own, seed) if path is not None and path.exists()]
+    try:
+        found = [ClusterMap.decode(path.read_bytes()) for path in paths]
+    except OSError as e:
+        raise ConfigError(f"cannot read the cluster map {e.filename}: {e.strerror}") from e
     if not found:
         raise ConfigError(f"no cluster map: neither {own} nor {seed or 'a file given by --map'}")
     for m in found:

@@ -9,13 +9,14 @@ from typing import Any
 import trio
 
 from dfs.cli.local import ClusterDir
-from dfs.client.connect import ClusterRef, connect
+from dfs.client.connect import Cluster, ClusterRef, connect
 from dfs.clock import SystemClock
 from dfs.cluster.map import CHUNK, METADATA, ROLES, ClusterMap, Node
 from dfs.env import Priority, Rpc
 from dfs.errors import DfsError, NoQuorum, NotFound, Unreachable, WrongCluster
 from dfs.hashing import digest_parts
 from dfs.ids import SYSTEM_VOLUME
+from dfs.rpc.blobs import BlobClient
 from dfs.rpc.endpoint import RpcEndpoint
 from dfs.volume.entries import GENESIS, encode
 
@@ -40,20 +41,22 @@ async def endpoint(cluster: ClusterMap) -> AsyncIterator[Rpc]:
 
 
 @contextlib.asynccontextmanager
-async def reach(file: Path) -> AsyncIterator[tuple[Rpc, ClusterMap]]:
-    """Endpoint and map of the cluster of a cluster file.
+async def reach(file: Path) -> AsyncIterator[Cluster]:
+    """The cluster of a cluster file.
 
     The map is the one in the file's directory if there is one, so that a cluster can be looked at
     while nobody answers; else it is asked from the seeds, which raises `Unreachable`.
     """
     directory = ClusterDir.of_file(file)
-    if directory.has_map():
-        cluster = directory.load_map()
-        async with endpoint(cluster) as rpc:
-            yield rpc, cluster
-    else:
+    if not directory.has_map():
         async with connect(ClusterRef.load(file), name="dfs") as client:
-            yield client.rpc, client.get_map()
+            yield client
+        return
+    known = directory.load_map()
+    async with endpoint(known) as rpc:
+        clock = SystemClock()
+        blobs = BlobClient(rpc, lambda: known, clock)
+        yield Cluster(rpc, lambda: known, blobs, clock, SystemRandom())
 
 
 async def ping(rpc: Rpc, node: Node, role: str, *, timeout: float = PING_TIMEOUT) -> None:

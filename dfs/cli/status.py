@@ -1,18 +1,23 @@
 """`dfs cluster status`: everything the daemons say about themselves, put together."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
+import trio
 
 from dfs.cli.context import echo_json, human_size
 from dfs.cli.context import run as run_async
 from dfs.cli.network import partitions_without_quorum, reach, statuses
-from dfs.cluster.map import ROLES, ClusterMap
+from dfs.client.connect import Cluster
+from dfs.client.registry import list_volumes
+from dfs.cluster.map import METADATA, ROLES, ClusterMap
 from dfs.datadir import PROGRAMS
 from dfs.errors import DfsError
 from dfs.ids import SYSTEM_VOLUME
 
+REGISTRY_TIMEOUT = 5.0  # seconds
 Answers = dict[tuple[int, str], dict[str, Any] | DfsError]
 
 
@@ -27,9 +32,30 @@ def show(file: Path, *, as_json: bool) -> bool:
 
 
 async def collect(file: Path) -> dict[str, Any]:
-    """Ask every daemon and summarise; see `summarise` for the keys."""
-    async with reach(file) as (rpc, cluster):
-        return summarise(cluster, await statuses(rpc, cluster))
+    """Ask every daemon and the registry of volumes; see `summarise` for the keys."""
+    async with reach(file) as cluster:
+        node_map = cluster.get_map()
+        report = summarise(node_map, await statuses(cluster.rpc, node_map))
+        if not report["partitions_without_quorum"][METADATA]:
+            await _name_volumes(cluster, report)
+        return report
+
+
+async def _name_volumes(cluster: Cluster, report: dict[str, Any]) -> None:
+    """Add what the registry knows: all volumes, also those that no node has in use."""
+    seen = {entry["id"]: entry for entry in report["volumes"]}
+    try:
+        with trio.fail_after(REGISTRY_TIMEOUT):
+            volumes = await list_volumes(cluster)
+    except (DfsError, trio.TooSlowError) as e:
+        told = str(e) or f"no answer within {REGISTRY_TIMEOUT:g} s"
+        text = f"the registry of volumes cannot be read: {told}"
+        report["errors"].append(_error("cluster", METADATA, text, 1))
+        return
+    for info in volumes:
+        entry = seen.setdefault(info.volume_id.hex(), {"id": info.volume_id.hex()})
+        entry.update(name=info.name, state=info.state)
+    report["volumes"] = sorted(seen.values(), key=lambda entry: entry.get("name", ""))
 
 
 def summarise(cluster: ClusterMap, answers: Answers) -> dict[str, Any]:
@@ -115,14 +141,15 @@ def _print(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     state = "available" if report["available"] else "UNAVAILABLE"
     click.echo(
         f"cluster {report['cluster_id'][:8]}: {state}, {report['copies']} copies, "
         f"map epoch {report['map_epoch']}\n"
     )
     table = Table(box=None, pad_edge=False)
-    for column in ("node", "zone", "rack", "host", *PROGRAMS.values()):
+    racks = any(node["rack"] for node in report["nodes"])
+    for column in ("node", "zone", *(["rack"] if racks else []), "host", *PROGRAMS.values()):
         table.add_column(column)
     for column in ("metadata used", "chunks used", "disk free"):
         table.add_column(column, justify="right")
@@ -132,7 +159,7 @@ def _print(report: dict[str, Any]) -> None:
         table.add_row(
             node["name"],
             node["zone"],
-            node["rack"] or "-",
+            *([node["rack"] or "-"] if racks else []),
             node["host"],
             *("-" if r is None else "up" if r["up"] else "[red]DOWN[/red]" for r in roles),
             *("-" if not r or "used" not in r else human_size(r["used"]) for r in roles),
@@ -149,10 +176,12 @@ def _print(report: dict[str, Any]) -> None:
     volumes = [v for v in report["volumes"] if v["id"] != SYSTEM_VOLUME.hex()]
     names = {node["number"]: node["name"] for node in report["nodes"]}
     if volumes:
-        click.echo(f"\n{len(volumes)} volumes have been used since the nodes started:")
-        for v in volumes:
-            owner = names.get(v["owner"], "nobody yet")
-            click.echo(f"  {v.get('name') or v['id']}  seq {v['seq']}, sequenced by {owner}")
+        click.echo("\nvolumes:")
+    for v in volumes:
+        owner = names.get(v.get("owner"), "nobody")
+        told = f"commit {v['seq']}, sequenced by {owner}" if "seq" in v else "not in use"
+        state = f" ({v['state']})" if v.get("state", "created") != "created" else ""
+        click.echo(f"  {v.get('name', v['id'])}{state}: {told}")
     for e in report["errors"]:
         times = f" ({e['count']} times)" if e["count"] > 1 else ""
         click.echo(f"\n{e['node']} {e['role']}: {e['text']}{times}")

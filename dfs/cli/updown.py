@@ -40,7 +40,8 @@ async def start(path: Path, names: tuple[str, ...], timeout: float) -> None:
         raise DfsError("; ".join(failures))
     new = sum(child is not None for *_, child in started)
     click.echo(
-        f"{len(nodes)} nodes are up ({new} processes started, {len(started) - new} already running)"
+        f"up: {', '.join(node.name for node in nodes)} "
+        f"({new} processes started, {len(started) - new} already running)"
     )
 
 
@@ -82,12 +83,12 @@ async def bootstrap_cluster(file: Path, timeout: float) -> bool:
     with trio.move_on_after(timeout):
         while True:
             try:
-                async with reach(file) as (rpc, cluster):
-                    return await bootstrap(rpc, cluster, timeout=timeout)
+                async with reach(file) as cluster:
+                    return await bootstrap(cluster.rpc, cluster.get_map(), timeout=timeout)
             except Unreachable:
                 await trio.sleep(1)
-    async with reach(file) as (rpc, cluster):
-        return await bootstrap(rpc, cluster, timeout=timeout)
+    async with reach(file) as cluster:
+        return await bootstrap(cluster.rpc, cluster.get_map(), timeout=timeout)
 
 
 def stop_nodes(path: Path, names: tuple[str, ...]) -> None:
@@ -102,7 +103,7 @@ def stop_nodes(path: Path, names: tuple[str, ...]) -> None:
     killed = stop(processes)
     for name in killed:
         click.echo(f"{name} did not stop by itself and was killed", err=True)
-    click.echo(f"stopped {len(running)} processes of {len(nodes)} nodes")
+    click.echo(f"down: {', '.join(node.name for node in nodes)} ({len(running)} processes stopped)")
 
 
 def _choose(directory: ClusterDir, cluster: ClusterMap, names: tuple[str, ...]) -> list[Node]:
