@@ -72,6 +72,10 @@ class Acceptor:
         self.out: list[Effect] = []
         for prev_hash, payload in state.log:
             self._remember(prev_hash, payload)
+        if self.pending is not None and self.promised[1] != me:
+            # That it is chosen may have been known here before the restart: ask, a few times.
+            self.behind = (self.promised[1], self.chosen + 1)
+            self.need_left = 5
 
     @property
     def members(self) -> tuple[int, ...]:

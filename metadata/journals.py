@@ -312,6 +312,7 @@ class JournalHost:
     """
 
     replica_class: type[Replica] = Replica
+    journal_class: type[Journal] = Journal
 
     def __init__(
         self,
@@ -420,7 +421,7 @@ class JournalHost:
         )
         for text in self.log.cut:
             self.report(text)
-        self._journals = {v: Journal(self, v, state) for v, state in states.items()}
+        self._journals = {v: self.journal_class(self, v, s) for v, s in states.items()}
         self._running = True
         self.active.update(self._journals.values())
         try:
@@ -541,7 +542,7 @@ class JournalHost:
         return (), b""
 
     def _blank(self, volume: bytes) -> Journal:
-        journal = self._journals[volume] = Journal(self, volume, State())
+        journal = self._journals[volume] = self.journal_class(self, volume, State())
         return journal
 
     async def _on_genesis(self, _ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:

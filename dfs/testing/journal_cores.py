@@ -22,7 +22,7 @@ from dfs.errors import Corrupt, DfsError, NotHome
 from dfs.testing.journal_mutants import replica_class
 from dfs.volume import entries
 from metadata.journalacceptor import ALARM, CHOSEN, OUTCOME, PERSIST, REPLY, RESET, SEND
-from metadata.journalstate import ENTRY, NO_HASH, Record, State, chain, config_of, replay
+from metadata.journalstate import ENTRY, NO_BALLOT, NO_HASH, Record, State, chain, config_of, replay
 
 STEP = 0.01  # seconds of a node's clock per step of the scheduler
 STEPS = 1200
@@ -71,6 +71,8 @@ class Node:
             state = replay(self.records)
         except Corrupt as e:
             raise ViolationError(f"recovery of node {self.me}: {e}") from e
+        if self.world.mutant == "forgetful":
+            state.promised = NO_BALLOT
         self.places: dict[int, int] = {}  # operation -> its first seq
         history = self.world.history[self.journal]
         for seq in range(1, state.base.seq + 1):

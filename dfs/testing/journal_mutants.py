@@ -29,6 +29,7 @@ MUTANTS = {
     "norecover": "a new owner does not propose what the promises report",
     "hasty": "votes leave before what they speak of is durable",
     "ownack": "the proposer counts its own vote before it is durable",
+    "forgetful": "recovery ignores promises",
     "staleconfirm": "a confirm round counts for who came after it started",
     "yesman": "an acceptor confirms a ballot though it promised a higher one",
     "selfconfirm": "a confirm needs no majority",

@@ -6,7 +6,7 @@ from dfs.testing.journal_cores import ViolationError, run_cores
 from dfs.testing.journal_mutants import MUTANTS
 
 # These take hundreds of schedules; tests/unit/metadata/test_journal_directed.py finds them at once.
-RARE = {"noprep", "atonce", "vote", "ownack", "staleconfirm", "yesman"}
+RARE = {"noprep", "atonce", "vote", "ownack", "forgetful", "staleconfirm", "yesman"}
 
 
 def search(seeds, mutant):
@@ -41,7 +41,7 @@ def test_a_broken_rule_is_found(mutant):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutant", sorted(RARE - {"noprep", "staleconfirm"}))
+@pytest.mark.parametrize("mutant", sorted(RARE - {"noprep", "forgetful", "staleconfirm"}))
 def test_a_rare_breach_is_found(mutant):
     with pytest.raises(ViolationError):
         search(range(6000), mutant)

@@ -225,6 +225,26 @@ def ownack(mutant):
             assert all(h[s] == g[s] for s in h.keys() & g.keys()), "agreement"
 
 
+def forgetful(mutant):
+    """Node 2 restarts between its promise to 1 and the accept of 0's older ballot."""
+    b = Bench(3, (0, 1, 2))
+    b.own(0)
+    b.go({0, 1, 2})
+    b.own(1)
+    b.go({1, 2})
+    b.net = []
+    assert replay(b.records[2]).promised == (2, 1)
+    if mutant == "forgetful":
+        b.records[2] = [r for r in b.records[2] if r[0] == ENTRY]
+    b.replicas[2] = b.make(2)
+    b.propose(0, operation(1))
+    b.go({0, 2})
+    b.net = []
+    b.propose(1, operation(2))
+    b.go({1, 2})
+    b.agree()
+
+
 def confirm_round(mutant):
     """A confirm that began before a takeover says nothing to who asks after it."""
     b = Bench(3, (0, 1, 2), mutant)
@@ -268,6 +288,7 @@ def confirm_deposed(mutant):
         (atonce, "atonce"),
         (amnesia, "vote"),
         (ownack, "ownack"),
+        (forgetful, "forgetful"),
         (confirm_round, "staleconfirm"),
         (confirm_deposed, "yesman"),
         (confirm_deposed, "selfconfirm"),

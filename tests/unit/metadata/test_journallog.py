@@ -301,7 +301,7 @@ async def test_a_segment_made_just_before_a_crash_is_made_again():
     await written(disk, history(3))
     for content in (b"", header(2)[:10], bytes(len(header(2)))):
         disk.open("journals/000000000002.log", create=True, truncate=True).append([content])
-        log, states = await running(disk)
+        _, states = await running(disk)
         assert states[V].chosen == 2
         assert disk.listdir("journals") == ["000000000001.log"]
 
