@@ -55,7 +55,7 @@ sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || ec
 # setup EXTRA [COMMAND...]: make ROOT/.venv with dfs (and the extra, if not empty), and see that the
 # commands exist (each is also the name of its Debian package). Quick when all is there.
 setup() {
-    local extra=$1 python packages command stamp want
+    local extra=$1 python packages command stamp want version='import sys; print(sys.version)'
     shift
     python=$(find_python) || exit 1
     packages=$(missing_for_dfs "$python")
@@ -70,10 +70,13 @@ setup() {
     flock 9
     stamp="$VENV/.installed-${extra:-run}"
     want=$(cat "$ROOT/pyproject.toml" "$ROOT/requirements.lock" | sha256sum)
-    want="$want $ROOT $("$python" -c 'import sys; print(sys.version)' | tr '\n' ' ')"
+    want="$want $ROOT $("$python" -c "$version")"
     if [ ! -x "$VENV/bin/dfs" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
         say "installing dfs${extra:+ and what its tests need} into $VENV"
         rm -f "$stamp"
+        if [ "$("$VENV/bin/python" -c "$version" 2>&1)" != "$("$python" -c "$version")" ]; then
+            rm -rf "$VENV"/{bin,lib,lib64,include,share,pyvenv.cfg} # of another Python
+        fi
         "$python" -m venv "$VENV" || die "could not make $VENV"
         "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
             --constraint "$ROOT/requirements.lock" --editable "$ROOT${extra:+[$extra]}" </dev/null ||
