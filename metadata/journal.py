@@ -6,23 +6,7 @@ cases.  In short: seq s is decided by a majority of the last config below s; an 
 only on top of s - 1; a ballot is `(round, node)`; the owner of a ballot keeps it (one round trip
 per entry) until it promises a higher one or learns from elsewhere what was chosen at its seq.
 
-Effects, in the order they have to happen (tuples, first field is the kind):
-
-    (SEND, to, message)       may leave at once
-    (PERSIST, record)         append to the log (`metadata.journalstate`)
-    (REPLY, to, message)      may leave once every record persisted before it is durable; `to` may
-                              be this replica itself: its own vote counts only when durable
-    (CHOSEN, seq, payload)    the next entry of the journal, in order, once
-    (RESET, seq)              everything up to seq came as a snapshot; CHOSEN goes on after it
-    (OUTCOME, ticket, result) a verb ended: seq or None, or the `DfsError` to raise
-    (ALARM, text)             the protocol was broken by somebody; people should look
-
-Messages (tuples, first field is the kind):
-
-    PREPARE ballot have               NACK ballot promised            ACCEPT ballot seq prev payload
-    PROMISE ballot chosen pending     NEED have                       ACK ballot seq
-    FILL base first prev payloads chosen    ANNOUNCE seq hash         LEARNED seq
-    CONFIRM ballot number seq hash    CONFIRMED ballot number
+Effects and messages are listed in `metadata.journalacceptor`.
 
 Overridable methods named `rule_*` are the points where a rule is decided; the tests break them.
 """

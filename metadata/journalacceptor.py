@@ -1,8 +1,26 @@
 """The passive half of a journal replica, sans-IO: promising, accepting, learning, catching up.
 
-`metadata.journal` adds the proposer and documents messages and effects.  An acceptor's whole state
+`metadata.journal` adds the proposer.  An acceptor's whole state
 is the chosen prefix plus at most one entry accepted on top of it (`pending`).  It learns that the
 pending entry is chosen when a proposer builds on it, announces its hash, or fills it in.
+
+Effects, in the order they have to happen (tuples, first field is the kind):
+
+    (SEND, to, message)       may leave at once
+    (PERSIST, record)         append to the log (`metadata.journalstate`)
+    (REPLY, to, message)      may leave once every record persisted before it is durable; `to` may
+                              be this replica itself: its own vote counts only when durable
+    (CHOSEN, seq, payload)    the next entry of the journal, in order, once
+    (RESET, seq)              everything up to seq came as a snapshot; CHOSEN goes on after it
+    (OUTCOME, ticket, result) a verb ended: seq or None, or the `DfsError` to raise
+    (ALARM, text)             the protocol was broken by somebody; people should look
+
+Messages (tuples, first field is the kind):
+
+    PREPARE ballot have               NACK ballot promised            ACCEPT ballot seq prev payload
+    PROMISE ballot chosen pending     NEED have                       ACK ballot seq
+    FILL base first prev payloads chosen    ANNOUNCE seq hash         LEARNED seq
+    CONFIRM ballot number seq hash    CONFIRMED ballot number
 
 Overridable methods named `rule_*` are the points where a rule is decided; the tests break them.
 """
@@ -34,7 +52,7 @@ Effect = tuple[Any, ...]
 
 NEED_AGAIN = 0.1  # seconds between two requests for the same missing entries
 FILL_BYTES = 256 << 10  # payload of one FILL; a replica that lacks more asks again
-TAIL_BYTES = 1 << 20  # payload kept in memory per journal
+TAIL_BYTES = 256 << 10  # payload kept in memory per journal
 
 
 class Acceptor:

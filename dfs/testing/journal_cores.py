@@ -358,7 +358,10 @@ class World:
 
     def _holds(self, node: Node, seq: int) -> bool:
         """Whether the node would know after a power loss that the entry is chosen."""
-        return replay(node.records[: node.durable]).chosen >= seq
+        try:
+            return replay(node.records[: node.durable]).chosen >= seq
+        except Corrupt as e:
+            raise ViolationError(f"the log of node {node.me}: {e}") from e
 
     def _plan(self) -> None:
         random = self.random

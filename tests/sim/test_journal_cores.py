@@ -6,7 +6,10 @@ from dfs.testing.journal_cores import ViolationError, run_cores
 from dfs.testing.journal_mutants import MUTANTS
 
 # These take hundreds of schedules; tests/unit/metadata/test_journal_directed.py finds them at once.
-RARE = {"noprep", "atonce", "vote", "ownack", "forgetful", "staleconfirm", "yesman"}
+RARE = {"noprep", "atonce", "vote", "ownack", "forgetful", "staleconfirm", "yesman", "selfconfirm"}
+
+# Seeds that found them when this was written, so that the search is short as long as they do.
+FIRST = {"later": (48,), "hasty": (23,), "oldsize": (15,), "removed": (12,), "norecover": (12,)}
 
 
 def search(seeds, mutant):
@@ -16,13 +19,13 @@ def search(seeds, mutant):
 
 def test_replicas_agree_under_faults_and_membership_changes():
     operations = changes = amnesias = trims = 0
-    for seed in range(80):
+    for seed in range(60):
         world = run_cores(seed)
         operations += len(world.results)
         changes += world.changes
         amnesias += world.amnesias
         trims += world.trims
-    assert operations > 1200, "the schedules do next to nothing"
+    assert operations > 1000, "the schedules do next to nothing"
     assert changes > 50
     assert amnesias > 50
     assert trims > 100
@@ -37,7 +40,7 @@ def test_a_seed_is_a_schedule():
 @pytest.mark.parametrize("mutant", sorted(MUTANTS.keys() - RARE))
 def test_a_broken_rule_is_found(mutant):
     with pytest.raises(ViolationError):
-        search(range(150), mutant)
+        search((*FIRST.get(mutant, ()), *range(150)), mutant)
 
 
 @pytest.mark.slow
