@@ -168,7 +168,8 @@ class FsError(DfsError):
 
 
 def _tree(cls: type[DfsError]) -> dict[int, type[DfsError]]:
-    found = {cls.code: cls}
+    # A class without a code of its own (local to some module) travels as its parent.
+    found = {cls.code: cls} if "code" in vars(cls) else {}
     for sub in cls.__subclasses__():
         found.update(_tree(sub))
     return found

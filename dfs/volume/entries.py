@@ -10,8 +10,8 @@ starts with `(VERSION, kind, stamp_ns, ...)`:
     SESSION     (..., sid, mode, nonce, name)      a session opens
     CLOSE       (..., (sid, ...))                  sessions end
     GENESIS     (..., params, version, members)    seq 1 of every journal; params: map str -> value
-    CHECKPOINT  (..., covered_seq, root, control)  the tree `root` holds everything up to covered_seq;
-                control: the home's control state at this entry, so that a take-over reads no tree
+    CHECKPOINT  (..., covered_seq, root, control)  the tree `root` holds all up to covered_seq;
+                control: the home's control state at this entry: a take-over reads no tree
     DELEGATION  (..., epoch, sid or 0)             granted to sid, or returned / revoked
 
 `stamp_ns` is the proposer's wall clock, made to grow strictly along the journal.
