@@ -13,40 +13,40 @@ segments under commit, and `WriteBuffer.forget` afterwards drops only what is st
 committed.  A reader takes committed extents and dirty segments in one step, so it sees a write
 either in the buffer or in the extents; chunk bytes are fetched afterwards and are immutable.
 
-A failed write-back keeps the data, is tried again by the next commit, and its error is raised once,
-by the next write, flush or fsync.
+A failed write-back keeps the data and is tried again; its error is raised once, by the next write,
+flush or fsync, unless all of the data was committed before anybody asked.  When the session was
+lost the error is raised in any case: what others saw in between may have been something else.
 """
 
 import errno
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import trio
 
-from dfs.client.attributes import Attr, fs_error, get_inode, patch_inode, without_privileges
-from dfs.client.cache import BUDGET, ChunkCache, join
+from dfs.client.attributes import Attr, fs_error
+from dfs.client.cache import BUDGET, ChunkCache
+from dfs.client.contents import INLINE, Contents, extent_of
 from dfs.client.handles import FileHandle
 from dfs.client.namespace import Namespace
+from dfs.client.openfile import File
+from dfs.client.reader import Reader
 from dfs.client.session import Session
 from dfs.client.writebuffer import WINDOW, Segment, Upload, WriteBuffer
 from dfs.codec import Buffer
 from dfs.env import Buffers
 from dfs.errors import DfsError, FsError
-from dfs.volume import effects as fx
 from dfs.volume import extents, items
-from dfs.volume.items import DIR, REG, Inode
-from dfs.volume.view import Txn
+from dfs.volume.items import Inode
 
 log = logging.getLogger(__name__)
 
-INLINE = 4 << 10  # bytes up to which a commit needs no chunk
 MAX_DIRTY = 96 << 20  # uncommitted bytes of all files beyond which writers wait
 UPLOADS = 4  # chunks on their way at once
+PARALLEL = 64  # files that the write-back commits at once
 AGE = 1.0  # seconds after which dirty data is committed without being asked
-SPAN = 16 << 20  # bytes of a file whose extents are looked up at once
-SMALL_READ = 128 << 10
 MAX_SIZE = items.MAX_OFFSET
 
 
@@ -68,28 +68,6 @@ class ChunkStore(Protocol):
         ...
 
 
-class File:
-    """What this client knows of one regular file that is open or dirty."""
-
-    __slots__ = (
-        "buffer", "dirty_since", "error", "handles", "ino", "lock", "mtime", "orphan", "size",
-        "span",
-    )  # fmt: skip
-
-    def __init__(self, ino: int) -> None:
-        """A file without handles or dirty data."""
-        self.ino = ino
-        self.handles = 0
-        self.buffer = WriteBuffer()
-        self.lock = trio.Lock()
-        self.error: FsError | None = None  # of a write-back, until it was raised
-        self.mtime = 0  # of the newest write that is not committed
-        self.dirty_since = 0.0
-        self.orphan = False  # the last name is gone: purge at the last close
-        self.size = -1  # committed size; -1 = ask the view
-        self.span: tuple[int, int, list[extents.Extent]] | None = None  # cached committed extents
-
-
 class Files:
     """All open and dirty files of a client; see the module's docstring."""
 
@@ -106,7 +84,7 @@ class Files:
         self._session = session
         self._chunks = chunks
         self._namespace = namespace
-        self._clear_privileges = clear_privileges
+        self._contents = Contents(namespace, clear_privileges=clear_privileges)
         self._cache_bytes = cache_bytes
         self._files: dict[int, File] = {}
         self._dirty: dict[int, File] = {}  # in order of becoming dirty
@@ -116,6 +94,7 @@ class Files:
         self._wake = trio.Event()  # something became dirty
         self._nursery: trio.Nursery | None = None
         self._cache: ChunkCache | None = None
+        self._reader: Reader | None = None
         self._clock = session.cluster.clock
         self._commits = 0
         session.on_change(self._on_change)
@@ -126,6 +105,7 @@ class Files:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             self._cache = ChunkCache(self._chunks, nursery, self._cache_bytes)
+            self._reader = Reader(self._session, self._cache)
             task_status.started()
             await self._write_back()
 
@@ -225,15 +205,13 @@ class Files:
 
     def _on_fenced(self) -> None:
         for file in self._dirty.values():
-            file.error = file.error or fs_error(errno.EIO, "the session was lost")
+            file.error, file.lost = fs_error(errno.EIO, "the session was lost"), True
 
     # ------------------------------------------------------------------ writing
 
     async def write(self, file: File, offset: int, data: Buffer) -> int:
         """Buffer a write; waits only when too much is uncommitted."""
-        if file.error is not None:
-            error, file.error = file.error, None
-            raise error
+        self._raise_error(file)
         length = len(data)
         if offset + length > MAX_SIZE:
             raise fs_error(errno.EFBIG)
@@ -248,7 +226,7 @@ class Files:
         buffer.write(offset, data)
         self._uncommitted += buffer.size - before
         file.mtime = self._clock.time_ns()
-        if length > SMALL_READ or buffer.size >= WINDOW:
+        if buffer.size >= WINDOW:
             for window in range(offset // WINDOW, (offset + length - 1) // WINDOW + 1):
                 if buffer.loose.get(window, 0) == WINDOW:
                     self._upload_window(file, window)
@@ -269,17 +247,17 @@ class Files:
         file.buffer.gather([(start, WINDOW)], upload, [0])
         self._send(upload)
 
-    def _send(self, upload: Upload) -> None:
+    def _send(self, upload: Upload, *, durable: bool = False) -> None:
         upload.error = None
         self._uploads[upload] = trio.Event()
         if self._nursery is None:
             raise RuntimeError("Files.run is not running")
-        self._nursery.start_soon(self._put, upload)
+        self._nursery.start_soon(self._put, upload, durable)
 
-    async def _put(self, upload: Upload) -> None:
+    async def _put(self, upload: Upload, durable: bool) -> None:
         try:
             async with self._slots:
-                upload.chunk_id = await self._chunks.put(upload.pieces)
+                upload.chunk_id = await self._chunks.put(upload.pieces, durable=durable)
         except DfsError as e:
             upload.error = e  # the commit tries again and reports
         finally:
@@ -302,20 +280,29 @@ class Files:
         """Commit the file's dirty data; raises what went wrong with it, now or before, once."""
         if file.buffer:
             await self._commit(file)
+        self._raise_error(file)
+
+    def _raise_error(self, file: File) -> None:
         if file.error is not None:
-            error, file.error = file.error, None
+            error, file.error, file.lost = file.error, None, False
             raise error
 
     async def flush_all(self) -> None:
-        """Commit everything; raises the first error after having tried all files."""
-        first: FsError | None = None
-        for file in list(self._dirty.values()):
+        """Commit everything, many files at a time; raises the first error there is."""
+        failures: list[FsError] = []
+
+        async def flush(file: File) -> None:
             try:
                 await self.flush(file)
             except FsError as e:
-                first = first or e
-        if first is not None:
-            raise first
+                failures.append(e)
+
+        while self._dirty and not failures:
+            async with trio.open_nursery() as nursery:
+                for file in list(self._dirty.values())[:PARALLEL]:
+                    nursery.start_soon(flush, file)
+        if failures:
+            raise failures[0]
 
     async def _commit(self, file: File) -> None:
         async with file.lock:
@@ -341,6 +328,8 @@ class Files:
             if file.buffer:
                 file.dirty_since = began
                 self._dirty[file.ino] = file
+            elif not file.lost:
+                file.error = None  # what failed before has been made up for
             self._commits += 1
             self._maybe_forget(file)
 
@@ -375,7 +364,10 @@ class Files:
                 ranges[-1] = (ranges[-1][0], s.end - ranges[-1][0])
             else:
                 ranges.append((s.start, s.length))
-        for chunk in extents.plan_pack(ranges, WINDOW):
+        plan = extents.plan_pack(ranges, WINDOW)
+        # A lone chunk is synced by its put, which saves the round trip of a barrier.
+        durable = len(plan) == 1 and not any(isinstance(s.source, Upload) for s in file.buffer)
+        for chunk in plan:
             pieces: list[memoryview] = []
             filled = 0
             for offset, length, at in chunk:
@@ -389,43 +381,16 @@ class Files:
             file.buffer.gather(
                 [(offset, length) for offset, length, _ in chunk], upload, [c[2] for c in chunk]
             )
-            self._send(upload)
+            self._send(upload, durable=durable)
 
     async def _publish(self, file: File, segments: list[Segment], oldest: int) -> None:
         """One transaction with the extents of stored segments, the size and the times."""
-        ino, mtime = file.ino, file.mtime
-        end = segments[-1].end
-        new = [_extent_of(s) for s in segments]
-        few = all(e.data is not None for e in new)
-
-        def op(txn: Txn) -> int:
-            inode = get_inode(txn, ino)
-            size = max(inode.size, end)
-            for run in _neighbours(new):
-                old = scan_extents(txn, ino, run[0].offset, run[-1].end + 1)
-                if few:
-                    run = merge_inline(old, run)
-                txn.extend(extents.plan_write(ino, old, run))
-            self._change_data(txn, ino, inode, size, mtime)
-            return size
-
-        size = await self._session.transact(op, oldest=oldest)
+        ino, mtime, publish = file.ino, file.mtime, self._contents.publish
+        new = [extent_of(s) for s in segments]
+        size = await self._session.transact(
+            lambda txn: publish(txn, ino, new, mtime), oldest=oldest
+        )
         file.span, file.size = None, size
-
-    def _change_data(self, txn: Txn, ino: int, inode: Inode, size: int, now: int) -> None:
-        """What every change of content does to the inode and to the volume's usage."""
-        changes: list[fx.Change] = [
-            (items.F_MTIME, fx.LAST, now),
-            (items.F_CTIME, fx.LAST, now),
-            (items.F_DATAVER, fx.ADD, 1),
-        ]
-        if size != inode.size:
-            changes.append((items.F_SIZE, fx.SET, size))
-        mode = without_privileges(inode.mode) if self._clear_privileges else inode.mode
-        if mode != inode.mode:
-            changes.append((items.F_MODE, fx.SET, mode))
-        patch_inode(txn, ino, *changes)
-        self._namespace.charge(txn, size - inode.size, 0)
 
     async def truncate(self, ino: int, size: int) -> None:
         """Cut or extend (with zeros) a file to `size` bytes."""
@@ -436,17 +401,9 @@ class Files:
         file = self._files.get(ino)
         now = self._clock.time_ns()
 
-        def op(txn: Txn) -> None:
-            inode = get_inode(txn, ino)
-            if inode.kind != REG:
-                raise fs_error(errno.EISDIR if inode.kind == DIR else errno.EINVAL)
-            if size < inode.size:
-                old = scan_extents(txn, ino, size, size)
-                txn.extend(extents.plan_truncate(ino, old, size))
-            self._change_data(txn, ino, inode, size, now)
-
+        truncate = self._contents.truncate
         if file is None:
-            await self._session.transact(op)
+            await self._session.transact(lambda txn: truncate(txn, ino, size, now))
             return
         async with file.lock:
             before = file.buffer.size
@@ -454,7 +411,7 @@ class Files:
             self._uncommitted -= before - file.buffer.size
             if not file.buffer:
                 self._dirty.pop(ino, None)
-            await self._session.transact(op)
+            await self._session.transact(lambda txn: truncate(txn, ino, size, now))
             file.span, file.size = None, size
 
     async def _write_back(self) -> None:
@@ -465,144 +422,24 @@ class Files:
                 await self._wake.wait()
             now = self._clock.monotonic()
             due = [f for f in self._dirty.values() if now - f.dirty_since >= AGE]
-            for file in due:
-                try:
-                    await self._commit(file)
-                except FsError as e:
-                    file.error = file.error or e
-                    file.dirty_since = self._clock.monotonic() + AGE  # not at once again
-                    log.warning("write-back of inode %x: %s", file.ino, e)
+            async with trio.open_nursery() as nursery:
+                for file in due[:PARALLEL]:
+                    nursery.start_soon(self._commit_quietly, file)
             await trio.sleep(AGE / 4)
+
+    async def _commit_quietly(self, file: File) -> None:
+        """Commit; an error is kept for the next write, flush or fsync."""
+        try:
+            await self._commit(file)
+        except FsError as e:
+            file.error = file.error or e
+            file.dirty_since = self._clock.monotonic() + AGE  # not at once again
+            log.warning("write-back of inode %x: %s", file.ino, e)
 
     # ------------------------------------------------------------------ reading
 
     async def read(self, handle: FileHandle, offset: int, length: int) -> Buffer:
         """Up to `length` bytes at `offset`: committed data under what is not committed yet."""
-        file = handle.file
-        buffer = file.buffer
-        if buffer:
-            dirty = buffer.overlapping(offset, offset + length)
-            if len(dirty) == 1 and dirty[0].start <= offset and dirty[0].end >= offset + length:
-                pieces: list[memoryview] = dirty[0].read(offset, length)
-                return join(pieces, length)
-        size, committed = await self._committed(file, offset, offset + length)
-        # From here to the fetch nothing awaits: buffer and extents belong together.
-        length = min(length, max(size, file.buffer.end) - offset)
-        if length <= 0:
-            return b""
-        dirty = file.buffer.overlapping(offset, offset + length)
-        small = not handle.run and length <= SMALL_READ
-        ahead = handle.advance(offset, length)
-        if ahead is not None and ahead[0] < size:
-            self._read_ahead(file, ahead[0], min(ahead[1], size))
-        plan = extents.plan_read(committed, offset, length)
-        found = await self._gather(plan, small=small)
-        if not dirty:
-            return join(found, length)
-        whole = bytearray(b"".join(found))
-        for s in dirty:
-            begin, end = max(s.start, offset), min(s.end, offset + length)
-            whole[begin - offset : end - offset] = b"".join(s.read(begin, end - begin))
-        return whole
-
-    async def _committed(
-        self, file: File, start: int, end: int
-    ) -> tuple[int, list[extents.Extent]]:
-        """Committed size and the extents of a range, from the view; cached per file."""
-        span = file.span
-        if span is None or file.size < 0 or start < span[0] or end > span[1]:
-            ino = file.ino
-            stop = end + SPAN
-
-            def op(txn: Txn) -> tuple[int, list[extents.Extent]]:
-                return get_inode(txn, ino).size, scan_extents(txn, ino, start, stop)
-
-            file.size, found = await self._session.read(op)
-            file.span = span = (start, stop, found)
-        elif not self._session.fresh:
-            await self._session.read(lambda _: None)
-            return await self._committed(file, start, end)
-        return file.size, span[2]
-
-    async def _gather(self, plan: Sequence[extents.Piece], *, small: bool) -> list[memoryview]:
-        """Bytes of a plan's pieces, as views."""
-        cache = self._cache
-        if cache is None:
+        if self._reader is None:
             raise RuntimeError("Files.run is not running")
-        if len(plan) > 1:  # have all of it on its way before waiting for the first
-            for piece in plan:
-                if piece.kind == extents.CHUNK:
-                    cache.prefetch(
-                        piece.chunk_id, piece.chunk_offset, piece.length, piece.chunk_length
-                    )
-        found: list[memoryview] = []
-        for piece in plan:
-            if piece.kind == extents.CHUNK:
-                try:
-                    found += await cache.read(
-                        piece.chunk_id,
-                        piece.chunk_offset,
-                        piece.length,
-                        piece.chunk_length,
-                        small=small,
-                    )
-                except DfsError as e:
-                    raise FsError(f"chunk {piece.chunk_id.hex()}: {e}", errno.EIO) from e
-            elif piece.kind == extents.INLINE:
-                found.append(memoryview(piece.data))
-            else:
-                found.append(memoryview(bytes(piece.length)))
-        return found
-
-    def _read_ahead(self, file: File, start: int, end: int) -> None:
-        span = file.span
-        if span is None or self._cache is None or start < span[0] or end > span[1]:
-            return
-        for piece in extents.plan_read(span[2], start, end - start):
-            if piece.kind == extents.CHUNK:
-                self._cache.prefetch(
-                    piece.chunk_id, piece.chunk_offset, piece.length, piece.chunk_length
-                )
-
-
-def scan_extents(txn: Txn, ino: int, start: int, end: int) -> list[extents.Extent]:
-    """Committed extents that may overlap a range of a file, in order."""
-    return extents.decode(txn.scan_range(*extents.bounds(ino, start, end)))
-
-
-def _extent_of(s: Segment) -> extents.Extent:
-    if isinstance(s.source, Upload):
-        return extents.in_chunk(s.start, s.length, s.source.chunk_id, s.at, s.source.length)
-    return extents.inline(s.start, s.read(s.start, s.length)[0])
-
-
-def _neighbours(new: Sequence[extents.Extent]) -> Iterator[list[extents.Extent]]:
-    """Runs of extents that lie close enough for one look at what they replace."""
-    run: list[extents.Extent] = []
-    for extent in new:
-        if run and extent.offset - run[-1].end > SPAN:
-            yield run
-            run = []
-        run.append(extent)
-    if run:
-        yield run
-
-
-def merge_inline(old: Sequence[extents.Extent], new: list[extents.Extent]) -> list[extents.Extent]:
-    """A new inline extent joined with the old ones that it touches, as long as that stays short.
-
-    So a file that grows by small appends has one item per `INLINE` bytes, not one per append.
-    """
-    if len(new) != 1:
-        return new
-    joined = new[0]
-    for e in reversed(old):
-        if e.data is None or e.end < joined.offset or e.offset > joined.end:
-            continue
-        start, end = min(e.offset, joined.offset), max(e.end, joined.end)
-        if end - start <= INLINE:
-            content = bytearray(end - start)
-            content[e.offset - start : e.end - start] = e.data
-            content[joined.offset - start : joined.end - start] = joined.data or b""
-            joined = extents.inline(start, content)
-    return [joined]
+        return await self._reader.read(handle, offset, length)

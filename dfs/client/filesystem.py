@@ -26,6 +26,7 @@ from dfs.client.connect import Cluster
 from dfs.client.files import ChunkStore, Files
 from dfs.client.handles import DirHandle, FileHandle, HandleTable
 from dfs.client.namespace import Caller, Namespace
+from dfs.client.orphans import Orphans
 from dfs.client.session import DEADLINE, Session
 from dfs.codec import Buffer
 from dfs.errors import FsError
@@ -39,7 +40,6 @@ log = logging.getLogger(__name__)
 
 ROOT = Caller(0, 0)
 SCAN = 256  # entries that one look into a directory reads
-ORPHAN_GRACE = 5.0  # seconds between the end of a session and the purge of what it left
 
 Entry = tuple[bytes, int, Attr]  # (name, cookie of what follows it, attributes)
 
@@ -91,16 +91,13 @@ class FileSystem:
         )
         self._capacity = capacity
         self._time_ns = session.cluster.clock.time_ns
-        self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Background work (write-back, read-ahead, orphans); until cancelled."""
-        self.session.on_closed(self._on_sessions_closed)
         async with trio.open_nursery() as nursery:
-            self._nursery = nursery
             await nursery.start(self.files.run)
             if not self.read_only:
-                nursery.start_soon(self._purge_orphans)
+                nursery.start_soon(Orphans(self.session, self.namespace, self.files).run)
             task_status.started()
 
     async def shut_down(self) -> None:
@@ -444,33 +441,6 @@ class FileSystem:
         for entry in entries:
             overlay(entry[2])
         return entries
-
-    # ------------------------------------------------------------------ orphans
-
-    def _on_sessions_closed(self, _sids: Sequence[int]) -> None:
-        if self._nursery is not None and not self.read_only:
-            self._nursery.start_soon(self._purge_orphans, ORPHAN_GRACE)
-
-    async def _purge_orphans(self, delay: float = 0.0) -> None:
-        """Remove what sessions that ended left open and unlinked, if nobody else may need it.
-
-        An orphan does not say who has it open, so only a session that knows to be the only writing
-        one purges, and spares what it has open itself.
-        """
-        await trio.sleep(delay)
-        if not self.session.alone:
-            return
-
-        def op(txn: Txn) -> list[int]:
-            prefix = items.group(items.ADMIN_INO, items.ORPHAN)
-            return [items.suffix_u64(key) for key, _ in txn.scan(prefix)]
-
-        try:
-            for ino in await self.session.read(op):
-                if self.session.alone and not self.files.is_open(ino):
-                    await self.session.transact(lambda txn, i=ino: self.namespace.purge(txn, i))  # type: ignore[misc]
-        except FsError as e:
-            log.warning("orphans of volume %s stay for now: %s", self.session.volume.hex(), e)
 
 
 @contextlib.asynccontextmanager

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from dfs.client.attributes import fs_error
 
 if TYPE_CHECKING:
-    from dfs.client.files import File
+    from dfs.client.openfile import File
 
 READAHEAD_MIN, READAHEAD_MAX = 1 << 20, 8 << 20
 SLACK = 2 << 20  # bytes by which the kernel's own read-ahead may deliver reads out of order

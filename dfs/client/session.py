@@ -3,38 +3,32 @@
 Concurrency contract.  Everything runs on one trio loop, so code between two awaits is atomic.
 Three tasks serve a session: *commit* (the only sender of `vol.commit`, one request in flight),
 *watch* (long poll; also the session's beat, and the only one that opens and reopens) and *sync*
-(confirmed reads on demand).  All three hand journal entries to `_absorb`, which applies them
-strictly in order whatever order they arrive in; no lock is needed because an entry leaves
-`_pending` in the same step that applies it.  An operation is a pure function on a `Txn` of the view
-and may be run any number of times.
+(confirmed reads on demand).  All three hand journal entries to the `Feed`, which applies them in
+order.  An operation is a pure function on a `Txn` of the view and may be run any number of times.
 
-What is known when:
+A *verdict* for a transaction is final.  Anything else than a verdict means "unknown", so the
+identical request is sent again, to any home, until the deadline; then the session is over, because
+whether its last request took effect can no longer be learned.  A new one is opened in its place.
 
-- a *verdict* for a transaction is final.  Anything else than a verdict means "unknown", so the
-identical
-  request is sent again, to any home, until the deadline; then the session is over, because whether
-  its last request took effect can no longer be learned.  A new session is opened in its place.
-- the view is *fresh* while the last confirmed answer was asked for less than `FRESH` seconds ago.
-A
-  view that is not fresh answers nothing; operations wait for freshness up to the deadline, then
-  EIO.
+The view is *fresh* while the last confirmed answer was asked for less than `FRESH` seconds ago.  A
+view that is not fresh answers nothing: operations wait for freshness until the deadline, then EIO.
 """
 
 import contextlib
 import errno
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, TypeVar
 
 import trio
 
 from dfs import ids
 from dfs.client.connect import Cluster
-from dfs.cluster.map import METADATA
-from dfs.env import Priority
-from dfs.errors import DfsError, Fenced, FsError, InvalidArgument, NotFound, StaleEpoch
-from dfs.volume import effects as fx
+from dfs.client.feed import Entries, Feed
+from dfs.client.homes import Homes
+from dfs.client.submission import Submission, Waiter, form
+from dfs.errors import DfsError, Fenced, FsError, InvalidArgument, NotFound
 from dfs.volume import entries
 from dfs.volume.tree import Missing
 from dfs.volume.view import NodeCache, Txn, View
@@ -47,51 +41,8 @@ WATCH_WAIT = 0.5  # seconds the home may hold a watch
 QUIET = 0.05  # seconds between watches that bring nothing new
 ATTEMPT = 3.0  # seconds one home is given to answer before another is asked
 DEADLINE = 30.0  # seconds until an operation gives up with EIO
-MAX_BATCH = 256  # transactions a request
-MAX_BATCH_BYTES = 1 << 20  # effects a request, roughly
 
-Entries = Iterable[tuple[int, bytes]]
 OnChange = Callable[[Sequence[bytes] | None], None]
-
-
-class _Submission(Generic[T]):
-    """A transaction on its way; `resolve` wakes the operation that waits for the verdict."""
-
-    __slots__ = ("_done", "_task", "groups", "keys", "oldest", "size", "txn", "value")
-
-    def __init__(self, txn: Txn, oldest: int) -> None:
-        self.txn = txn
-        self.oldest = oldest
-        self.keys, self.groups = fx.writes(txn.effects)
-        self.size = sum(len(e[2]) if e[0] == fx.PUT else 64 for e in txn.effects)
-        self._task: trio.lowlevel.Task | None = None
-        self._done = False
-        self.value: bool | DfsError = False
-
-    def resolve(self, value: bool | DfsError) -> None:
-        self.value = value
-        self._done = True
-        task, self._task = self._task, None
-        if task is not None:
-            trio.lowlevel.reschedule(task)
-
-    async def wait(self) -> bool:
-        if not self._done:
-            self._task = trio.lowlevel.current_task()
-
-            def abort(_raise_cancel: Any) -> trio.lowlevel.Abort:
-                self._task = None
-                return trio.lowlevel.Abort.SUCCEEDED
-
-            await trio.lowlevel.wait_task_rescheduled(abort)
-        if isinstance(self.value, DfsError):
-            raise self.value
-        return self.value
-
-    @property
-    def abandoned(self) -> bool:
-        """Whether nobody waits any more: the operation was cancelled."""
-        return self._task is None
 
 
 class Session:
@@ -119,8 +70,6 @@ class Session:
         self.deadline = deadline
         self.sid: ids.SessionId = 0
         self.params: dict[str, Any] = {}
-        self.nodes = NodeCache()
-        self.view: View
         self._clock = cluster.clock
         self._no = 0
         self._minted = 0
@@ -128,33 +77,21 @@ class Session:
         self._over = True
         self._closing = False
         self._confirmed = float("-inf")
-        self._owner: int | None = None
-        self._rotation = 0
-        self._queue: deque[_Submission[Any]] = deque()
-        self._pending: dict[int, bytes] = {}
-        self._fetching: dict[bytes, trio.Event] = {}
+        self._homes = Homes(cluster, volume)
+        self._queue: deque[Submission] = deque()
+        self._feed = Feed(cluster.blobs, volume, self._note, deadline)
         self._news = trio.lowlevel.ParkingLot()  # unparked when the view or its freshness moved
         self._work = trio.lowlevel.ParkingLot()  # the commit task, when it is idle
         self._sync_work = trio.lowlevel.ParkingLot()
-        self._sync_waiters: list[_Submission[Any]] = []
+        self._sync_waiters: list[Waiter] = []
         self._on_change: list[OnChange] = []
         self._on_fenced: list[Callable[[], None]] = []
         self._on_closed: list[Callable[[Sequence[int]], None]] = []
-        self._writers: set[ids.SessionId] = (
-            set()
-        )  # sessions that the journal shows open for writing
-        self._knows_writers = False  # whether the journal was seen from where that can be known
+        # Sessions that the journal shows open for writing, if it was seen from where one can tell.
+        self._writers: set[ids.SessionId] = set()
+        self._knows_writers = False
         self._counts = dict.fromkeys(
-            (
-                "commits",
-                "transactions",
-                "conflicts",
-                "local_conflicts",
-                "resends",
-                "fetched",
-                "opens",
-            ),
-            0,
+            ("commits", "transactions", "conflicts", "local_conflicts", "resends", "opens"), 0
         )
 
     # ------------------------------------------------------------------ life
@@ -178,7 +115,7 @@ class Session:
             return
         self._closing = True
         with contextlib.suppress(DfsError):
-            await self._ask("vol.close", (self.volume, self.sid), timeout=ATTEMPT)
+            await self._homes.ask("vol.close", (self.volume, self.sid), timeout=ATTEMPT)
 
     def on_change(self, fn: OnChange) -> None:
         """Call `fn(keys)` after others' effects were applied; None = anything may differ."""
@@ -191,6 +128,24 @@ class Session:
     def on_closed(self, fn: Callable[[Sequence[int]], None]) -> None:
         """Call `fn(sids)` when the journal says that sessions ended."""
         self._on_closed.append(fn)
+
+    @property
+    def view(self) -> View:
+        """The volume as this session knows it."""
+        return self._feed.view
+
+    @property
+    def nodes(self) -> NodeCache:
+        """The cache of the view's tree nodes; may be replaced by one of another size."""
+        return self._feed.nodes
+
+    @nodes.setter
+    def nodes(self, nodes: NodeCache) -> None:
+        self._feed.nodes = self._feed.view.nodes = nodes
+
+    async def fetch(self, hashes: Sequence[bytes]) -> None:
+        """Get tree nodes into the cache; raises `FsError` EIO when one cannot be had."""
+        await self._feed.fetch(hashes)
 
     @property
     def fresh(self) -> bool:
@@ -213,10 +168,11 @@ class Session:
         """Counters and the present state, for people."""
         return {
             **self._counts,
+            "fetched": self._feed.fetched,
             "sid": self.sid,
             "seq": self.view.seq,
             "queued": len(self._queue),
-            "owner": self._owner,
+            "owner": self._homes.owner,
             "age": round(self._clock.monotonic() - self._confirmed, 3),
         }
 
@@ -236,7 +192,7 @@ class Session:
             try:
                 return op(self.view.begin())
             except Missing as e:
-                await self.fetch(e.hashes)
+                await self._feed.fetch(e.hashes)
 
     async def transact(self, op: Callable[[Txn], T], *, oldest: int = 0) -> T:
         """Run a mutating operation and commit it; returns once a majority holds it.
@@ -256,14 +212,14 @@ class Session:
             try:
                 result = op(txn)
             except Missing as e:
-                await self.fetch(e.hashes)
+                await self._feed.fetch(e.hashes)
                 continue
             except DfsError as e:
                 error = e
                 txn.effects.clear()
             if txn.effects and self.mode != "rw":
                 raise FsError("volume is mounted read-only", errno.EROFS)
-            submission: _Submission[T] = _Submission(txn, oldest)
+            submission: Submission = Submission(txn, oldest)
             self._queue.append(submission)
             self._work.unpark_all()
             if await submission.wait():
@@ -279,31 +235,10 @@ class Session:
 
     async def refresh(self) -> None:
         """Wait until the view holds everything that was committed before this call."""
-        waiter: _Submission[None] = _Submission.__new__(_Submission)
-        waiter._task, waiter._done, waiter.value = None, False, False
+        waiter = Waiter()
         self._sync_waiters.append(waiter)
         self._sync_work.unpark_all()
         await waiter.wait()
-
-    async def fetch(self, hashes: Sequence[bytes]) -> None:
-        """Get tree nodes into the cache; concurrent calls for one node share the fetch."""
-        wanted = [h for h in hashes if h not in self._fetching]
-        others = [self._fetching[h] for h in hashes if h in self._fetching]
-        if wanted:
-            event = trio.Event()
-            self._fetching.update(dict.fromkeys(wanted, event))
-            try:
-                found = await self.cluster.blobs.get_many(wanted, timeout=self.deadline)
-            except DfsError as e:
-                raise FsError(f"tree of volume {self.volume.hex()}: {e}", errno.EIO) from e
-            finally:
-                for h in wanted:
-                    del self._fetching[h]
-                event.set()
-            self._counts["fetched"] += len(found)
-            self.nodes.add(found)
-        for event in others:
-            await event.wait()
 
     async def _wait_fresh(self, give_up: float) -> None:
         with trio.move_on_at(give_up):
@@ -313,41 +248,13 @@ class Session:
         raise FsError(self._no_quorum(), errno.EIO)
 
     def _no_quorum(self) -> str:
-        homes = ", ".join(str(n) for n in self._homes())
-        return (
-            f"no quorum for volume {self.volume.hex()}: none of its homes (nodes {homes}) gave a"
-            f" confirmed answer for {self.deadline:g} s; `dfs cluster status` shows which are up"
-        )
+        return self._homes.no_quorum(self.deadline)
 
     # ------------------------------------------------------------------ entries
 
     async def _absorb(self, received: Entries) -> None:
-        """Apply entries in order, fetching the tree nodes that needs."""
-        seq = self.view.seq
-        for at, entry in received:
-            if at > seq:
-                self._pending[at] = entry
-        while (missing := self._apply_pending()) is not None:
-            await self.fetch(missing.hashes)
-
-    def _apply_pending(self) -> Missing | None:
-        view, pending = self.view, self._pending
-        moved = False
-        while (entry := pending.get(view.seq + 1)) is not None:
-            seq = view.seq + 1
-            decoded = entries.decode(entry)
-            try:
-                changed = view.apply_effects(seq, fx.of_entry(decoded))
-            except Missing as e:
-                return e
-            if decoded.kind == entries.CHECKPOINT:
-                view.rebase(decoded.body[1], decoded.body[0])
-            del pending[seq]
-            moved = True
-            self._note(decoded, changed)
-        if moved:
+        if await self._feed.absorb(received):
             self._news.unpark_all()
-        return None
 
     def _note(self, entry: entries.Entry, changed: list[bytes]) -> None:
         kind, _, body = entry
@@ -370,48 +277,9 @@ class Session:
             self._writers.update(s[0] for s in body[2][2] if s[1] == "rw")
             self._knows_writers = True
 
-    # ------------------------------------------------------------------ homes
-
-    def _homes(self) -> tuple[int, ...]:
-        return self.cluster.get_map().volume_homes(self.volume)
-
-    def _next_home(self) -> int:
-        homes = self._homes()
-        if self._owner is not None and self._owner in homes:
-            return self._owner
-        return homes[self._rotation % len(homes)]
-
-    async def _ask(
-        self, method: str, args: tuple[Any, ...], *, timeout: float, priority: int = Priority.NORMAL
-    ) -> Any:
-        """One attempt at one home; a failure makes the next attempt go to another home."""
-        home = self._next_home()
-        try:
-            address = self.cluster.get_map().address(METADATA, home)
-            result, _ = await self.cluster.rpc.call(
-                address, method, args, timeout=timeout, priority=priority
-            )
-        except (Fenced, InvalidArgument):
-            raise
-        except DfsError as e:
-            if self._owner == home:
-                self._owner = None
-                homes = self._homes()
-                self._rotation = homes.index(home) + 1 if home in homes else 0
-            elif self._owner is None:
-                self._rotation += 1
-            if isinstance(e, StaleEpoch):
-                await self.cluster.refresh_map()
-            raise
-        return result
-
-    async def _pause(self, attempt: int) -> None:
-        await trio.sleep(self.cluster.random.uniform(0.5, 1.0) * min(0.5, 0.01 * 2**attempt))
-
     def _heard(self, asked_at: float, owner: int | None) -> None:
         """Note a confirmed answer to a question asked at `asked_at`."""
-        if owner is not None and owner >= 0:
-            self._owner = owner
+        self._homes.heard(owner)
         if asked_at > self._confirmed:
             self._confirmed = asked_at
         self._news.unpark_all()
@@ -424,7 +292,7 @@ class Session:
         while True:
             asked_at = self._clock.monotonic()
             try:
-                answer = await self._ask(
+                answer = await self._homes.ask(
                     "vol.open", (self.volume, self.mode, nonce, self.name), timeout=2 * ATTEMPT
                 )
                 break
@@ -434,16 +302,12 @@ class Session:
                 if self._clock.monotonic() > give_up:
                     raise FsError(f"{self._no_quorum()}; last: {e}", errno.EIO) from e
                 attempt += 1
-                await self._pause(attempt)
+                await self._homes.pause(attempt)
         sid, _seq, base, root, tail, owner, params = answer
         self.params = dict(params)
-        self._pending.clear()
         self._writers.clear()
         self._knows_writers = False
-        if self._generation:
-            self.view.reset(root, base)
-        else:
-            self.view = View(self.nodes, root, base, self.params["salt"])
+        self._feed.start(root, base, self.params["salt"])
         self._generation += 1
         self._counts["opens"] += 1
         self.sid, self._no, self._minted = sid, 0, 0
@@ -463,7 +327,7 @@ class Session:
         log.warning("session %x at volume %s is over: %s", self.sid, self.volume.hex(), why)
         self._over = True
         self._confirmed = float("-inf")
-        self._owner = None
+        self._homes.owner = None
         for fn in self._on_fenced:
             fn()
         # Transactions that never left the queue are as good as never run: run them again.
@@ -485,7 +349,7 @@ class Session:
                 continue
             generation, asked_at = self._generation, self._clock.monotonic()
             try:
-                seq, received, reset, owner = await self._ask(
+                seq, received, reset, owner = await self._homes.ask(
                     "vol.watch",
                     (self.volume, self.sid, self.view.seq, WATCH_WAIT),
                     timeout=WATCH_WAIT + 1.0,
@@ -503,14 +367,13 @@ class Session:
             except DfsError as e:
                 log.debug("watch of volume %s: %s", self.volume.hex(), e)
                 attempt += 1
-                await self._pause(attempt)
+                await self._homes.pause(attempt)
 
     async def _follow(
         self, seq: int, received: Entries, reset: Any, asked_at: float, owner: int | None
     ) -> None:
         if reset is not None and reset[0] > self.view.seq:
-            self.view.reset(reset[1], reset[0])
-            self._pending = {at: e for at, e in self._pending.items() if at > reset[0]}
+            self._feed.reset(reset[1], reset[0])
             self._writers.clear()
             self._knows_writers = False
             for fn in self._on_change:
@@ -538,7 +401,7 @@ class Session:
                 if self._over:
                     await self._wait_fresh(give_up)
                 # A watch that does not wait is confirmed and brings the entries along.
-                seq, received, reset, owner = await self._ask(
+                seq, received, reset, owner = await self._homes.ask(
                     "vol.watch", (self.volume, self.sid, self.view.seq, 0.0), timeout=ATTEMPT
                 )
                 if not self._over:
@@ -554,7 +417,7 @@ class Session:
                 if isinstance(e, Fenced):
                     self._lose(str(e))
                 attempt += 1
-                await self._pause(attempt)
+                await self._homes.pause(attempt)
 
     async def _commit_loop(self) -> None:
         while True:
@@ -565,45 +428,16 @@ class Session:
             if batch:
                 await self._send(batch)
 
-    def _form(self) -> list[_Submission[Any]]:
-        """Take from the queue what may go together; wake those that lost to a known entry.
-
-        A transaction that reads or writes what an earlier one of the batch writes stays behind: its
-        turn comes with the earlier one's entry in the view, where it will be found to conflict.
-        """
-        changed_since = self.view.changed_since
-        batch: list[_Submission[Any]] = []
-        later: list[_Submission[Any]] = []
-        keys: set[bytes] = set()
-        groups: set[bytes] = set()
-        size = 0
-        for s in self._queue:
-            txn = s.txn
-            if s.abandoned:
-                continue
-            if changed_since(txn.base, txn.keys, txn.groups):
-                self._counts["local_conflicts"] += 1
-                s.resolve(False)
-                continue
-            if len(batch) >= MAX_BATCH or (batch and size + s.size > MAX_BATCH_BYTES):
-                later.append(s)
-                continue
-            if groups and (
-                not keys.isdisjoint(txn.keys)
-                or not groups.isdisjoint(txn.groups)
-                or not keys.isdisjoint(s.keys)
-            ):
-                later.append(s)
-                continue
-            keys.update(s.keys)
-            groups.update(k[:9] for k in s.keys)
-            groups.update(s.groups)
-            size += s.size
-            batch.append(s)
-        self._queue = deque(later)
+    def _form(self) -> list[Submission]:
+        """Take from the queue what may go together; wake those that lost to a known entry."""
+        batch, left, lost = form(self._queue, self.view)
+        self._queue = left
+        for submission in lost:
+            self._counts["local_conflicts"] += 1
+            submission.resolve(False)
         return batch
 
-    async def _send(self, batch: list[_Submission[Any]]) -> None:
+    async def _send(self, batch: list[Submission]) -> None:
         self._no += 1
         no, generation, seq = self._no, self._generation, self.view.seq
         oldest = min((s.oldest for s in batch if s.oldest), default=0)
@@ -619,7 +453,7 @@ class Session:
                 failure = Fenced("the session was lost while a commit was on its way")
                 break
             try:
-                _, seq, verdicts, received, owner = await self._ask(
+                _, seq, verdicts, received, owner = await self._homes.ask(
                     "vol.commit", request, timeout=ATTEMPT
                 )
                 await self._absorb(received)
@@ -638,7 +472,7 @@ class Session:
                     break
                 attempt += 1
                 self._counts["resends"] += 1
-                await self._pause(attempt)
+                await self._homes.pause(attempt)
                 continue
             self._counts["commits"] += 1
             self._counts["transactions"] += len(batch)

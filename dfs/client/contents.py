@@ -1,0 +1,116 @@
+"""Content of files as operations on a transaction: pure, like `dfs.client.namespace` for names."""
+
+import errno
+from collections.abc import Iterator, Sequence
+
+from dfs.client.attributes import fs_error, get_inode, patch_inode, without_privileges
+from dfs.client.namespace import Namespace
+from dfs.client.writebuffer import Segment, Upload
+from dfs.volume import effects as fx
+from dfs.volume import extents, items
+from dfs.volume.items import DIR, REG, Inode
+from dfs.volume.view import Txn
+
+INLINE = 4 << 10  # bytes up to which a commit needs no chunk
+NEAR = 16 << 20  # bytes between extents that are still looked up together
+
+
+class Contents:
+    """The operations, bound to the volume's namespace (for its usage and quota).
+
+    `clear_privileges`: whether changing content clears set-user-ID bits here, or the kernel does.
+    """
+
+    def __init__(self, namespace: Namespace, *, clear_privileges: bool) -> None:
+        """Keep both."""
+        self._namespace = namespace
+        self._clear_privileges = clear_privileges
+
+    def publish(self, txn: Txn, ino: int, new: Sequence[extents.Extent], now: int) -> int:
+        """Put extents over what the file held; returns its size."""
+        inode = get_inode(txn, ino)
+        size = max(inode.size, new[-1].end)
+        few = all(e.data is not None for e in new)
+        for run in neighbours(new):
+            old = scan_extents(txn, ino, run[0].offset, run[-1].end + 1)
+            txn.extend(extents.plan_write(ino, old, merge_inline(old, run) if few else run))
+        self._changed(txn, ino, inode, size, now)
+        return size
+
+    def truncate(self, txn: Txn, ino: int, size: int, now: int) -> None:
+        """Cut or extend (with zeros) the file."""
+        inode = get_inode(txn, ino)
+        if inode.kind != REG:
+            raise fs_error(errno.EISDIR if inode.kind == DIR else errno.EINVAL)
+        if size < inode.size:
+            txn.extend(extents.plan_truncate(ino, scan_extents(txn, ino, size, size), size))
+        self._changed(txn, ino, inode, size, now)
+
+    def replace(
+        self, txn: Txn, ino: int, seen: Sequence[extents.Extent], new: Sequence[extents.Extent]
+    ) -> bool:
+        """Put other extents with the same bytes in place; False if they are not `seen` any more."""
+        old = scan_extents(txn, ino, seen[0].offset, seen[-1].end)
+        if old != list(seen):
+            return False
+        txn.extend(extents.plan_write(ino, old, new))
+        return True
+
+    def _changed(self, txn: Txn, ino: int, inode: Inode, size: int, now: int) -> None:
+        """What every change of content does to the inode and to the volume's usage."""
+        changes: list[fx.Change] = [
+            (items.F_MTIME, fx.LAST, now),
+            (items.F_CTIME, fx.LAST, now),
+            (items.F_DATAVER, fx.ADD, 1),
+        ]
+        if size != inode.size:
+            changes.append((items.F_SIZE, fx.SET, size))
+        mode = without_privileges(inode.mode) if self._clear_privileges else inode.mode
+        if mode != inode.mode:
+            changes.append((items.F_MODE, fx.SET, mode))
+        patch_inode(txn, ino, *changes)
+        self._namespace.charge(txn, size - inode.size, 0)
+
+
+def scan_extents(txn: Txn, ino: int, start: int, end: int) -> list[extents.Extent]:
+    """Committed extents that may overlap a range of a file, in order."""
+    return extents.decode(txn.scan_range(*extents.bounds(ino, start, end)))
+
+
+def extent_of(s: Segment) -> extents.Extent:
+    """The extent that a stored or short segment becomes."""
+    if isinstance(s.source, Upload):
+        return extents.in_chunk(s.start, s.length, s.source.chunk_id, s.at, s.source.length)
+    return extents.inline(s.start, s.read(s.start, s.length)[0])
+
+
+def neighbours(new: Sequence[extents.Extent]) -> Iterator[list[extents.Extent]]:
+    """Runs of extents that lie close enough for one look at what they replace."""
+    run: list[extents.Extent] = []
+    for extent in new:
+        if run and extent.offset - run[-1].end > NEAR:
+            yield run
+            run = []
+        run.append(extent)
+    if run:
+        yield run
+
+
+def merge_inline(old: Sequence[extents.Extent], new: list[extents.Extent]) -> list[extents.Extent]:
+    """A new inline extent joined with the old ones that it touches, as long as that stays short.
+
+    So a file that grows by small appends has one item per `INLINE` bytes, not one per append.
+    """
+    if len(new) != 1:
+        return new
+    joined = new[0]
+    for e in reversed(old):
+        if e.data is None or e.end < joined.offset or e.offset > joined.end:
+            continue
+        start, end = min(e.offset, joined.offset), max(e.end, joined.end)
+        if end - start <= INLINE:
+            content = bytearray(end - start)
+            content[e.offset - start : e.end - start] = e.data
+            content[joined.offset - start : joined.end - start] = joined.data or b""
+            joined = extents.inline(start, content)
+    return [joined]

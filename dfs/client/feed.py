@@ -1,0 +1,95 @@
+"""Feeding a view: journal entries in order, tree nodes when they are missing."""
+
+import errno
+from collections.abc import Callable, Iterable, Sequence
+
+import trio
+
+from dfs.client.connect import BlobSource
+from dfs.errors import DfsError, FsError
+from dfs.volume import effects as fx
+from dfs.volume import entries
+from dfs.volume.tree import Missing
+from dfs.volume.view import NodeCache, View
+
+Entries = Iterable[tuple[int, bytes]]
+Note = Callable[[entries.Entry, list[bytes]], None]
+
+
+class Feed:
+    """The view of one session, and what keeps it up.
+
+    Entries come from several tasks in any order; they wait in a dict until it is their turn.  No
+    lock is needed, because an entry leaves the dict in the same step that applies it.
+    `note(entry, changed keys)` is called for each one applied.
+    """
+
+    def __init__(self, blobs: BlobSource, volume: bytes, note: Note, timeout: float) -> None:
+        """`timeout` seconds are given to a fetch of tree nodes."""
+        self.nodes = NodeCache()
+        self.view: View
+        self.fetched = 0
+        self._blobs = blobs
+        self._volume = volume
+        self._note = note
+        self._timeout = timeout
+        self._pending: dict[int, bytes] = {}
+        self._fetching: dict[bytes, trio.Event] = {}
+
+    def start(self, root: bytes, seq: int, salt: bytes) -> None:
+        """The view from a checkpoint, when there is none yet or another session begins."""
+        self._pending.clear()
+        if hasattr(self, "view"):
+            self.view.reset(root, seq)
+        else:
+            self.view = View(self.nodes, root, seq, salt)
+
+    def reset(self, root: bytes, seq: int) -> None:
+        """Jump ahead to a checkpoint."""
+        self.view.reset(root, seq)
+        self._pending = {at: e for at, e in self._pending.items() if at > seq}
+
+    async def absorb(self, received: Entries) -> bool:
+        """Apply entries in order, fetching the tree nodes that needs; whether the view moved."""
+        seq = self.view.seq
+        for at, entry in received:
+            if at > seq:
+                self._pending[at] = entry
+        while (missing := self._apply_pending()) is not None:
+            await self.fetch(missing.hashes)
+        return self.view.seq > seq
+
+    def _apply_pending(self) -> Missing | None:
+        view, pending = self.view, self._pending
+        while (entry := pending.get(view.seq + 1)) is not None:
+            seq = view.seq + 1
+            decoded = entries.decode(entry)
+            try:
+                changed = view.apply_effects(seq, fx.of_entry(decoded))
+            except Missing as e:
+                return e
+            if decoded.kind == entries.CHECKPOINT:
+                view.rebase(decoded.body[1], decoded.body[0])
+            del pending[seq]
+            self._note(decoded, changed)
+        return None
+
+    async def fetch(self, hashes: Sequence[bytes]) -> None:
+        """Get tree nodes into the cache; concurrent calls for one node share the fetch."""
+        wanted = [h for h in hashes if h not in self._fetching]
+        others = [self._fetching[h] for h in hashes if h in self._fetching]
+        if wanted:
+            event = trio.Event()
+            self._fetching.update(dict.fromkeys(wanted, event))
+            try:
+                found = await self._blobs.get_many(wanted, timeout=self._timeout)
+                self.nodes.add(found)
+                self.fetched += len(found)
+            except DfsError as e:
+                raise FsError(f"tree of volume {self._volume.hex()}: {e}", errno.EIO) from e
+            finally:
+                for h in wanted:
+                    del self._fetching[h]
+                event.set()
+        for event in others:
+            await event.wait()

@@ -1,0 +1,75 @@
+"""Asking the homes of a volume: the owner first, another one when that fails."""
+
+from typing import Any
+
+import trio
+
+from dfs.client.connect import Cluster
+from dfs.cluster.map import METADATA
+from dfs.env import Priority
+from dfs.errors import DfsError, Fenced, InvalidArgument, StaleEpoch
+
+
+class Homes:
+    """Where a session's next request goes.
+
+    Any home answers for its volume, by forwarding if need be; asking the owner saves that hop.
+    """
+
+    def __init__(self, cluster: Cluster, volume: bytes) -> None:
+        """Know no owner yet."""
+        self._cluster = cluster
+        self._volume = volume
+        self.owner: int | None = None
+        self._rotation = 0
+
+    def numbers(self) -> tuple[int, ...]:
+        """Numbers of the homes, by the newest map."""
+        return self._cluster.get_map().volume_homes(self._volume)
+
+    def _next(self) -> int:
+        homes = self.numbers()
+        if self.owner is not None and self.owner in homes:
+            return self.owner
+        return homes[self._rotation % len(homes)]
+
+    def heard(self, owner: int | None) -> None:
+        """An answer named the owner (None or negative: it does not know)."""
+        if owner is not None and owner >= 0:
+            self.owner = owner
+
+    async def ask(
+        self, method: str, args: tuple[Any, ...], *, timeout: float, priority: int = Priority.NORMAL
+    ) -> Any:
+        """One attempt at one home; a failure makes the next attempt go to another one."""
+        home = self._next()
+        try:
+            address = self._cluster.get_map().address(METADATA, home)
+            result, _ = await self._cluster.rpc.call(
+                address, method, args, timeout=timeout, priority=priority
+            )
+        except (Fenced, InvalidArgument):  # answers, not failures
+            raise
+        except DfsError as e:
+            if self.owner == home:
+                homes = self.numbers()
+                self.owner = None
+                self._rotation = homes.index(home) + 1 if home in homes else 0
+            elif self.owner is None:
+                self._rotation += 1
+            if isinstance(e, StaleEpoch):
+                await self._cluster.refresh_map()
+            raise
+        return result
+
+    async def pause(self, attempt: int) -> None:
+        """Wait before another attempt: exponential, with jitter, half a second at most."""
+        await trio.sleep(self._cluster.random.uniform(0.5, 1.0) * min(0.5, 0.01 * 2**attempt))
+
+    def no_quorum(self, deadline: float) -> str:
+        """What to tell when nobody gave a confirmed answer for `deadline` seconds."""
+        homes = ", ".join(map(str, self.numbers()))
+        return (
+            f"no quorum for volume {self._volume.hex()}: none of its homes (nodes {homes}) gave a"
+            f" confirmed answer for {deadline:g} s; `dfs cluster status` shows which are up"
+        )

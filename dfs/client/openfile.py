@@ -1,0 +1,34 @@
+"""`File`: what this client knows of a regular file that is open or dirty."""
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from dfs.client.writebuffer import WriteBuffer
+
+if TYPE_CHECKING:
+    from dfs.errors import FsError
+    from dfs.volume import extents
+
+
+class File:
+    """State of one file; owned by `dfs.client.files`, read by `dfs.client.reader`."""
+
+    __slots__ = (
+        "buffer", "dirty_since", "error", "handles", "ino", "lock", "lost", "mtime", "orphan",
+        "size", "span",
+    )  # fmt: skip
+
+    def __init__(self, ino: int) -> None:
+        """A file without handles or dirty data."""
+        self.ino = ino
+        self.handles = 0
+        self.buffer = WriteBuffer()
+        self.lock = trio.Lock()
+        self.error: FsError | None = None  # of a write-back, until raised or made up for
+        self.lost = False  # the session ended while the file was dirty: to be told once
+        self.mtime = 0  # of the newest write that is not committed
+        self.dirty_since = 0.0
+        self.orphan = False  # the last name is gone: purge at the last close
+        self.size = -1  # committed size; -1 = ask the view
+        self.span: tuple[int, int, list[extents.Extent]] | None = None  # cached committed extents

@@ -1,0 +1,112 @@
+"""Reading files: committed extents under what is not committed yet, and reading ahead."""
+
+import errno
+from collections.abc import Sequence
+
+from dfs.client.attributes import get_inode
+from dfs.client.cache import ChunkCache, join
+from dfs.client.contents import scan_extents
+from dfs.client.handles import READAHEAD_MAX, FileHandle
+from dfs.client.openfile import File
+from dfs.client.session import Session
+from dfs.codec import Buffer
+from dfs.errors import DfsError, FsError
+from dfs.volume import extents
+from dfs.volume.view import Txn
+
+SPAN = 16 << 20  # bytes of a file, beyond what is asked for, whose extents are looked up at once
+SMALL_READ = 128 << 10  # longest read of a scattered reader that fetches blocks, not megabytes
+
+
+class Reader:
+    """Reads files of one session through one cache of chunks."""
+
+    def __init__(self, session: Session, cache: ChunkCache) -> None:
+        """Compose."""
+        self._session = session
+        self._cache = cache
+
+    async def read(self, handle: FileHandle, offset: int, length: int) -> Buffer:
+        """Up to `length` bytes at `offset`, shorter only at the end of the file.
+
+        Does not yield when the view is fresh and the bytes are in memory.
+        """
+        file = handle.file
+        if file.buffer:
+            dirty = file.buffer.overlapping(offset, offset + length)
+            if len(dirty) == 1 and dirty[0].start <= offset and dirty[0].end >= offset + length:
+                return join(dirty[0].read(offset, length), length)
+        size, committed = await self.committed(file, offset, offset + length)
+        # From here to the fetch nothing awaits: buffer and extents belong together.
+        length = min(length, max(size, file.buffer.end) - offset)
+        if length <= 0:
+            return b""
+        dirty = file.buffer.overlapping(offset, offset + length)
+        small = not handle.run and length <= SMALL_READ
+        ahead = handle.advance(offset, length)
+        if ahead is not None and ahead[0] < size:
+            start, end = ahead[0], min(ahead[1], size)
+            self._prefetch(extents.plan_read(committed, start, end - start))
+        found = await self.gather(extents.plan_read(committed, offset, length), small=small)
+        if not dirty:
+            return join(found, length)
+        whole = bytearray(b"".join(found))
+        for s in dirty:
+            begin, end = max(s.start, offset), min(s.end, offset + length)
+            whole[begin - offset : end - offset] = b"".join(s.read(begin, end - begin))
+        return whole
+
+    async def committed(self, file: File, start: int, end: int) -> tuple[int, list[extents.Extent]]:
+        """Committed size, and the extents of a range and of what may be read ahead after it.
+
+        Cached in the file until somebody changes it.
+        """
+        if not self._session.fresh:
+            await self._session.read(lambda _: None)
+        span = file.span
+        if (
+            span is None
+            or file.size < 0
+            or start < span[0]
+            or min(end + READAHEAD_MAX, max(end, file.size)) > span[1]
+        ):
+            ino, stop = file.ino, end + SPAN
+
+            def op(txn: Txn) -> tuple[int, list[extents.Extent]]:
+                return get_inode(txn, ino).size, scan_extents(txn, ino, start, stop)
+
+            file.size, found = await self._session.read(op)
+            file.span = span = (start, stop, found)
+        return file.size, span[2]
+
+    async def gather(
+        self, plan: Sequence[extents.Piece], *, small: bool = False
+    ) -> list[memoryview]:
+        """Bytes of a plan's pieces, in order, as views."""
+        if len(plan) > 1:  # have all of it on its way before waiting for the first
+            self._prefetch(plan)
+        found: list[memoryview] = []
+        for piece in plan:
+            if piece.kind == extents.CHUNK:
+                try:
+                    found += await self._cache.read(
+                        piece.chunk_id,
+                        piece.chunk_offset,
+                        piece.length,
+                        piece.chunk_length,
+                        small=small,
+                    )
+                except DfsError as e:
+                    raise FsError(f"chunk {piece.chunk_id.hex()}: {e}", errno.EIO) from e
+            elif piece.kind == extents.INLINE:
+                found.append(memoryview(piece.data))
+            else:
+                found.append(memoryview(bytes(piece.length)))
+        return found
+
+    def _prefetch(self, plan: Sequence[extents.Piece]) -> None:
+        for piece in plan:
+            if piece.kind == extents.CHUNK:
+                self._cache.prefetch(
+                    piece.chunk_id, piece.chunk_offset, piece.length, piece.chunk_length
+                )
