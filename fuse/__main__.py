@@ -10,6 +10,7 @@ from typing import Any
 
 import trio
 
+from dfs.client.capacity import ClusterWatch
 from dfs.client.chunkio import ChunkClient
 from dfs.client.connect import Cluster, ClusterRef, connect
 from dfs.client.filesystem import open_filesystem
@@ -76,7 +77,9 @@ async def mount(arguments: argparse.Namespace, ready: Ready) -> None:
     check_mountpoint(options.mountpoint)
     ref = ClusterRef.load(arguments.cluster)
     name = f"fuse {os.uname().nodename}:{options.mountpoint}"
-    async with connect(ref, name=name) as cluster:
+    async with connect(ref, name=name) as cluster, trio.open_nursery() as nursery:
+        watch = ClusterWatch(cluster)
+        nursery.start_soon(watch.run)
         info = await open_volume_by_name(cluster, arguments.volume)
         async with open_filesystem(
             cluster,
@@ -86,9 +89,11 @@ async def mount(arguments: argparse.Namespace, ready: Ready) -> None:
             name=name[:200],
             cache_bytes=arguments.cache << 20,
             clear_privileges=False,
+            capacity=watch.capacity,
         ) as fs:
             await serve(fs, options, lambda: ready.tell("ready"))
             log.info("unmounted %s", options.mountpoint)
+        nursery.cancel_scope.cancel()
 
 
 def chunk_client(cluster: Cluster, session: Session) -> Any:

@@ -91,12 +91,13 @@ class Cluster:
         self._seeds = seeds
         self._set_map = set_map
 
-    async def refresh_map(self) -> None:
-        """Ask for a newer map; keeps the one it has when nobody answers."""
+    async def refresh_map(self, first: str = "") -> None:
+        """Ask for a newer map, `first` before others; keeps the old one when nobody answers."""
         if self._set_map is None:
             return
         known = self.get_map()
-        addresses = [n.metadata_addr for n in known.nodes if n.metadata_addr]
+        addresses = [first] if first else []
+        addresses += [n.metadata_addr for n in known.nodes if n.metadata_addr]
         with contextlib.suppress(Unreachable):
             newest = await load_map(self.rpc, (*addresses, *self._seeds))
             if newest.epoch > known.epoch:
