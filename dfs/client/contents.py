@@ -12,6 +12,7 @@ from dfs.volume.items import DIR, REG, Inode
 from dfs.volume.view import Txn
 
 INLINE = 4 << 10  # bytes up to which a commit needs no chunk
+CROWDED = 32  # extents in 4 MiB of a file that call for compaction
 NEAR = 16 << 20  # bytes between extents that are still looked up together
 
 
@@ -26,16 +27,22 @@ class Contents:
         self._namespace = namespace
         self._clear_privileges = clear_privileges
 
-    def publish(self, txn: Txn, ino: int, new: Sequence[extents.Extent], now: int) -> int:
-        """Put extents over what the file held; returns its size."""
+    def publish(
+        self, txn: Txn, ino: int, new: Sequence[extents.Extent], now: int
+    ) -> tuple[int, bool]:
+        """Put extents over what the file held; returns (its size, whether to compact it)."""
         inode = get_inode(txn, ino)
         size = max(inode.size, new[-1].end)
         few = all(e.data is not None for e in new)
+        crowded = False
         for run in neighbours(new):
             old = scan_extents(txn, ino, run[0].offset, run[-1].end + 1)
+            windows = 1 + (run[-1].end - run[0].offset) // items.MAX_EXTENT
+            # The look at what is there reaches a window back: hence the one more.
+            crowded = crowded or len(old) > CROWDED * (windows + 1)
             txn.extend(extents.plan_write(ino, old, merge_inline(old, run) if few else run))
         self._changed(txn, ino, inode, size, now)
-        return size
+        return size, crowded
 
     def truncate(self, txn: Txn, ino: int, size: int, now: int) -> None:
         """Cut or extend (with zeros) the file."""
@@ -50,7 +57,8 @@ class Contents:
         self, txn: Txn, ino: int, seen: Sequence[extents.Extent], new: Sequence[extents.Extent]
     ) -> bool:
         """Put other extents with the same bytes in place; False if they are not `seen` any more."""
-        old = scan_extents(txn, ino, seen[0].offset, seen[-1].end)
+        start, end = seen[0].offset, seen[-1].end
+        old = overlapping(scan_extents(txn, ino, start, end), start, end)
         if old != list(seen):
             return False
         txn.extend(extents.plan_write(ino, old, new))
@@ -75,6 +83,11 @@ class Contents:
 def scan_extents(txn: Txn, ino: int, start: int, end: int) -> list[extents.Extent]:
     """Committed extents that may overlap a range of a file, in order."""
     return extents.decode(txn.scan_range(*extents.bounds(ino, start, end)))
+
+
+def overlapping(found: Sequence[extents.Extent], start: int, end: int) -> list[extents.Extent]:
+    """Those of the extents that overlap a range."""
+    return [e for e in found if e.offset < end and e.end > start]
 
 
 def extent_of(s: Segment) -> extents.Extent:

@@ -22,21 +22,22 @@ import errno
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import trio
 
 from dfs.client.attributes import Attr, fs_error
 from dfs.client.cache import BUDGET, ChunkCache
+from dfs.client.compaction import Compactor
 from dfs.client.contents import INLINE, Contents, extent_of
 from dfs.client.handles import FileHandle
 from dfs.client.namespace import Namespace
 from dfs.client.openfile import File
 from dfs.client.reader import Reader
 from dfs.client.session import Session
+from dfs.client.store import ChunkStore
 from dfs.client.writebuffer import WINDOW, Segment, Upload, WriteBuffer
 from dfs.codec import Buffer
-from dfs.env import Buffers
 from dfs.errors import DfsError, FsError
 from dfs.volume import extents, items
 from dfs.volume.items import Inode
@@ -48,24 +49,6 @@ UPLOADS = 4  # chunks on their way at once
 PARALLEL = 64  # files that the write-back commits at once
 AGE = 1.0  # seconds after which dirty data is committed without being asked
 MAX_SIZE = items.MAX_OFFSET
-
-
-class ChunkStore(Protocol):
-    """What is needed of `dfs.client.chunkio.ChunkClient`."""
-
-    async def run(self, *, task_status: trio.TaskStatus[None]) -> None: ...  # noqa: D102
-
-    async def put(self, data: Buffers, *, durable: bool = False) -> bytes:
-        """Send a chunk to its servers; returns its id once W have it."""
-        ...
-
-    async def sync(self) -> int:
-        """Make all chunks put so far durable on W servers; returns the oldest stamp."""
-        ...
-
-    async def read(self, chunk_id: bytes, offset: int, length: int) -> Buffer:
-        """Verified bytes of a chunk."""
-        ...
 
 
 class Files:
@@ -95,6 +78,7 @@ class Files:
         self._nursery: trio.Nursery | None = None
         self._cache: ChunkCache | None = None
         self._reader: Reader | None = None
+        self._compactor: Compactor | None = None
         self._clock = session.cluster.clock
         self._commits = 0
         session.on_change(self._on_change)
@@ -106,6 +90,7 @@ class Files:
             self._nursery = nursery
             self._cache = ChunkCache(self._chunks, nursery, self._cache_bytes)
             self._reader = Reader(self._session, self._cache)
+            self._compactor = Compactor(self._session, self._chunks, self._reader, self._contents)
             task_status.started()
             await self._write_back()
 
@@ -117,6 +102,7 @@ class Files:
             "uncommitted": self._uncommitted,
             "uploading": len(self._uploads),
             "commits": self._commits,
+            "compacted": self._compactor.saved if self._compactor else 0,
             "cache": self._cache.statistics() if self._cache else {},
         }
 
@@ -387,10 +373,12 @@ class Files:
         """One transaction with the extents of stored segments, the size and the times."""
         ino, mtime, publish = file.ino, file.mtime, self._contents.publish
         new = [extent_of(s) for s in segments]
-        size = await self._session.transact(
+        size, crowded = await self._session.transact(
             lambda txn: publish(txn, ino, new, mtime), oldest=oldest
         )
         file.span, file.size = None, size
+        if crowded and not file.compacting and self._nursery and self._compactor:
+            self._nursery.start_soon(self._compactor.run, file, new[0].offset, new[-1].end)
 
     async def truncate(self, ino: int, size: int) -> None:
         """Cut or extend (with zeros) a file to `size` bytes."""

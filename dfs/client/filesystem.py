@@ -23,11 +23,12 @@ from dfs.client import attributes, namespace
 from dfs.client.attributes import Attr, fs_error
 from dfs.client.cache import BUDGET
 from dfs.client.connect import Cluster
-from dfs.client.files import ChunkStore, Files
+from dfs.client.files import Files
 from dfs.client.handles import DirHandle, FileHandle, HandleTable
 from dfs.client.namespace import Caller, Namespace
 from dfs.client.orphans import Orphans
 from dfs.client.session import DEADLINE, Session
+from dfs.client.store import ChunkStore
 from dfs.codec import Buffer
 from dfs.errors import FsError
 from dfs.ids import ROOT_INO

@@ -15,8 +15,8 @@ class File:
     """State of one file; owned by `dfs.client.files`, read by `dfs.client.reader`."""
 
     __slots__ = (
-        "buffer", "dirty_since", "error", "handles", "ino", "lock", "lost", "mtime", "orphan",
-        "size", "span",
+        "buffer", "compacting", "dirty_since", "error", "handles", "ino", "lock", "lost", "mtime",
+        "orphan", "size", "span",
     )  # fmt: skip
 
     def __init__(self, ino: int) -> None:
@@ -29,6 +29,7 @@ class File:
         self.lost = False  # the session ended while the file was dirty: to be told once
         self.mtime = 0  # of the newest write that is not committed
         self.dirty_since = 0.0
+        self.compacting = False
         self.orphan = False  # the last name is gone: purge at the last close
         self.size = -1  # committed size; -1 = ask the view
         self.span: tuple[int, int, list[extents.Extent]] | None = None  # cached committed extents

@@ -6,6 +6,7 @@ import random
 import pytest
 import trio
 
+from dfs.client import contents
 from dfs.errors import FsError
 from dfs.volume import extents, items
 from tests.unit.client.support import VOLUME, filesystem, new_home, read_file, write_file
@@ -349,3 +350,58 @@ async def test_a_writer_that_is_faster_than_the_cluster_waits():
             assert fs.files.statistics()["uncommitted"] <= 100 * MIB
         await fs.release(fh)
         assert (await fs.getattr(attr.ino)).size == 200 * MIB
+
+
+async def test_a_file_cut_to_pieces_is_compacted_and_stays_the_same():
+    home = new_home()
+    async with filesystem(home) as fs:
+        rng = random.Random(2)
+        whole = bytearray(rng.randbytes(6 * MIB))
+        ino = await write_file(fs, 1, b"a", bytes(whole))
+        mtime = 0
+        fh = await fs.open(ino, writable=True)
+        for n in range(300):
+            at, data = rng.randrange(6 * MIB - 9000), rng.randbytes(8192)
+            whole[at : at + len(data)] = data
+            await fs.write(fh, at, data)
+            if n % 10 == 9:
+                await fs.fsync(fh)
+                mtime = (await fs.getattr(ino)).mtime
+        await trio.sleep(2)
+        assert len(await extents_of(fs, ino)) < 150
+        assert fs.files.statistics()["compacted"] > 100
+        assert await read_file(fs, ino) == bytes(whole)
+        assert (await fs.getattr(ino)).mtime == mtime
+        await fs.release(fh)
+
+
+async def test_compaction_never_undoes_what_was_written_meanwhile():
+    home = new_home()
+    async with filesystem(home) as a, filesystem(home, seed=1) as b:
+        ino = await write_file(a, 1, b"a", bytes(MIB))
+        one, two = await a.open(ino, writable=True), await b.open(ino, writable=True)
+        whole, rng = bytearray(MIB), random.Random(3)
+        home.chunks.delay = 0.02  # compaction takes long
+        for n in range(150):
+            fs, fh = ((a, one), (b, two))[n % 2]
+            at, data = rng.randrange(MIB - 100), bytes([n]) * 100
+            whole[at : at + 100] = data
+            await fs.write(fh, at, data)
+            await fs.fsync(fh)
+        await trio.sleep(2)
+        assert await read_file(b, ino) == bytes(whole)
+        await a.release(one)
+        await b.release(two)
+
+
+async def test_that_test_sees_a_compaction_that_does_not_look_again(monkeypatch):
+    def replace(self, txn, ino, seen, new):
+        start, end = seen[0].offset, seen[-1].end
+        old = contents.scan_extents(txn, ino, start, end)
+        txn.extend(extents.plan_write(ino, old, new))
+        return True
+
+    monkeypatch.setattr(contents.Contents, "replace", replace)
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await test_compaction_never_undoes_what_was_written_meanwhile()
+    assert caught.group_contains(AssertionError, depth=None)

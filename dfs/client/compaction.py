@@ -1,0 +1,83 @@
+"""Compaction: rewriting the parts of a file that many small writes have cut to pieces.
+
+Content does not change, so nothing about the file does but its extents.  The rewritten extents are
+committed only if those that were read are still in place; otherwise the work was for nothing.
+"""
+
+import logging
+
+import trio
+
+from dfs.client.attributes import get_inode
+from dfs.client.contents import Contents, overlapping, scan_extents
+from dfs.client.openfile import File
+from dfs.client.reader import Reader
+from dfs.client.session import Session
+from dfs.client.store import ChunkStore
+from dfs.errors import DfsError
+from dfs.volume import extents
+from dfs.volume.items import MAX_EXTENT
+from dfs.volume.view import Txn
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 6
+
+
+class Compactor:
+    """Compacts files of one session."""
+
+    def __init__(
+        self, session: Session, chunks: ChunkStore, reader: Reader, contents: Contents
+    ) -> None:
+        """Compose."""
+        self._session = session
+        self._chunks = chunks
+        self._reader = reader
+        self._contents = contents
+        self.saved = 0  # extents
+
+    async def run(self, file: File, start: int, end: int) -> None:
+        """Compact the windows that a range touches; a failure leaves all as it was.
+
+        Tries again, less and less often, while somebody writes to the very extents.
+        """
+        file.compacting = True
+        try:
+            for attempt in range(ATTEMPTS):
+                if await self._compact(file, start // MAX_EXTENT * MAX_EXTENT, end):
+                    break
+                await trio.sleep(0.1 * 2**attempt)
+        except DfsError as e:
+            log.info("inode %x is not compacted now: %s", file.ino, e)
+        finally:
+            file.compacting = False
+
+    async def _compact(self, file: File, start: int, end: int) -> bool:
+        ino = file.ino
+        end = -(-end // MAX_EXTENT) * MAX_EXTENT
+
+        def look(txn: Txn) -> list[extents.Extent]:
+            get_inode(txn, ino)
+            return overlapping(scan_extents(txn, ino, start, end), start, end)
+
+        found = await self._session.read(look)
+        done = True
+        for offset, length in extents.plan_compact(found):
+            seen = overlapping(found, offset, offset + length)
+            pieces = await self._reader.gather(extents.plan_read(seen, offset, length))
+            chunk_id = await self._chunks.put(pieces, durable=True)
+            oldest = await self._chunks.sync()
+            new = [extents.in_chunk(offset, length, chunk_id, 0, length)]
+
+            def replace(
+                txn: Txn, seen: list[extents.Extent] = seen, new: list[extents.Extent] = new
+            ) -> bool:
+                return self._contents.replace(txn, ino, seen, new)
+
+            if await self._session.transact(replace, oldest=oldest):
+                file.span = None
+                self.saved += len(seen) - 1
+            else:
+                done = False
+        return done
