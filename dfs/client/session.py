@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 FRESH = 1.5  # seconds a confirmed answer keeps the view fresh
 WATCH_WAIT = 0.5  # seconds the home may hold a watch
+FRAME = 0.02  # seconds between watches while there is news
 QUIET = 0.05  # seconds between watches that bring nothing new
 ATTEMPT = 3.0  # seconds one home is given to answer before another is asked
 DEADLINE = 30.0  # seconds until an operation gives up with EIO
@@ -357,9 +358,10 @@ class Session:
                 if generation == self._generation and not self._over:
                     known = self.view.seq
                     await self._follow(seq, received, reset, asked_at, owner)
-                    if known >= seq and received:
-                        # Our own commits bring all news: no need to be told twice.
-                        await trio.sleep(QUIET)
+                    if received:
+                        # Frames of news rather than one answer an entry; and our own commits bring
+                        # all news with their answers, no need to be told twice.
+                        await trio.sleep(QUIET if known >= seq else FRAME)
                 attempt = 0
             except Fenced as e:
                 if generation == self._generation:
