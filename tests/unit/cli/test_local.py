@@ -117,7 +117,9 @@ def test_stop_kills_what_does_not_listen(tmp_path):
     deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(99)"
     process = sleeper(tmp_path, "deaf", deaf)
     child = spawn(process, [])
+    end = time.monotonic() + 20
     while "deaf" not in process.last_words():
+        assert time.monotonic() < end
         time.sleep(0.01)
     assert stop([process], timeout=0.1) == ["deaf"]
     assert child.wait() == -signal.SIGKILL
