@@ -187,6 +187,9 @@ def spawn(
             pass_fds=pass_fds,
         )
     process.pid_file.write_text(f"{child.pid}\n")
+    # the kernel shows the command line a moment after exec; until then nobody would recognise it
+    while process.pid() is None and child.poll() is None:
+        time.sleep(0.001)
     return child
 
 
