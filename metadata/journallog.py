@@ -17,8 +17,9 @@ A MARK precedes each batch and follows the last one when the log falls idle: it 
 segment was durable up to `synced` when the mark was made.  That is how recovery tells a torn tail
 from damage: an unreadable record at an offset which a later mark calls synced (or anywhere in a
 segment that is not the last) was once durable, so promises may be lost, and the node must not
-answer for its journals any more (`StoreFailed`).  Otherwise nobody was ever told about what follows
-the bad record, and the segment is cut there.
+answer for its journals any more (`StoreFailed`).  Otherwise nobody was told about what follows the
+bad record, and the segment is cut there.  The file `<directory>.made` says that a log was begun: an
+empty directory beside it is a loss, not a beginning.
 """
 
 from array import array
@@ -256,20 +257,24 @@ class JournalLog:
                 states[volume] = replay(mine)
             except Corrupt as e:
                 raise self._fail(prefix, f"volume {volume.hex()}: {e}") from e
+        made = f"{prefix}.made"
         if numbers:
             self._active = self._segments[numbers[-1]]
+        elif disk.exists(made):
+            raise self._fail(prefix, "is empty, but it was not")
         else:
             self._create(1)
         disk.sync_dir(prefix)
+        if not disk.exists(made):
+            disk.write_atomic(made, MAGIC)
         self._synced = self._active.end
         return states
 
     def _usable(self, name: str) -> bool:
         file = self._disk.open(f"{self._prefix}/{name}")
         try:
-            return file.size() > _HEADER.size or file.pread(_HEADER.size, 0) == header(
-                int(name[:-4])
-            )
+            size = file.size()
+            return size > _HEADER.size or file.pread(size, 0) == header(int(name[:-4]))
         finally:
             file.close()
 
@@ -490,10 +495,7 @@ class JournalLog:
 
     def statistics(self) -> dict[str, int]:
         """Segments, bytes in them, bytes of live entries, batches written."""
-        segments = self._segments.values()
-        return {
-            "segments": len(self._segments),
-            "bytes": sum(s.end for s in segments),
-            "live": sum(s.live for s in segments),
-            "batches": self.batch - 1,
-        }
+        size = sum(s.end for s in self._segments.values())
+        live = sum(s.live for s in self._segments.values())
+        count = len(self._segments)
+        return {"segments": count, "bytes": size, "live": live, "batches": self.batch - 1}

@@ -169,6 +169,15 @@ async def test_damage_in_a_sealed_segment_or_a_missing_one_stops_the_node():
             await running(disk)
 
 
+async def test_a_log_that_vanished_is_not_begun_anew():
+    disk = SimDisk(random.Random(1))
+    await written(disk, history(3))
+    for name in disk.listdir("journals"):
+        disk.unlink(f"journals/{name}")
+    with pytest.raises(StoreFailed, match="is empty, but it was not"):
+        await running(disk)
+
+
 async def test_a_missing_first_segment_is_noticed_by_the_chain():
     disk = SimDisk(random.Random(1))
     await written(disk, history(40), segment_bytes=800)
