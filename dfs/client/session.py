@@ -10,7 +10,7 @@ A *verdict* for a transaction is final.  Anything else than a verdict means "unk
 identical request is sent again, to any home, until the deadline; then the session is over, because
 whether its last request took effect can no longer be learned.  A new one is opened in its place.
 
-The view is *fresh* while the last confirmed answer was asked for less than `FRESH` seconds ago.  A
+The view is *fresh* while the last confirmed answer was asked for less than 1.5 s ago.  A
 view that is not fresh answers nothing: operations wait for freshness until the deadline, then EIO.
 """
 
@@ -26,8 +26,10 @@ import trio
 from dfs import ids
 from dfs.client.connect import Cluster
 from dfs.client.feed import Entries, Feed
+from dfs.client.freshness import Freshness
 from dfs.client.homes import Homes
 from dfs.client.submission import Submission, Waiter, form
+from dfs.client.writers import Writers
 from dfs.errors import DfsError, Fenced, FsError, InvalidArgument, NotFound
 from dfs.volume import entries
 from dfs.volume.tree import Missing
@@ -36,7 +38,6 @@ from dfs.volume.view import NodeCache, Txn, View
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-FRESH = 1.5  # seconds a confirmed answer keeps the view fresh
 WATCH_WAIT = 0.5  # seconds the home may hold a watch
 FRAME = 0.02  # seconds between watches while there is news
 QUIET = 0.05  # seconds between watches that bring nothing new
@@ -77,20 +78,17 @@ class Session:
         self._generation = 0  # counts opens; answers to an older generation are dropped
         self._over = True
         self._closing = False
-        self._confirmed = float("-inf")
+        self._freshness = Freshness(self._clock)
         self._homes = Homes(cluster, volume)
         self._queue: deque[Submission] = deque()
         self._feed = Feed(cluster.blobs, volume, self._note, deadline)
-        self._news = trio.lowlevel.ParkingLot()  # unparked when the view or its freshness moved
         self._work = trio.lowlevel.ParkingLot()  # the commit task, when it is idle
         self._sync_work = trio.lowlevel.ParkingLot()
         self._sync_waiters: list[Waiter] = []
         self._on_change: list[OnChange] = []
         self._on_fenced: list[Callable[[], None]] = []
         self._on_closed: list[Callable[[Sequence[int]], None]] = []
-        # Sessions that the journal shows open for writing, if it was seen from where one can tell.
-        self._writers: set[ids.SessionId] = set()
-        self._knows_writers = False
+        self._writers = Writers()
         self._counts = dict.fromkeys(
             ("commits", "transactions", "conflicts", "local_conflicts", "resends", "opens"), 0
         )
@@ -151,12 +149,12 @@ class Session:
     @property
     def fresh(self) -> bool:
         """Whether the view may answer right now."""
-        return self._clock.monotonic() - self._confirmed <= FRESH
+        return self._freshness.now
 
     @property
     def alone(self) -> bool:
         """Whether this is known to be the only session that is open for writing."""
-        return self._knows_writers and self._writers == {self.sid} and not self._over
+        return self._writers.only(self.sid) and not self._over
 
     def mint_ino(self) -> ids.Ino:
         """A fresh inode number; never used before and never again."""
@@ -174,21 +172,20 @@ class Session:
             "seq": self.view.seq,
             "queued": len(self._queue),
             "owner": self._homes.owner,
-            "age": round(self._clock.monotonic() - self._confirmed, 3),
+            "age": round(self._freshness.age, 3),
         }
 
     # ------------------------------------------------------------------ operations
 
     async def read(self, op: Callable[[Txn], T]) -> T:
-        """Run a read-only operation on a fresh view; at most `FRESH` seconds old, no round trip.
+        """Run a read-only operation on a fresh view; at most 1.5 s old, no round trip.
 
         Does not yield to other tasks when the view is fresh and all tree nodes are cached.
         """
         give_up = 0.0
         while True:
-            now = self._clock.monotonic()
-            if now - self._confirmed > FRESH:
-                give_up = give_up or now + self.deadline
+            if not self._freshness.now:
+                give_up = give_up or self._clock.monotonic() + self.deadline
                 await self._wait_fresh(give_up)
             try:
                 return op(self.view.begin())
@@ -206,7 +203,7 @@ class Session:
         give_up = self._clock.monotonic() + self.deadline
         conflicts = 0
         while True:
-            if self._clock.monotonic() - self._confirmed > FRESH or self._over:
+            if not self._freshness.now:
                 await self._wait_fresh(give_up)
             txn = self.view.begin()
             error: DfsError | None = None
@@ -242,48 +239,34 @@ class Session:
         await waiter.wait()
 
     async def _wait_fresh(self, give_up: float) -> None:
-        with trio.move_on_at(give_up):
-            while self._over or self._clock.monotonic() - self._confirmed > FRESH:
-                await self._news.park()
-            return
-        raise FsError(self._no_quorum(), errno.EIO)
-
-    def _no_quorum(self) -> str:
-        return self._homes.no_quorum(self.deadline)
+        if not await self._freshness.wait(give_up):
+            raise FsError(self._homes.no_quorum(self.deadline), errno.EIO)
 
     # ------------------------------------------------------------------ entries
 
     async def _absorb(self, received: Entries) -> None:
         if await self._feed.absorb(received):
-            self._news.unpark_all()
+            self._freshness.wake()
 
     def _note(self, entry: entries.Entry, changed: list[bytes]) -> None:
         kind, _, body = entry
+        if kind != entries.DATA:
+            self._writers.note(entry)
         if kind == entries.DATA:
             if changed and any(part[0] != self.sid for part in body[0]):
                 for fn in self._on_change:
                     fn(changed)
-        elif kind == entries.SESSION:
-            self._writers.update((body[0],) if body[1] == "rw" else ())
         elif kind == entries.CLOSE:
-            self._writers.difference_update(body[0])
             if self.sid in body[0]:
                 self._lose("the volume's home closed it")
             for told in self._on_closed:
                 told(body[0])
-        elif kind == entries.GENESIS:
-            self._knows_writers = True
-        elif kind == entries.CHECKPOINT and not self._knows_writers:
-            # Control state of the home: (version, params, ((sid, mode, ...), ...), ...)
-            self._writers.update(s[0] for s in body[2][2] if s[1] == "rw")
-            self._knows_writers = True
 
     def _heard(self, asked_at: float, owner: int | None) -> None:
         """Note a confirmed answer to a question asked at `asked_at`."""
         self._homes.heard(owner)
-        if asked_at > self._confirmed:
-            self._confirmed = asked_at
-        self._news.unpark_all()
+        if not self._over:
+            self._freshness.confirm(asked_at)
 
     # ------------------------------------------------------------------ open and loss
 
@@ -301,13 +284,14 @@ class Session:
                 raise
             except DfsError as e:
                 if self._clock.monotonic() > give_up:
-                    raise FsError(f"{self._no_quorum()}; last: {e}", errno.EIO) from e
+                    raise FsError(
+                        f"{self._homes.no_quorum(self.deadline)}; last: {e}", errno.EIO
+                    ) from e
                 attempt += 1
                 await self._homes.pause(attempt)
         sid, _seq, base, root, tail, owner, params = answer
         self.params = dict(params)
-        self._writers.clear()
-        self._knows_writers = False
+        self._writers.forget()
         self._feed.start(root, base, self.params["salt"])
         self._generation += 1
         self._counts["opens"] += 1
@@ -327,7 +311,7 @@ class Session:
             return
         log.warning("session %x at volume %s is over: %s", self.sid, self.volume.hex(), why)
         self._over = True
-        self._confirmed = float("-inf")
+        self._freshness.lose()
         self._homes.owner = None
         for fn in self._on_fenced:
             fn()
@@ -376,8 +360,7 @@ class Session:
     ) -> None:
         if reset is not None and reset[0] > self.view.seq:
             self._feed.reset(reset[1], reset[0])
-            self._writers.clear()
-            self._knows_writers = False
+            self._writers.forget()
             for fn in self._on_change:
                 fn(None)
         await self._absorb(received)
@@ -415,7 +398,7 @@ class Session:
             except DfsError as e:
                 log.debug("sync of volume %s: %s", self.volume.hex(), e)
                 if self._clock.monotonic() > give_up:
-                    return FsError(f"{self._no_quorum()}; last: {e}", errno.EIO)
+                    return FsError(f"{self._homes.no_quorum(self.deadline)}; last: {e}", errno.EIO)
                 if isinstance(e, Fenced):
                     self._lose(str(e))
                 attempt += 1
@@ -426,18 +409,12 @@ class Session:
             if not self._queue or self._over:
                 await self._work.park()
                 continue
-            batch = self._form()
+            batch, self._queue, lost = form(self._queue, self.view)
+            for submission in lost:
+                self._counts["local_conflicts"] += 1
+                submission.resolve(False)
             if batch:
                 await self._send(batch)
-
-    def _form(self) -> list[Submission]:
-        """Take from the queue what may go together; wake those that lost to a known entry."""
-        batch, left, lost = form(self._queue, self.view)
-        self._queue = left
-        for submission in lost:
-            self._counts["local_conflicts"] += 1
-            submission.resolve(False)
-        return batch
 
     async def _send(self, batch: list[Submission]) -> None:
         self._no += 1
@@ -479,7 +456,9 @@ class Session:
             self._counts["commits"] += 1
             self._counts["transactions"] += len(batch)
             while self.view.seq < seq and generation == self._generation:
-                await self._news.park()  # the tail was cut: the watch task resets the view
+                await (
+                    self._freshness.wait_news()
+                )  # the tail was cut: the watch task resets the view
             if True in verdicts:  # otherwise the answer says nothing about now
                 self._heard(asked_at, owner)
             for submission, verdict in zip(batch, verdicts, strict=True):
@@ -492,7 +471,7 @@ class Session:
                 f"it is not known whether the operation took place: {failure}", errno.EIO
             )
         else:
-            error = FsError(f"{self._no_quorum()}; last: {failure}", errno.EIO)
+            error = FsError(f"{self._homes.no_quorum(self.deadline)}; last: {failure}", errno.EIO)
         for submission in batch:
             submission.resolve(error)
 

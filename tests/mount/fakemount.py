@@ -81,6 +81,7 @@ async def main(mountpoint, *flags):
         nursery.start_soon(commands, home, mounted, other)
         options = MountOptions(mountpoint, "fake", xattrs="xattrs" in flags)
         await serve(mounted, options, lambda: print("ready", flush=True))
+        await other.session.refresh()
         saved = (await other.statfs()).used
         print(f"saved {saved} open {len(mounted.handles)}", flush=True)
         nursery.cancel_scope.cancel()

@@ -6,7 +6,8 @@ import errno
 import pytest
 import trio
 
-from dfs.client.session import FRESH, Session, open_session
+from dfs.client.freshness import FRESH
+from dfs.client.session import Session, open_session
 from dfs.errors import FsError, NotFound
 from dfs.volume import items
 from tests.unit.client.support import VOLUME, new_home
