@@ -170,7 +170,6 @@ class Session:
             "fetched": self._feed.fetched,
             "sid": self.sid,
             "seq": self.view.seq,
-            "queued": len(self._queue),
             "owner": self._homes.owner,
             "age": round(self._freshness.age, 3),
         }
@@ -316,9 +315,8 @@ class Session:
         for fn in self._on_fenced:
             fn()
         # Transactions that never left the queue are as good as never run: run them again.
-        waiting, self._queue = self._queue, deque()
-        for submission in waiting:
-            submission.resolve(False)
+        while self._queue:
+            self._queue.popleft().resolve(False)
 
     # ------------------------------------------------------------------ tasks
 
