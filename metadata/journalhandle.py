@@ -274,6 +274,11 @@ class Journal:
         if waiter.task is not None:
             trio.lowlevel.reschedule(waiter.task, outcome.Value(None))
 
+    def stop(self, error: DfsError) -> None:
+        """End every wait: the node takes no part any more."""
+        for ticket in list(self._waiters):
+            self._finish(ticket, type(error)(str(error)))
+
     def status(self) -> dict[str, Any]:
         """What `jrnl.status` answers."""
         r = self.replica

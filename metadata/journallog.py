@@ -4,162 +4,53 @@ Records of all journals go, in the order they were made, to the end of the activ
 writer task appends what has gathered, syncs it, and then releases everything that waited for it.
 An index per journal finds an entry in its segment.
 
-Format 1, little-endian.  File `<12 digits>.log`:
-
-    header   magic "dfsjrnl\\n" | u16 format | u64 segment number | u32 crc of the above
-    record   u32 crc of the rest | u32 length of the body | u8 kind | 16s volume | body
-    body     PROMISED  u64 round | u16 node
-             ENTRY     u64 seq | u64 round | u16 node | u8 chosen | 32s prev_hash | payload
-             BASE      msgpack (seq, hash, version, members, genesis, promised)
-             MARK      "dfsmark\\n" | u64 segment number | u64 own offset | u64 synced
-
-A MARK precedes each batch and follows the last one when the log falls idle: it says that the
-segment was durable up to `synced` when the mark was made.  That is how recovery tells a torn tail
-from damage: an unreadable record at an offset which a later mark calls synced (or anywhere in a
-segment that is not the last) was once durable, so promises may be lost, and the node must not
-answer for its journals any more (`StoreFailed`).  Otherwise nobody was told about what follows the
-bad record, and the segment is cut there.  The file `<directory>.made` says that a log was begun: an
-empty directory beside it is a loss, not a beginning.
+`metadata.journalformat` holds the format and says what recovery makes of a bad record.
+The active segment ends in zeros, written ahead, so that a sync does not have to make a new file
+size durable too, which takes the file system a second flush.
 """
 
 from array import array
 from collections.abc import Callable
 from itertools import pairwise
-from struct import Struct
 from typing import Any
 
 import trio
 
-from dfs.codec import pack, unpack
 from dfs.env import Disk, DiskFile
-from dfs.errors import Corrupt, DfsError, DiskFull, StoreFailed
+from dfs.errors import Corrupt, DiskFull, StoreFailed
 from dfs.groupsync import GroupSync
-from dfs.hashing import crc32
-from metadata.journalstate import BASE, ENTRY, NO_BALLOT, PROMISED, Ballot, Record, State, replay
+from metadata.journalformat import (
+    HEADER,
+    MAGIC,
+    MARK_SIZE,
+    RECORD,
+    decode,
+    encode,
+    header,
+    mark,
+    parse,
+    record_at,
+)
+from metadata.journalstate import ENTRY, NO_BALLOT, PROMISED, Ballot, Record, State, replay
 
-MAGIC, MARK_MAGIC, FORMAT = b"dfsjrnl\n", b"dfsmark\n", 1
-MARK = 4
 SEGMENT_BYTES = 64 << 20
+AHEAD = 1 << 20  # bytes of zeros written at a time, at most 1/4 of a segment
 RETRY_FULL = 0.5  # seconds between attempts to write to a full disk
 IDLE_MARK = 0.2  # seconds of idleness before the last sync is marked
 CARRY_SHARE = 4  # a sealed segment with less than 1/4 live bytes is emptied
-
-_HEADER = Struct("<8sHQI")
-_RECORD = Struct("<IIB16s")
-_PROMISED = Struct("<QH")
-_ENTRY = Struct("<QQHB32s")
-_MARK = Struct("<8sQQQ")
-_NOBODY = bytes(16)
-_MARK_AT = _RECORD.size  # where MARK_MAGIC stands in a mark
-_MARK_SIZE = _RECORD.size + _MARK.size
-
-
-def encode(volume: bytes, record: Record) -> list[bytes]:
-    """One record as buffers."""
-    kind = record[0]
-    payload = b""
-    if kind == ENTRY:
-        _, seq, ballot, prev_hash, payload, chosen = record
-        body = _ENTRY.pack(seq, *ballot, chosen, prev_hash)
-    elif kind == PROMISED:
-        body = _PROMISED.pack(*record[1])
-    else:
-        body = pack(record[1:])
-    return _frame(kind, volume, body, payload)
-
-
-def _frame(kind: int, volume: bytes, body: bytes, payload: bytes = b"") -> list[bytes]:
-    head = _RECORD.pack(0, len(body) + len(payload), kind, volume)[4:] + body
-    crc = crc32(payload, crc32(head)) if payload else crc32(head)
-    head = crc.to_bytes(4, "little") + head
-    return [head, payload] if payload else [head]
-
-
-def decode(kind: int, body: bytes) -> Record:
-    """The record of a body whose CRC was right."""
-    if kind == ENTRY:
-        seq, round_, node, chosen, prev_hash = _ENTRY.unpack_from(body)
-        return (ENTRY, seq, (round_, node), prev_hash, body[_ENTRY.size :], bool(chosen))
-    if kind == PROMISED:
-        return (PROMISED, _PROMISED.unpack(body))
-    return (BASE, *unpack(body))
-
-
-def mark(number: int, offset: int, synced: int) -> bytes:
-    """A MARK at `offset` of segment `number`."""
-    return _frame(MARK, _NOBODY, _MARK.pack(MARK_MAGIC, number, offset, synced))[0]
-
-
-def header(number: int) -> bytes:
-    """The header of segment `number`."""
-    head = _HEADER.pack(MAGIC, FORMAT, number, 0)[:-4]
-    return head + crc32(head).to_bytes(4, "little")
-
-
-def _record_at(data: memoryview, offset: int) -> tuple[int, bytes, int] | None:
-    """(kind, volume, end) of the record at `offset`, None if it is not intact."""
-    start = offset + _RECORD.size
-    if start > len(data):
-        return None
-    crc, length, kind, volume = _RECORD.unpack_from(data, offset)
-    end = start + length
-    if end > len(data) or crc32(data[offset + 4 : end]) != crc:
-        return None
-    return kind, volume, end
-
-
-def _claimed(data: bytes, number: int, start: int) -> int:
-    """The furthest offset that marks at or after `start` call synced."""
-    view = memoryview(data)
-    synced = 0
-    at = data.find(MARK_MAGIC, start)
-    while at >= 0:
-        offset = at - _MARK_AT
-        if offset >= start and _record_at(view, offset) is not None:
-            _, claimed, own, done = _MARK.unpack_from(data, at)
-            if (claimed, own) == (number, offset):
-                synced = max(synced, done)
-        at = data.find(MARK_MAGIC, at + 1)
-    return synced
-
-
-Found = tuple[bytes, Record, int, int]  # volume, record, offset, end
-
-
-def parse(data: bytes, number: int, *, last: bool) -> tuple[list[Found], int]:
-    """The records of a segment, and where its intact part ends; raises `Corrupt` on damage."""
-    if data[: _HEADER.size] != header(number):
-        raise Corrupt("at offset 0: not the header of this segment in a format this version reads")
-    view = memoryview(data)
-    found: list[Found] = []
-    offset = _HEADER.size
-    while offset < len(data):
-        record = _record_at(view, offset)
-        if record is None:
-            if not last or _claimed(data, number, offset + 1) > offset:
-                raise Corrupt(f"at offset {offset}: a record that was durable is damaged")
-            break
-        kind, volume, end = record
-        if kind != MARK:
-            try:
-                body = decode(kind, data[offset + _RECORD.size : end])
-            except (DfsError, ValueError) as e:
-                raise Corrupt(f"at offset {offset}: unreadable record of kind {kind}") from e
-            found.append((volume, body, offset, end))
-        offset = end
-    return found, offset
 
 
 class _Segment:
     """A segment file and what in it is still needed."""
 
-    __slots__ = ("end", "file", "live", "name", "number")
+    __slots__ = ("end", "file", "live", "name", "number", "size")
 
     def __init__(self, number: int, name: str, file: DiskFile, end: int) -> None:
         self.number = number
         self.name = name
         self.file = file
         self.end = end
+        self.size = end  # of the file: zeros follow the end
         self.live = 0  # bytes of entries above the base of their journal
 
 
@@ -187,6 +78,7 @@ class JournalLog:
         self._disk = disk
         self._prefix = prefix
         self._limit = segment_bytes
+        self._zeros = bytes(min(AHEAD, segment_bytes // 4))
         self._segments: dict[int, _Segment] = {}  # oldest first; the last one is active
         self._index: dict[bytes, _Index] = {}
         self._active: _Segment
@@ -247,7 +139,8 @@ class JournalLog:
                 records.setdefault(volume, []).append(record)
                 self._enter(volume, record, segment, start, stop, loose=True)
             if end < size:
-                self.cut.append(f"{disk.path(path)} was cut from {size} to {end} bytes")
+                if data.count(0, end) < size - end:
+                    self.cut.append(f"{disk.path(path)} was cut from {size} to {end} bytes")
                 file.truncate(end)
             # What survived without having been synced is about to be relied on.
             file.fdatasync()
@@ -274,7 +167,7 @@ class JournalLog:
         file = self._disk.open(f"{self._prefix}/{name}")
         try:
             size = file.size()
-            return size > _HEADER.size or file.pread(size, 0) == header(int(name[:-4]))
+            return size > HEADER.size or file.pread(size, 0) == header(int(name[:-4]))
         finally:
             file.close()
 
@@ -284,8 +177,8 @@ class JournalLog:
         file.append([header(number)])
         file.fdatasync()
         self._disk.sync_dir(self._prefix)
-        self._active = self._segments[number] = _Segment(number, name, file, _HEADER.size)
-        self._synced = self._marked = _HEADER.size
+        self._active = self._segments[number] = _Segment(number, name, file, HEADER.size)
+        self._synced = self._marked = HEADER.size
 
     # ------------------------------------------------------------------------------------ index
 
@@ -348,10 +241,10 @@ class JournalLog:
         segment = self._segments[index.segments[at]]
         start, end = index.starts[at], index.ends[at]
         data = segment.file.pread(end - start, start)
-        found = _record_at(memoryview(data), 0)
+        found = record_at(memoryview(data), 0)
         if found is None or found[:2] != (ENTRY, volume):
             raise self._fail(segment.name, f"at offset {start}: entry {seq} is damaged")
-        record = decode(ENTRY, data[_RECORD.size :])
+        record = decode(ENTRY, data[RECORD.size :])
         return record[3], record[4]
 
     # ---------------------------------------------------------------------------------- writing
@@ -409,7 +302,7 @@ class JournalLog:
         segment = self._active
         start = segment.end
         buffers = [mark(segment.number, start, self._synced)]
-        at = start + _MARK_SIZE
+        at = start + MARK_SIZE
         places = []
         for volume, record in self._buffer:
             made = encode(volume, record)
@@ -417,8 +310,12 @@ class JournalLog:
             places.append((volume, record, at, end))
             buffers += made
             at = end
-        if segment.file.append(buffers) != start:
-            raise self._fail(segment.name, f"at offset {start}: somebody else wrote to it")
+        if at > segment.size:
+            buffers.append(self._zeros)
+            segment.file.pwrite(b"".join(buffers), start)
+            segment.size = at + len(self._zeros)
+        else:
+            segment.file.pwrite(b"".join(buffers), start)
         self._buffer = []
         segment.end = at
         self._marked = self._synced
@@ -429,6 +326,8 @@ class JournalLog:
         old = self._active
 
         def rotate() -> None:
+            old.file.truncate(old.end)
+            old.size = old.end
             old.file.fdatasync()
             self._create(old.number + 1)
 
@@ -443,10 +342,11 @@ class JournalLog:
         segment = self._active
         synced = self._synced
         try:
-            segment.file.append([mark(segment.number, segment.end, synced)])
+            segment.file.pwrite(mark(segment.number, segment.end, synced), segment.end)
         except DiskFull:
             return True  # the next batch meets the full disk and says so
-        segment.end += _MARK_SIZE
+        segment.end += MARK_SIZE
+        segment.size = max(segment.size, segment.end)
         self._marked = synced
         return True
 
@@ -483,10 +383,10 @@ class JournalLog:
             if segment == number and (volume, index.first + at) not in fresh:
                 start, end = index.starts[at], index.ends[at]
                 data = self._segments[number].file.pread(end - start, start)
-                if _record_at(memoryview(data), 0) is None:
+                if record_at(memoryview(data), 0) is None:
                     name = self._segments[number].name
                     raise self._fail(name, f"at offset {start}: a live record is damaged")
-                self.append(volume, decode(ENTRY, data[_RECORD.size :]))
+                self.append(volume, decode(ENTRY, data[RECORD.size :]))
 
     def _remove(self, segment: _Segment) -> None:
         segment.file.close()

@@ -165,10 +165,13 @@ class JournalHost:
                 nursery.start_soon(self._tidy_up)
                 task_status.started()
                 await self._broken.wait()
-                assert self.failed is not None  # noqa: S101 - set before the event
-                raise self.failed
+                nursery.cancel_scope.cancel()
+            raise self.failed or StoreFailed()
         finally:
             self._running = False
+            ended = self.failed or StoreFailed("the journals of this node were stopped")
+            for journal in self._journals.values():
+                journal.stop(ended)
 
     async def _write(self) -> None:
         try:

@@ -304,6 +304,8 @@ class World:
         self.crash_at_write = 0.0
         for me in self.retire:
             self.wipe(me)
+        for _ in self.journals:  # one more each: a crash may just have put the last one in doubt
+            self.operations[len(self.operations)] = [self.now, None, (self.new, self.old)]
         for turn in range(CALM_ROUNDS):
             self.now = (steps + turn * 20) * STEP
             self.operator()

@@ -263,11 +263,11 @@ async def test_everything_acknowledged_survives_a_power_cut_of_all_nodes():
 
 
 async def test_a_full_disk_refuses_writes_and_answers_reads():
-    async with cluster() as c:
+    async with cluster(segment_bytes=2000) as c:
         journal = c.journal(0)
         await journal.acquire(5)
         c.disks[0].full = True
-        await journal.propose(b"a", 5)  # the two others suffice; the own vote waits for room
+        await journal.propose(b"a" * 3000, 5)  # the two others suffice; the own vote waits for room
         await trio.sleep(0.1)
         await journal.confirm(5)
         with pytest.raises(DiskFull):
