@@ -37,7 +37,7 @@ class GroupSync:
     __slots__ = ("_calls", "_disk", "_file", "_running", "_syncs", "_waiting", "failed")
 
     def __init__(self, disk: Disk, file: Syncable | Callable[[], Syncable]) -> None:
-        """Sync `file` through `disk.run`."""
+        """Sync `file` through `disk.sync`."""
         self._disk = disk
         self._file = file
         self._running = False
@@ -72,7 +72,7 @@ class GroupSync:
         try:
             file = self._file() if callable(self._file) else self._file
             self._syncs += 1
-            await self._disk.run(file.fdatasync)
+            await self._disk.sync(file.fdatasync)
         except BaseException as e:
             self._fail(e, followers)
             if isinstance(e, DfsError) or not isinstance(e, Exception):
