@@ -73,10 +73,15 @@ class _History:
 
 def run(seed: int, *, mutant: str | None = None) -> list[str]:
     """Run one seed; returns the violations, each a line."""
+    return trace(seed, mutant=mutant).violations
+
+
+def trace(seed: int, *, mutant: str | None = None) -> _History:
+    """Run one seed; returns all that was done."""
     history = _History()
     with _small_checkpoints():
         run_seeded(_main, seed, mutant, history, seed=seed)
-    return history.violations
+    return history
 
 
 class _small_checkpoints:  # noqa: N801 - reads as a verb where it is used
@@ -382,6 +387,10 @@ async def _judge_file(
 
 
 class _NoBarrier(ChunkClient):
+    async def put(self, data: Any, *, durable: bool = False) -> bytes:
+        del durable
+        return await super().put(data)
+
     async def sync(self) -> int:
         return self.clock.time_ns()
 
