@@ -151,14 +151,18 @@ class Machine:
 
     def run(self, container, *, check=True, timeout=60):
         """Run to the end; returns the CompletedProcess (text)."""
-        done = subprocess.run(
-            self.arguments(container),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
+        try:
+            done = subprocess.run(
+                self.arguments(container),
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                check=False,
+                stdin=subprocess.DEVNULL,
+            )
+        except subprocess.TimeoutExpired as e:
+            said = f"{e.stdout!r} {e.stderr!r}"
+            raise AssertionError(f"{container.command} hangs: {said}\n{self.words()}") from None
         if check and done.returncode:
             raise AssertionError(
                 f"{container.command}: {done.returncode}\n{done.stdout}{done.stderr}\n{self.words()}"
@@ -195,7 +199,7 @@ class Machine:
             ended = {n: p.returncode for n, p in self.processes.items() if p.poll() is not None}
             if ended or time.monotonic() > end:
                 raise AssertionError(f"{what}: ended {ended}, or time is up\n{self.words()}")
-            time.sleep(0.05)
+            time.sleep(0.1)
 
     def words(self, lines=8):
         """The ends of all logs."""
