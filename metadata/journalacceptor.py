@@ -90,10 +90,10 @@ class Acceptor:
         self.out: list[Effect] = []
         for prev_hash, payload in state.log:
             self._remember(prev_hash, payload)
-        if self.pending is not None and self.promised[1] != me:
-            # That it is chosen may have been known here before the restart: ask, a few times.
+        if self.pending is not None:
+            # That it is chosen may have been known here before the restart: ask around.
             self.behind = (self.promised[1], self.chosen + 1)
-            self.need_left = 5
+            self.need_left = 6
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -214,9 +214,10 @@ class Acceptor:
         if self.behind is None or self.chosen >= self.behind[1] or not self.need_left:
             self.behind = None
             return
+        others = [m for m in self.members if m != self.me] or [self.behind[0]]
         self.need_left -= 1
         self.need_at = self.now + NEED_AGAIN
-        self.out.append((SEND, self.behind[0], (NEED, self.chosen)))
+        self.out.append((SEND, others[self.need_left % len(others)], (NEED, self.chosen)))
 
     def _on_need(self, sender: int, have: int) -> None:
         if have < self.chosen and not self._fill(sender, have):
