@@ -16,6 +16,7 @@ import errno
 import fcntl
 import os
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -31,8 +32,9 @@ T = TypeVar("T")
 IOV_MAX = 1024  # buffers per pwritev, a limit of the kernel
 KEEP_SIZE, PUNCH_HOLE = 1, 2  # <linux/falloc.h>
 ZEROS = bytes(1 << 16)
-QUICK_SYNC = 0.0005  # seconds; below this a sync runs inline
-SLOW_SYNC = 0.01  # what a medium is taken for until it proves better
+SYNCS = 8  # the last ones, whose median tells whether the medium is quick
+QUICK_SYNC = 0.0005  # seconds
+STALL = 0.02  # seconds of a single sync after which the medium has to prove itself again
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -172,7 +174,8 @@ class RealDisk:
         self._root = os.fspath(Path(root).absolute())
         self._pool = ThreadPool(threads, name="disk")
         self._lock = -1
-        self._sync_time = SLOW_SYNC  # seconds that syncs take lately
+        self._sync_times: deque[float] = deque(maxlen=SYNCS)  # seconds
+        self._quick = False
         weakref.finalize(self, self._pool.close)
         if not os.path.isdir(self._root):  # noqa: PTH112 - strings all through, Path costs 5 us
             try:
@@ -297,11 +300,12 @@ class RealDisk:
         """See `Disk.sync`.
 
         Handing a sync to a thread and its end back costs about 150 us of processor time and two
-        wake-ups, as much as a quick medium needs to do it.  So it runs inline as long as syncs
-        have lately been quick, after every other task had its turn (what they queued is then on
-        its way to other nodes, which work meanwhile).  A single slow one moves them to a thread.
+        wake-ups, as much as a quick medium needs to do it.  So it runs inline as long as most of
+        the last syncs were quick, after every other task had its turn (what they queued is then
+        on its way to other nodes, which work meanwhile).  One that stalls moves them to a thread
+        until most are quick again.
         """
-        if self._sync_time < QUICK_SYNC:
+        if self._quick:
             await trio.lowlevel.cancel_shielded_checkpoint()
             self._timed(fdatasync)
         else:
@@ -311,8 +315,11 @@ class RealDisk:
         start = perf_counter()
         fdatasync()
         took = perf_counter() - start
-        # Slow ones count at once, quick ones by and by: about 20 to forget one of 10 ms.
-        self._sync_time = max(took, 0.8 * self._sync_time + 0.2 * took)
+        times = self._sync_times
+        if took > STALL:
+            times.clear()
+        times.append(took)
+        self._quick = len(times) == SYNCS and sorted(times)[SYNCS // 2] < QUICK_SYNC
 
     def statistics(self) -> dict[str, int]:
         """Numbers of the thread pool, see `ThreadPool.statistics`."""

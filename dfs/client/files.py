@@ -268,6 +268,27 @@ class Files:
             await self._commit(file)
         self._raise_error(file)
 
+    def flush_behind(self, file: File) -> bool:
+        """Start to commit a few dirty bytes without waiting; False where that is not safe.
+
+        Safe is where nobody could notice: this session is the volume's only one, and the bytes
+        need no chunk.  The commit stays ahead of every later operation of this session, so that a
+        crash still leaves a prefix; its error is kept for the next write, flush or fsync.
+        """
+        buffer = file.buffer
+        if (
+            not self._session.solitary
+            or file.error is not None
+            or file.lock.locked()
+            or buffer.size > INLINE
+            or any(isinstance(s.source, Upload) for s in buffer)
+            or self._nursery is None
+        ):
+            return False
+        if buffer:
+            self._nursery.start_soon(self._commit_quietly, file, True)
+        return True
+
     def _raise_error(self, file: File) -> None:
         if file.error is not None:
             error, file.error, file.lost = file.error, None, False
@@ -290,7 +311,7 @@ class Files:
         if failures:
             raise failures[0]
 
-    async def _commit(self, file: File) -> None:
+    async def _commit(self, file: File, lazy: bool = False) -> None:
         async with file.lock:
             if not file.buffer:
                 return
@@ -300,7 +321,7 @@ class Files:
             began = self._clock.monotonic()
             try:
                 segments, oldest = await self._store(file)
-                await self._publish(file, segments, oldest)
+                await self._publish(file, segments, oldest, lazy=lazy and not oldest)
             except FsError as e:
                 if e.errno == errno.ESTALE:  # the file was removed by somebody else
                     self._drop_dirty(file)
@@ -369,12 +390,14 @@ class Files:
             )
             self._send(upload, durable=durable)
 
-    async def _publish(self, file: File, segments: list[Segment], oldest: int) -> None:
+    async def _publish(
+        self, file: File, segments: list[Segment], oldest: int, *, lazy: bool = False
+    ) -> None:
         """One transaction with the extents of stored segments, the size and the times."""
         ino, mtime, publish = file.ino, file.mtime, self._contents.publish
         new = [extent_of(s) for s in segments]
         size, crowded = await self._session.transact(
-            lambda txn: publish(txn, ino, new, mtime), oldest=oldest
+            lambda txn: publish(txn, ino, new, mtime), oldest=oldest, lazy=lazy
         )
         file.span, file.size = None, size
         if crowded and not file.compacting and self._nursery and self._compactor:
@@ -415,10 +438,10 @@ class Files:
                     nursery.start_soon(self._commit_quietly, file)
             await trio.sleep(AGE / 4)
 
-    async def _commit_quietly(self, file: File) -> None:
+    async def _commit_quietly(self, file: File, lazy: bool = False) -> None:
         """Commit; an error is kept for the next write, flush or fsync."""
         try:
-            await self._commit(file)
+            await self._commit(file, lazy)
         except FsError as e:
             file.error = file.error or e
             file.dirty_since = self._clock.monotonic() + AGE  # not at once again

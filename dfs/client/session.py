@@ -41,6 +41,8 @@ T = TypeVar("T")
 WATCH_WAIT = 0.5  # seconds the home may hold a watch
 FRAME = 0.02  # seconds between watches while there is news
 QUIET = 0.05  # seconds between watches that bring nothing new
+LAZY = 0.02  # seconds that a lazy transaction waits for company
+LAZY_MAX = 64  # of them that may wait
 ATTEMPT = 3.0  # seconds one home is given to answer before another is asked
 DEADLINE = 30.0  # seconds until an operation gives up with EIO
 
@@ -156,6 +158,11 @@ class Session:
         """Whether this is known to be the only session that is open for writing."""
         return self._writers.only(self.sid) and not self._over
 
+    @property
+    def solitary(self) -> bool:
+        """Whether this is known to be the volume's only session, readers included."""
+        return self._writers.solitary(self.sid) and not self._over
+
     def mint_ino(self) -> ids.Ino:
         """A fresh inode number; never used before and never again."""
         if self._minted >= (1 << ids.COUNTER_BITS) - 1:
@@ -191,13 +198,14 @@ class Session:
             except Missing as e:
                 await self._feed.fetch(e.hashes)
 
-    async def transact(self, op: Callable[[Txn], T], *, oldest: int = 0) -> T:
+    async def transact(self, op: Callable[[Txn], T], *, oldest: int = 0, lazy: bool = False) -> T:
         """Run a mutating operation and commit it; returns once a majority holds it.
 
         `op` is pure and is run again after a conflict.  A `DfsError` that it raises is only raised
         here once the home has confirmed that what the operation read is still so.  Raises `FsError`
         EIO when no quorum answered until the deadline.  `oldest`: stamp of the oldest chunk the
-        effects rely on.
+        effects rely on.  `lazy`: nobody waits for it, so it travels with the next transaction that
+        is not, ahead of it, or alone after `LAZY` seconds.
         """
         give_up = self._clock.monotonic() + self.deadline
         conflicts = 0
@@ -216,7 +224,7 @@ class Session:
                 txn.effects.clear()
             if txn.effects and self.mode != "rw":
                 raise FsError("volume is mounted read-only", errno.EROFS)
-            submission: Submission = Submission(txn, oldest)
+            submission: Submission = Submission(txn, oldest, lazy=lazy)
             self._queue.append(submission)
             self._work.unpark_all()
             if await submission.wait():
@@ -407,12 +415,23 @@ class Session:
             if not self._queue or self._over:
                 await self._work.park()
                 continue
+            if self._lingers():
+                with trio.move_on_after(LAZY) as late:
+                    while self._lingers():
+                        await self._work.park()
+                if self._over or not (late.cancelled_caught or self._queue):
+                    continue
             batch, self._queue, lost = form(self._queue, self.view)
             for submission in lost:
                 self._counts["local_conflicts"] += 1
                 submission.resolve(False)
             if batch:
                 await self._send(batch)
+
+    def _lingers(self) -> bool:
+        """Whether all that is queued may wait for company."""
+        queue = self._queue
+        return 0 < len(queue) < LAZY_MAX and queue[-1].lazy and all(s.lazy for s in queue)
 
     async def _send(self, batch: list[Submission]) -> None:
         self._no += 1

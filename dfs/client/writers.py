@@ -1,43 +1,50 @@
-"""Who else writes: the sessions that the journal shows open for writing."""
+"""Who else is there: the sessions that the journal shows open."""
 
 from dfs.ids import SessionId
 from dfs.volume import entries
 
 
 class Writers:
-    """Sessions open for writing, followed through control entries.
+    """Sessions open for writing and for reading, followed through control entries.
 
     Known only once the journal was seen from a place where one can tell: its beginning, or a
     checkpoint entry, which repeats the home's control state.
     """
 
-    __slots__ = ("_known", "_sids")
+    __slots__ = ("_known", "_readers", "_sids")
 
     def __init__(self) -> None:
         """Nothing is known."""
         self._sids: set[SessionId] = set()
+        self._readers: set[SessionId] = set()
         self._known = False
 
     def forget(self) -> None:
         """The journal was skipped: nothing is known any more."""
         self._sids.clear()
+        self._readers.clear()
         self._known = False
 
     def note(self, entry: entries.Entry) -> None:
         """Follow one entry."""
         kind, _, body = entry
         if kind == entries.SESSION:
-            if body[1] == "rw":
-                self._sids.add(body[0])
+            (self._sids if body[1] == "rw" else self._readers).add(body[0])
         elif kind == entries.CLOSE:
             self._sids.difference_update(body[0])
+            self._readers.difference_update(body[0])
         elif kind == entries.GENESIS:
             self._known = True
         elif kind == entries.CHECKPOINT and not self._known:
             # Control state of the home: (version, params, ((sid, mode, ...), ...), ...)
-            self._sids.update(s[0] for s in body[2][2] if s[1] == "rw")
+            for s in body[2][2]:
+                (self._sids if s[1] == "rw" else self._readers).add(s[0])
             self._known = True
 
     def only(self, sid: SessionId) -> bool:
-        """Whether this is known to be the only one."""
+        """Whether this is known to be the only one that writes."""
         return self._known and self._sids == {sid}
+
+    def solitary(self, sid: SessionId) -> bool:
+        """Whether this is known to be the only session at all."""
+        return self._known and not self._readers and self._sids == {sid}

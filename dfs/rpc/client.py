@@ -104,6 +104,9 @@ class Pending:
                 log.exception("the callback of %s failed", self.method)
 
 
+FEW = 3  # requests under way up to which each is sent at once instead of with others
+
+
 class Link:
     """A connection to one peer for one class of traffic, made when needed."""
 
@@ -160,7 +163,10 @@ class Link:
         wanted = not pending.cast
         if channel is not None and not self._held and channel.connection.queue.size < QUEUE_LIMIT:
             self._send(channel, pending, now)
-            channel.wake()
+            if len(self._streams) <= FEW:
+                channel.flush()
+            else:
+                channel.wake()
             if wanted:
                 pending.timer = self._timers.at(deadline, self._expire, pending)
             return

@@ -21,7 +21,7 @@ from dfs.clock import Clock
 from dfs.env import Context, Handler, Reply
 from dfs.errors import Busy, DfsError, LocalProtocolError, UnknownMethod, to_wire
 from dfs.rpc.budget import Budget, Share
-from dfs.rpc.client import first_error
+from dfs.rpc.client import FEW, first_error
 from dfs.rpc.transport import Channel, accept, explain
 from dfs.wire.connection import Connection, Event, State, encode_value
 from dfs.wire.frame import ERROR, REPLY, REQUEST
@@ -226,7 +226,10 @@ class _Session:
         finally:
             self._tasks -= 1
             self._uncharge(charge)
-        self._channel.wake()
+        if self._tasks <= FEW:
+            self._channel.flush()
+        else:
+            self._channel.wake()
 
     def _reply(self, stream: int, priority: int, method: str, reply: Reply) -> None:
         if self._closed:

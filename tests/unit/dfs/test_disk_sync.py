@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from dfs.disk import QUICK_SYNC, RealDisk
+from dfs.disk import STALL, RealDisk
 
 pytestmark = pytest.mark.realtime
 
@@ -36,8 +36,8 @@ async def test_one_slow_sync_moves_the_next_to_a_thread(tmp_path):
     disk = RealDisk(tmp_path)
     while not (await places(disk, 0, 50))[-1]:
         pass
-    await places(disk, 20 * QUICK_SYNC, 1)
-    assert await places(disk, 20 * QUICK_SYNC, 5) == [False] * 5
+    await places(disk, 1.5 * STALL, 1)
+    assert await places(disk, 1.5 * STALL, 5) == [False] * 5
     disk.close()
 
 
