@@ -1,22 +1,36 @@
-"""Clients for commands: a cluster connection, or one volume's file system, for a block."""
+"""Clients for commands: a cluster connection, or one volume's file system, for a block.
+
+Whoever enters one of these blocks gets an answer within `patience()`: a cluster that cannot be
+reached, or a volume without a quorum, is an error that says which nodes are silent and why.
+"""
 
 import contextlib
+import errno
+import re
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
 from dfs.chunks.format import encode
+from dfs.cli.context import interruptible, patience
+from dfs.cli.diagnosis import explain_silence, unreachable
 from dfs.client.chunkio import ChunkClient
 from dfs.client.connect import Cluster, ClusterRef, connect
 from dfs.client.filesystem import FileSystem, open_filesystem
-from dfs.client.registry import open_volume_by_name
-from dfs.client.session import Session
+from dfs.client.registry import Registry, open_registry
+from dfs.client.session import Session, open_session
 from dfs.env import Buffers
-from dfs.errors import FsError
+from dfs.errors import DfsError, FsError, Unreachable
+from dfs.ids import SYSTEM_VOLUME
+from dfs.volume import items
 
+T = TypeVar("T")
+USAGE_TIMEOUT = 4.0  # seconds to wait for the sizes of volumes
+USAGE_PARALLEL = 16
 TOUCH_PATIENCE = 2.0  # seconds to wait for servers to say that they have a chunk already
+_REPR = re.compile(r"""b(?P<q>['"]).*?(?P=q): (?=[^:]+$)""")  # a name as the client library puts it
 
 
 class DedupChunks(ChunkClient):
@@ -48,8 +62,25 @@ class DedupChunks(ChunkClient):
 @contextlib.asynccontextmanager
 async def connected(file: Path) -> AsyncIterator[Cluster]:
     """The cluster of a cluster file."""
-    async with connect(ClusterRef.load(file), name="dfs") as cluster:
-        yield cluster
+    ref = ClusterRef.load(file)
+    inside = False
+    try:
+        async with connect(ref, name="dfs") as cluster:
+            inside = True
+            yield cluster
+    except Unreachable as e:
+        if inside:
+            raise
+        raise await unreachable(file, ref, e) from e
+
+
+@contextlib.asynccontextmanager
+async def registry(cluster: Cluster, *, mode: str = "rw") -> AsyncIterator[Registry]:
+    """The registry of volumes, opened within `patience()`."""
+    opening = open_registry(cluster, mode=mode, deadline=patience())
+    async with _opened(cluster, "the registry of volumes", SYSTEM_VOLUME, opening) as opened:
+        with interruptible():
+            yield opened
 
 
 @contextlib.asynccontextmanager
@@ -61,7 +92,8 @@ async def volume(
     Dirty data is committed at the end of the block.
     """
     async with connected(file) as cluster:
-        info = await open_volume_by_name(cluster, name)
+        async with registry(cluster, mode="ro") as volumes:
+            info = await volumes.find(name)
 
         made: list[DedupChunks] = []
 
@@ -77,8 +109,59 @@ async def volume(
             made.append(client)
             return client
 
-        async with open_filesystem(cluster, info.volume_id, chunks, mode=mode, name="dfs") as fs:
-            yield fs, made[0]
+        opening = open_filesystem(
+            cluster, info.volume_id, chunks, mode=mode, name="dfs", deadline=patience()
+        )
+        async with _opened(cluster, f"volume {name}", info.volume_id, opening) as fs:
+            with interruptible():
+                yield fs, made[0]
+
+
+async def usages(
+    cluster: Cluster, volumes: list[bytes], *, timeout: float = USAGE_TIMEOUT
+) -> dict[bytes, tuple[int, int]]:
+    """(bytes, inodes) that volumes hold, of those that answer in time."""
+    found: dict[bytes, tuple[int, int]] = {}
+    limit = trio.CapacityLimiter(USAGE_PARALLEL)
+
+    async def ask(volume_id: bytes) -> None:
+        async with limit:
+            with contextlib.suppress(DfsError):  # without a quorum: not known now
+                async with open_session(
+                    cluster, volume_id, mode="ro", name="dfs usage", deadline=timeout
+                ) as session:
+                    value = await session.read(lambda txn: txn.get(items.USAGE_KEY))
+                    found[volume_id] = items.decode_usage(value) if value is not None else (0, 0)
+
+    with trio.move_on_after(timeout):
+        async with trio.open_nursery() as nursery:
+            for volume_id in volumes:
+                nursery.start_soon(ask, volume_id)
+    return found
+
+
+@contextlib.asynccontextmanager
+async def _opened(
+    cluster: Cluster,
+    what: str,
+    volume_id: bytes,
+    opening: contextlib.AbstractAsyncContextManager[T],
+) -> AsyncIterator[T]:
+    """Enter `opening` within `patience()`; name the volume and silent nodes in its errors."""
+    limit = trio.CancelScope(deadline=trio.current_time() + patience())
+    entered = False
+    try:
+        with limit:
+            async with opening as opened:
+                limit.deadline = float("inf")
+                entered = True
+                yield opened
+    except DfsError as e:
+        if volume_id.hex() not in str(e) or "quorum" not in str(e):
+            raise
+        raise await explain_silence(cluster, what, volume_id, patience()) from e
+    if not entered:
+        raise await explain_silence(cluster, what, volume_id, patience())
 
 
 @contextlib.contextmanager
@@ -87,6 +170,12 @@ def naming(what: object) -> Iterator[None]:
     try:
         yield
     except FsError as e:
-        if str(what) in str(e):
+        text = _REPR.sub("", str(e))
+        if e.errno == errno.ENOSPC:
+            text = (
+                "no space left: too few chunkservers have room for a copy; delete data or add "
+                "capacity, `dfs cluster status` shows the disks"
+            )
+        if str(what) in text:
             raise
-        raise FsError(f"{what}: {e}", e.errno) from e
+        raise FsError(f"{what}: {text}", e.errno) from e

@@ -3,13 +3,13 @@
 import os
 import secrets
 import stat
-import sys
 from typing import Any
 
 import click
 import trio
 
 from dfs.cli.client import naming
+from dfs.cli.context import standard_stream, writing_stdout
 from dfs.cli.place import Place
 from dfs.cli.progress import Meter
 from dfs.client.attributes import Attr
@@ -51,6 +51,9 @@ class Download:
             into = _is_directory(target)
             if not into and (len(sources) > 1 or target.endswith(b"/")):
                 raise InvalidArgument(f"{os.fsdecode(target)} is no directory")
+            above = os.path.dirname(target.rstrip(b"/")) or b"."  # noqa: PTH120
+            if not into and not _is_directory(above):
+                raise InvalidArgument(f"{os.fsdecode(above)} is no directory: make it first")
             send, receive = trio.open_memory_channel[tuple[Attr, Place, bytes]](WORKERS)
             async with trio.open_nursery() as nursery:
                 for _ in range(WORKERS):
@@ -65,8 +68,12 @@ class Download:
         with naming(source):
             attr = await resolve(self._fs, source.path)
             self._meter.expect(attr.size)
-            await self._copy(attr.ino, sys.stdout.buffer)
-        sys.stdout.buffer.flush()
+            if attr.is_dir:
+                raise InvalidArgument(f"{source} is a directory: it cannot go to standard output")
+            out = standard_stream("stdout")
+            with writing_stdout():
+                await self._copy(attr.ino, out)
+                out.flush()
 
     async def _plan(
         self,
@@ -104,8 +111,16 @@ class Download:
         """Write under another name first, so that no half a file ever has the right one."""
         if not self._force and _exists(local):
             raise AlreadyExists(f"{os.fsdecode(local)} exists already: -f replaces it")
-        directory, name = os.path.split(local)
+        directory, _ = os.path.split(local)
         part = os.path.join(directory, b".dfs-get-" + secrets.token_hex(8).encode())  # noqa: PTH118
+        try:
+            await self._make(attr, local, part)
+        except OSError as e:
+            if e.filename == part:  # nobody knows that name
+                raise OSError(e.errno, e.strerror, local) from e
+            raise
+
+    async def _make(self, attr: Attr, local: bytes, part: bytes) -> None:
         try:
             if attr.is_symlink:
                 os.symlink(await self._fs.readlink(attr.ino), part)  # noqa: PTH211
@@ -114,7 +129,7 @@ class Download:
                 with open(os.open(part, flags, 0o600), "wb", buffering=0) as out:  # noqa: ASYNC230, PTH123
                     await self._copy(attr.ino, out)
                     os.fchmod(out.fileno(), attr.mode & 0o777)
-            os.rename(part, os.path.join(directory, name))  # noqa: PTH104, PTH118
+            os.rename(part, local)  # noqa: PTH104
         except BaseException:
             if _exists(part):
                 os.unlink(part)  # noqa: PTH108

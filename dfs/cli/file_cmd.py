@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dfs.cli.context import cluster_file, cluster_option, echo_json, human_size, json_option
+from dfs.cli.context import (
+    cluster_file,
+    cluster_option,
+    echo_json,
+    human_size,
+    json_option,
+    printable,
+    standard_stream,
+    writing_stdout,
+)
 from dfs.cli.context import run as run_async
 from dfs.cli.place import PLACE, Place
 from dfs.cli.times import local_time
@@ -70,7 +79,7 @@ def ls(cluster_path: str | None, as_json: bool, long: bool, directory: bool, pla
                 f"{attr.size:{width}} {local_time(attr.mtime)} ",
                 nl=False,
             )
-        click.echo(name)
+        click.echo(printable(os.fsdecode(name)) if sys.stdout.isatty() else name)
 
 
 @click.command()
@@ -81,13 +90,15 @@ def cat(cluster_path: str | None, places: tuple[Place, ...]) -> None:
     from dfs.cli.client import naming
     from dfs.client.paths import get_file
 
+    out = standard_stream("stdout")
+
     async def work(fs: "FileSystem") -> None:
-        with naming(place):
-            await get_file(fs, place.path, sys.stdout.buffer)
+        with naming(place), writing_stdout():
+            await get_file(fs, place.path, out)
+            out.flush()
 
     for place in places:
         _on_volume(cluster_path, place.volume, work)
-    sys.stdout.buffer.flush()
 
 
 @click.command()
@@ -107,7 +118,7 @@ def stat(cluster_path: str | None, as_json: bool, place: Place) -> None:
     attr, target = _on_volume(cluster_path, place.volume, work)
     if as_json:
         extra = {"target": os.fsdecode(target)} if attr.is_symlink else {}
-        echo_json({"path": str(place), **_as_dict(attr), **extra})
+        echo_json({"path": place.text, **_as_dict(attr), **extra})
         return
     arrow = f" -> {os.fsdecode(target)}" if attr.is_symlink else ""
     click.echo(f"{place}{arrow}")
@@ -128,12 +139,15 @@ def mkdir(cluster_path: str | None, parents: bool, places: tuple[Place, ...]) ->
     """Make directories in a volume."""
     from dfs.cli.client import naming
     from dfs.client.paths import make_directories, resolve_parent
+    from dfs.errors import AlreadyExists
 
     async def work(fs: "FileSystem") -> None:
         with naming(place):
             if parents:
                 await make_directories(fs, place.path)
             else:
+                if place.path == b"/":
+                    raise AlreadyExists(f"{place} is the root of the volume: it is always there")
                 parent, name = await resolve_parent(fs, place.path)
                 await fs.mkdir(parent, name, 0o755)
 
@@ -183,7 +197,7 @@ def rm(cluster_path: str | None, recursive: bool, force: bool, places: tuple[Pla
 
     from dfs.cli.client import naming
     from dfs.client.paths import remove_tree, resolve_parent
-    from dfs.errors import FsError
+    from dfs.errors import FsError, InvalidArgument
 
     async def work(fs: "FileSystem") -> None:
         try:
@@ -193,9 +207,17 @@ def rm(cluster_path: str | None, recursive: bool, force: bool, places: tuple[Pla
                 else:
                     await fs.unlink(*await resolve_parent(fs, place.path))
         except FsError as e:
+            if e.errno == errno.EISDIR:
+                raise FsError(f"{place} is a directory: use -r", e.errno) from e
             if not (force and e.errno == errno.ENOENT):
                 raise
 
+    for place in places:
+        if place.path == b"/":
+            raise InvalidArgument(
+                f"{place} is the root of the volume: name what is in it, or use "
+                f"`dfs volume delete {place.volume}`"
+            )
     for place in places:
         _on_volume(cluster_path, place.volume, work, mode="rw")
 
@@ -217,7 +239,7 @@ def du(cluster_path: str | None, as_json: bool, places: tuple[Place, ...]) -> No
     for place in places:
         size, files, directories = _on_volume(cluster_path, place.volume, work)
         found.append(
-            {"path": str(place), "bytes": size, "files": files, "directories": directories}
+            {"path": place.text, "bytes": size, "files": files, "directories": directories}
         )
         if not as_json:
             click.echo(f"{human_size(size):>10}  {files} files, {directories} directories  {place}")

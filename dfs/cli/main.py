@@ -4,7 +4,9 @@ Start-up is what a user feels, so this module imports click and nothing else of 
 `COMMANDS` knows where each command lives and what `dfs --help` says about it.
 """
 
+import contextlib
 import importlib
+import os
 import sys
 
 import click
@@ -27,6 +29,7 @@ COMMANDS = {
     "umount": ("dfs.cli.mount_cmd", "umount", "Unmount a directory."),
     "fsck": ("dfs.cli.check_cmd", "fsck", "Check a volume: tree, links, usage, chunk copies."),
     "sim": ("dfs.cli.check_cmd", "sim", "Run a simulation of the protocols from seeds."),
+    "version": ("dfs.cli.main", "version", "Show the version."),
 }
 
 
@@ -52,7 +55,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="dfs")
+@click.version_option(package_name="dfs", message="dfs %(version)s")
 @click.option(
     "--cluster",
     "cluster_path",
@@ -60,20 +63,45 @@ class LazyGroup(click.Group):
     metavar="FILE|DIR",
     help="The cluster's file cluster.json, or its directory. [env: DFS_CLUSTER]",
 )
-def cli(cluster_path: str | None) -> None:
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0.1),
+    envvar="DFS_TIMEOUT",
+    metavar="SECONDS",
+    help="How long to wait for a quorum. [default: 15; env: DFS_TIMEOUT]",
+)
+def cli(cluster_path: str | None, timeout: float | None) -> None:
     """Use and run dfs, a distributed file system.
 
     The cluster is chosen by --cluster FILE|DIR or the environment variable DFS_CLUSTER; without
     either, ./.demo/cluster.json and ./cluster.json are tried.
 
-    Exit status: 0 done, 1 failed, 2 wrong usage.
+    \b
+    Begin with:
+      dfs cluster init && dfs cluster up
+      dfs volume create photos
+      dfs put -r ~/Pictures photos:/
+      dfs mount photos /mnt/photos
+
+    Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
     """
+
+
+@click.command()
+def version() -> None:
+    """Show the version."""
+    from importlib.metadata import version as version_of
+
+    click.echo(f"dfs {version_of('dfs')}")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; every failure is one line on stderr and an exit status."""
+    _fill_standard_descriptors()
     try:
         status = cli.main(argv, prog_name="dfs", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a failure is still told
     except click.UsageError as e:
         e.show()
         sys.exit(2)
@@ -85,11 +113,16 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:
         # whoever read our output went away, as `| head` does; do not complain at exit either
-        sys.stdout = None  # the interpreter does not flush None
+        _drop_stdout()
         sys.exit(141)
     except Exception as e:
-        from dfs.cli.context import explain
+        from dfs.cli.context import Interrupted, explain
 
+        if isinstance(e, Interrupted):
+            click.echo("dfs: interrupted", err=True)
+            sys.exit(128 + e.number)
+        if isinstance(e, OSError) and sys.stdout is not None:
+            _drop_stdout()  # what may have failed is writing to it
         lines = explain(e)
         if lines is None:
             raise
@@ -97,6 +130,25 @@ def main(argv: list[str] | None = None) -> None:
             click.echo(f"dfs: {line}", err=True)
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fill_standard_descriptors() -> None:
+    """Keep files and sockets that we open from becoming standard input or output.
+
+    Python leaves the stream of a descriptor that was closed when we started at None.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def _drop_stdout() -> None:
+    """Let nothing be written to standard output any more, also not what is buffered."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.close()  # what is buffered cannot be written
+    sys.stdout = None  # the interpreter does not flush None
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import click
 
+from dfs.cli.context import printable
+
 
 class Place(NamedTuple):
     """A path in a volume."""
@@ -14,7 +16,12 @@ class Place(NamedTuple):
     directory: bool  # it ended in a slash: it means a directory
 
     def __str__(self) -> str:
-        """As people write it."""
+        """As people are shown it."""
+        return printable(self.text)
+
+    @property
+    def text(self) -> str:
+        """As people write it, for programs."""
         return f"{self.volume}:{os.fsdecode(self.path)}"
 
     def __truediv__(self, name: bytes) -> "Place":

@@ -5,9 +5,17 @@ from pathlib import Path
 
 import click
 
-from dfs.cli.context import cluster_file, cluster_option, echo_json, human_size, json_option
+from dfs.cli.context import (
+    cluster_file,
+    cluster_option,
+    count,
+    echo_json,
+    human_size,
+    json_option,
+)
 from dfs.cli.context import run as run_async
 from dfs.cli.place import PLACE, Place, is_place
+from dfs.errors import InvalidArgument
 
 _RECURSIVE = click.option("-r", "--recursive", is_flag=True, help="Copy directories, too.")
 _FORCE = click.option("-f", "--force", is_flag=True, help="Replace files that exist.")
@@ -41,6 +49,11 @@ def put(
             raise click.UsageError(f"{source} is in a volume: dfs put copies local files")
     if "-" in sources and len(sources) > 1:
         raise click.UsageError("standard input can only be copied alone")
+    if sources != ("-",):  # what is wrong here should not be found out only over there
+        for source in sources:
+            if Path(source).is_dir() and not recursive:
+                raise InvalidArgument(f"{source} is a directory: use -r")
+            os.lstat(source)
     file = cluster_file(cluster_path)
 
     async def work() -> Upload:
@@ -55,7 +68,8 @@ def put(
         return
     known = f", {human_size(upload.known_bytes)} of it were there already"
     click.echo(
-        f"put {upload.files} files, {human_size(upload.size)}{known if upload.known_bytes else ''}"
+        f"put {count(upload.files, 'file')}, {human_size(upload.size)}"
+        f"{known if upload.known_bytes else ''}"
     )
 
 
@@ -100,4 +114,4 @@ def get(
     if as_json:
         echo_json({"files": download.files, "bytes": download.size})
     else:
-        click.echo(f"got {download.files} files, {human_size(download.size)}")
+        click.echo(f"got {count(download.files, 'file')}, {human_size(download.size)}")

@@ -1,18 +1,20 @@
 """Copying local files into a volume."""
 
 import errno
+import io
 import os
 import stat
-import sys
-from typing import Any
+from collections.abc import Callable
 
 import click
 import trio
 
 from dfs.cli.client import DedupChunks, naming
+from dfs.cli.context import printable, standard_stream
 from dfs.cli.place import Place
 from dfs.cli.progress import Meter
 from dfs.client.filesystem import FileSystem
+from dfs.client.namespace import RENAME_NOREPLACE
 from dfs.client.paths import resolve, resolve_parent
 from dfs.errors import AlreadyExists, FsError, InvalidArgument
 
@@ -67,7 +69,7 @@ class Upload:
                         if source == b"-":
                             if into:
                                 raise InvalidArgument(f"{target} is a directory: name the file")
-                            await self._stream(sys.stdin.buffer, place, 0o644)
+                            await self._stream(_stdin(), place, 0o644)
                         else:
                             await self._plan(source, place, send)
 
@@ -102,7 +104,8 @@ class Upload:
                 self._meter.expect(found.st_size)
                 await send.send((path, to))
             else:
-                click.echo(f"dfs: {os.fsdecode(path)} is no file, skipped", err=True)
+                shown = printable(os.fsdecode(path))
+                click.echo(f"dfs: {shown} is no file or directory, skipped", err=True)
 
     async def _make_directory(self, place: Place, mode: int) -> None:
         if place.path == b"/":
@@ -123,7 +126,7 @@ class Upload:
                 else:
                     with open(path, "rb", buffering=0) as source:  # noqa: ASYNC230, PTH123
                         mode = stat.S_IMODE(os.fstat(source.fileno()).st_mode)
-                        await self._stream(source, place, mode)
+                        await self._stream(Source(source.read), place, mode)
 
     async def _symlink(self, target: bytes, place: Place) -> None:
         with naming(place):
@@ -134,54 +137,97 @@ class Upload:
                 if e.errno != errno.EEXIST:
                     raise
                 if not self._force:
-                    raise AlreadyExists(f"{place} exists already: -f replaces it") from e
+                    raise _exists(place) from e
                 await self._fs.unlink(parent, name)
                 await self._fs.symlink(parent, name, target)
         self._meter.files += 1
 
-    async def _stream(self, source: Any, place: Place, mode: int) -> None:
-        """Write a file: a new one under its name, a replacement under another until it is whole."""
+    async def _stream(self, source: "Source", place: Place, mode: int) -> None:
+        """Write a file under another name first, so that no half a file ever has the right one."""
         with naming(place):
             parent, name = await resolve_parent(self._fs, place.path)
-            temporary = name
-            try:
-                _, handle = await self._fs.create(parent, name, mode)
-            except FsError as e:
-                if e.errno != errno.EEXIST:
-                    raise
-                if not self._force:
-                    raise AlreadyExists(f"{place} exists already: -f replaces it") from e
-                temporary = b".dfs-put-%016x" % self._fs.session.cluster.random.getrandbits(64)
+            if not self._force:
+                await self._refuse_existing(parent, name, place)
+            temporary = b".dfs-put-%016x" % self._fs.session.cluster.random.getrandbits(64)
+            with _finishing():
                 _, handle = await self._fs.create(parent, temporary, mode)
             try:
                 await self._copy(source, handle)
-                if temporary != name:
-                    await self._fs.rename(parent, temporary, parent, name)
-            except BaseException:
-                with trio.CancelScope(deadline=trio.current_time() + 5, shield=True):
+                flags = 0 if self._force else RENAME_NOREPLACE
+                await self._fs.rename(parent, temporary, parent, name, flags)
+            except BaseException as e:
+                with _finishing():
                     await self._abandon(parent, temporary)
+                if isinstance(e, FsError) and e.errno == errno.EEXIST:
+                    raise _exists(place) from e
                 raise
+            finally:
+                with _finishing():
+                    await self._fs.release(handle)
         self._meter.files += 1
 
-    async def _copy(self, source: Any, handle: int) -> None:
-        at = 0
+    async def _refuse_existing(self, parent: int, name: bytes, place: Place) -> None:
         try:
-            # the first piece tells whether a thread is worth its 0.1 ms
-            data = source.read(SMALL)
-            while data:
-                await self._fs.write(handle, at, data)
-                at += len(data)
-                self._meter.done(len(data))
-                data = await trio.to_thread.run_sync(source.read, PIECE - at % PIECE)
-            await self._fs.flush(handle)
-        finally:
-            await self._fs.release(handle)
+            await self._fs.lookup(parent, name)
+        except FsError as e:
+            if e.errno != errno.ENOENT:
+                raise
+        else:
+            raise _exists(place)
+
+    async def _copy(self, source: "Source", handle: int) -> None:
+        at = 0
+        data = await source.first()
+        while data:
+            await self._fs.write(handle, at, data)
+            at += len(data)
+            self._meter.done(len(data))
+            data = await source.next(PIECE - at % PIECE)
+        await self._fs.flush(handle)
 
     async def _abandon(self, parent: int, name: bytes) -> None:
         try:
             await self._fs.unlink(parent, name)
         except FsError as e:
-            click.echo(f"dfs: an incomplete {os.fsdecode(name)} stays behind: {e}", err=True)
+            if e.errno != errno.ENOENT:
+                click.echo(f"dfs: an incomplete {os.fsdecode(name)} stays behind: {e}", err=True)
+
+
+class Source:
+    """A file to read: its first piece at once, since a thread costs 0.1 ms, the rest in one."""
+
+    def __init__(self, read: Callable[[int], bytes], *, patient: bool = False) -> None:
+        """`patient`: reading may wait for ever, for whoever writes to a pipe."""
+        self._read = read
+        self._patient = patient
+
+    async def first(self) -> bytes:
+        """The first bytes."""
+        return await self.next(SMALL) if self._patient else self._read(SMALL)
+
+    async def next(self, size: int) -> bytes:
+        """More bytes; none at the end."""
+        # a read that nobody waits for any more ends with the process
+        return await trio.to_thread.run_sync(self._read, size, abandon_on_cancel=self._patient)
+
+
+def _stdin() -> Source:
+    stream = standard_stream("stdin")
+    try:
+        number = stream.fileno()
+    except io.UnsupportedOperation:  # of a test
+        return Source(stream.read)
+    # not through the buffer, whose lock a waiting thread would hold when the process ends
+    return Source(lambda size: os.read(number, size), patient=True)
+
+
+def _finishing() -> trio.CancelScope:
+    """For what must be done although the command is cancelled, but not at any price."""
+    return trio.CancelScope(deadline=trio.current_time() + 5, shield=True)
+
+
+def _exists(place: Place) -> AlreadyExists:
+    return AlreadyExists(f"{place} exists already: -f replaces it")
 
 
 def _name(source: bytes) -> bytes:
