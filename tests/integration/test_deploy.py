@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -235,8 +236,8 @@ def test_kubernetes(tmp_path, generated):
         wrong.command = [w.replace("metadata-0", "chunkserver-0") for w in wrong.command]
         assert "has no metadata role" in machine.run(wrong, check=False).stderr
 
-        for pod, template in pods:
-            start(pod, template)
+        with ThreadPoolExecutor() as together:
+            list(together.map(start, *zip(*pods, strict=True)))
         job = k8s.template("base/bootstrap.yaml", "Job")
         bootstrap = k8s.container("bootstrap", job, job["containers"][0])
         assert "made the system volume" in machine.run(bootstrap).stdout
@@ -283,10 +284,57 @@ def test_kubernetes(tmp_path, generated):
         bare = Container(["touch", "/data/fs/x"], consumer.volumes, uid=1000)
         assert "denied" in machine.run(bare, check=False).stderr
 
-        # pods are replaced: formatting again is harmless, acknowledged data is there
+        # pods are replaced: formatting again is harmless; a chunkserver may come back with a new disk
         for pod, template in pods[2:4]:
             assert machine.stop(pod) == {pod: 0}
+            if pod == "chunkserver-0":
+                shutil.rmtree(machine.base / "volumes/data-chunkserver-0")
             start(pod, template)
+
+        def refilled():
+            return exec_("fsck", "--all-copies", "default", check=False).returncode == 0
+
+        machine.until(refilled, "the new disk gets its chunks")
         exec_("get", "default:/file", "/tmp/again")
         assert (machine.base / "volumes/tmp-metadata-0/again").read_bytes() == TEXT
         assert set(machine.stop(*(pod for pod, _ in pods)).values()) == {0}
+
+
+# --------------------------------------------------------------------------------------- systemd
+
+
+def unit(name, instance):
+    """(ExecStart as words, User or root) of an instance of a unit."""
+    lines = (DEPLOY / f"systemd/{name}@.service").read_text().splitlines()
+    service = dict(line.split("=", 1) for line in lines if "=" in line and line[0] != "#")
+    assert service["EnvironmentFile"] == "-/etc/dfs/dfs.env"
+    words = service["ExecStart"].replace("%i", instance).replace("/opt/dfs/.venv/", "/opt/dfs/")
+    return words.replace("$DFS_DAEMON_OPTIONS", "--insecure-listen-any").split(), service["User"]
+
+
+def test_systemd_daemons(tmp_path):
+    nodes = [
+        {"name": f"node{i}", "metadata_addr": f"m{i}:7401", "chunk_addr": f"m{i}:7402"}
+        for i in (1, 2, 3)
+    ]
+    with Machine(tmp_path / "machine", ["m1", "m2", "m3"]) as machine:
+        etc, var = machine.base / "etc", machine.base / "var"
+        for directory in (etc, var):
+            directory.mkdir()
+        (etc / "cluster.yaml").write_text(yaml.safe_dump({"nodes": nodes}))
+        volumes = [Volume(etc, "/etc/dfs"), Volume(var, "/var/lib/dfs")]
+        init = "dfs cluster init --spec /etc/dfs/cluster.yaml --dir /var/lib/dfs/new"
+        share = "install -m 644 /var/lib/dfs/new/map /var/lib/dfs/new/cluster.json /etc/dfs"
+        machine.run(Container(["sh", "-ec", f"{init}; {share}"], volumes, uid=0))
+        os.chown(var, UID, UID)
+        format_ = (
+            "dfs node format --cluster-map /etc/dfs/map --name node1 --data /var/lib/dfs/node1"
+        )
+        machine.run(Container(format_.split(), volumes))
+        for program in ("metadata", "chunkserver"):
+            words, user = unit(f"dfs-{program}", "node1")
+            assert user == "dfs"
+            machine.start(program, Container(words, volumes))
+            log = machine.logs / program
+            machine.until(lambda log=log: "serving tcp://127" in log.read_text(), program)
+        assert set(machine.stop("metadata", "chunkserver").values()) == {0}
