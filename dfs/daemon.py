@@ -22,9 +22,9 @@ from typing import NoReturn, Protocol
 import trio
 
 from dfs.clock import SystemClock
-from dfs.cluster.address import is_local
+from dfs.cluster.address import is_address, is_local
 from dfs.cluster.map import ClusterMap
-from dfs.datadir import PROGRAMS, Marker, read_marker
+from dfs.datadir import PROGRAMS, Marker, read_map, read_marker
 from dfs.disk import RealDisk
 from dfs.env import Env
 from dfs.errors import ConfigError, DfsError
@@ -137,17 +137,14 @@ def load_map(disk: RealDisk, seed: Path | None, marker: Marker) -> ClusterMap:
     data = Path(disk.path())
     own = data / "map"
     paths = [path for path in (own, seed) if path is not None and path.exists()]
-    try:
-        found = [ClusterMap.decode(path.read_bytes()) for path in paths]
-    except OSError as e:
-        raise ConfigError(f"cannot read the cluster map {e.filename}: {e.strerror}") from e
+    found = [read_map(path) for path in paths]
     if not found:
         raise ConfigError(f"no cluster map: neither {own} nor {seed or 'a file given by --map'}")
-    for m in found:
+    for path, m in zip(paths, found, strict=True):
         if m.cluster_id.hex() != marker.cluster_id:
             raise ConfigError(
-                f"the map is of cluster {m.cluster_id.hex()}, "
-                f"but {data} belongs to {marker.cluster_id}"
+                f"the map in {path} is of cluster {m.cluster_id.hex()}, "
+                f"but {data} belongs to {marker.cluster_id}: give it the map of its own cluster"
             )
     newest = max(found, key=lambda m: m.epoch)
     if any(m.epoch == newest.epoch and m != newest for m in found):
@@ -170,6 +167,8 @@ def load_map(disk: RealDisk, seed: Path | None, marker: Marker) -> ClusterMap:
 
 def check_address(address: str, *, insecure: bool) -> None:
     """Refuse to listen where strangers can connect, since there are no credentials to ask for."""
+    if not is_address(address):
+        raise ConfigError(f"{address!r} is no address: write tcp://HOST:PORT or unix:///PATH")
     if not insecure and not is_local(address):
         raise ConfigError(
             f"refusing to listen on {address}: without credentials anybody who can connect can "

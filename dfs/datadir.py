@@ -9,11 +9,16 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dfs.cluster.map import CHUNK, METADATA, Node
+from dfs.cluster.map import CHUNK, METADATA, ClusterMap, Node
 from dfs.disk import RealDisk
-from dfs.errors import ConfigError
+from dfs.errors import ConfigError, DfsError
 
 MARKER = "MARKER"
+AMNESIA = (
+    "A node that has served never starts blank, since it would vote without remembering its "
+    "promises: bring its data back, or leave it down while the others go on; only a node that "
+    "never served may be made with `dfs node format`"
+)
 FORMAT = 1
 DIRECTORIES = {METADATA: "metadata", CHUNK: "chunks"}  # role -> name in a node's directory
 PROGRAMS = {METADATA: "metadata", CHUNK: "chunkserver"}  # role -> `python -m` name
@@ -43,7 +48,7 @@ def read_marker(directory: Path, role: str) -> Marker:
     except FileNotFoundError:
         raise ConfigError(
             f"{directory} is no data directory of dfs (no {MARKER} file): is its disk mounted? "
-            "New ones are made by `dfs cluster init` or `dfs node format`"
+            f"{AMNESIA}"
         ) from None
     except OSError as e:
         raise ConfigError(f"cannot read {path}: {e.strerror}") from e
@@ -58,6 +63,18 @@ def read_marker(directory: Path, role: str) -> Marker:
     if marker.role != role:
         raise ConfigError(f"{directory} is a data directory for {marker.role}, not for {role}")
     return marker
+
+
+def read_map(path: Path) -> ClusterMap:
+    """The cluster map in a file; raises `ConfigError` naming it, `FileNotFoundError`."""
+    try:
+        return ClusterMap.decode(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except OSError as e:
+        raise ConfigError(f"cannot read the cluster map {path}: {e.strerror}") from e
+    except DfsError as e:
+        raise ConfigError(f"the cluster map {path} is damaged ({e})") from e
 
 
 def format_directory(directory: Path, marker: Marker) -> bool:

@@ -121,7 +121,7 @@ def fsck(
 
     Reads only; exit status 1 if anything is wrong.
     """
-    from dfs.cli.client import connected
+    from dfs.cli.client import connected, registry
 
     module: Any
     try:
@@ -131,6 +131,8 @@ def fsck(
 
     async def check() -> Any:
         async with connected(cluster_file(cluster_path)) as cluster:
+            async with registry(cluster, mode="ro") as volumes:
+                await volumes.find(volume)
             return await module.fsck(cluster, volume, all_copies=all_copies)
 
     report = run_async(check)

@@ -46,10 +46,16 @@ _ZONES = click.option("--zones", type=click.IntRange(1), help="[default: 3, or o
 @_ZONES
 @_SPEC
 def init(directory: Path, nodes: int, base_port: int, zones: int | None, spec: Path | None) -> None:
-    """Make a cluster in a directory: map, cluster file, data directories of local nodes.
+    """Make a cluster: map, cluster file, data directories.
 
     Without --spec all nodes are on this machine, on loopback ports.  With --spec the directories of
     nodes with loopback or unix addresses are made here; on other machines use `dfs node format`.
+
+    \b
+    Examples:
+      dfs cluster init
+      dfs cluster init --dir /srv/dfs --nodes 5 --zones 3 --base-port 7500
+      dfs cluster init --dir /etc/dfs --spec nodes.yaml
     """
     from dfs.cli.local import ClusterDir
     from dfs.cli.spec import local_nodes, read_spec
@@ -86,10 +92,22 @@ def init(directory: Path, nodes: int, base_port: int, zones: int | None, spec: P
 def up(
     directory: Path | None, cluster_path: str | None, timeout: float, nodes: tuple[str, ...]
 ) -> None:
-    """Start the processes of this directory's nodes (or of some) and wait until they answer."""
+    """Start local nodes, all or some, and wait until they answer.
+
+    What runs already stays as it is. A node whose data directory is gone is not started: it would
+    have forgotten what it promised.
+
+    \b
+    Examples:
+      dfs cluster up
+      dfs cluster up node2 node3
+    """
+    from dfs.cli.local import ClusterDir
     from dfs.cli.updown import start
 
-    run_async(start, _directory(directory, cluster_path), nodes, timeout)
+    path = _directory(directory, cluster_path)
+    with ClusterDir(path).locked(timeout):
+        run_async(start, path, nodes, timeout)
 
 
 @cluster.command()
@@ -97,10 +115,13 @@ def up(
 @cluster_option
 @click.argument("nodes", nargs=-1, metavar="[NODE]...")
 def down(directory: Path | None, cluster_path: str | None, nodes: tuple[str, ...]) -> None:
-    """Stop the processes of this directory's nodes (or of some), and its mounts with the last."""
-    from dfs.cli.updown import stop_nodes
+    """Stop local nodes, all or some; with all of them also mounts made from here."""
+    from dfs.cli.local import ClusterDir
+    from dfs.cli.updown import LOCK_PATIENCE, stop_nodes
 
-    stop_nodes(_directory(directory, cluster_path), nodes)
+    path = _directory(directory, cluster_path)
+    with ClusterDir(path).locked(LOCK_PATIENCE):
+        stop_nodes(path, nodes)
 
 
 @cluster.command()
@@ -109,7 +130,7 @@ def down(directory: Path | None, cluster_path: str | None, nodes: tuple[str, ...
     "--wait", "timeout", default=60.0, show_default=True, help="Seconds to wait for answers."
 )
 def bootstrap(cluster_path: str | None, timeout: float) -> None:
-    """Give a new cluster its system volume; `up` does this for nodes in a local directory.
+    """Give a new cluster its system volume, as `up` does.
 
     Needed once for a cluster whose daemons something else starts. Harmless to repeat.
     """
@@ -127,7 +148,10 @@ def bootstrap(cluster_path: str | None, timeout: float) -> None:
 def status(
     ctx: click.Context, directory: Path | None, cluster_path: str | None, as_json: bool
 ) -> None:
-    """Show nodes, lost quorums, volumes, usage and errors; exit status 1 if unavailable."""
+    """Show nodes, disks, volumes, and what is wrong.
+
+    Exit status 1 if some partition cannot be written. dfs/cli/README.md describes --json.
+    """
     from dfs.cli.status import show
 
     file = directory / "cluster.json" if directory else cluster_file(cluster_path)

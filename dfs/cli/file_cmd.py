@@ -56,7 +56,12 @@ def _on_volume(
 @click.option("-d", "--directory", is_flag=True, help="Show the directory itself.")
 @click.argument("place", type=PLACE)
 def ls(cluster_path: str | None, as_json: bool, long: bool, directory: bool, place: Place) -> None:
-    """List a directory, or show a file, of a volume."""
+    """List a directory, or show a file, of a volume.
+
+    \b
+    Example:
+      dfs ls -l photos:/docs
+    """
     from dfs.cli.client import naming
     from dfs.client.paths import list_directory, resolve
 
@@ -192,7 +197,12 @@ def mv(cluster_path: str | None, source: Place, target: Place) -> None:
 @click.option("-f", "--force", is_flag=True, help="What does not exist is no error.")
 @click.argument("places", type=PLACE, nargs=-1, required=True)
 def rm(cluster_path: str | None, recursive: bool, force: bool, places: tuple[Place, ...]) -> None:
-    """Remove files, and with -r directories, of a volume."""
+    """Remove files, and with -r directories, of a volume.
+
+    \b
+    Example:
+      dfs rm -r photos:/docs photos:/old.txt
+    """
     import errno
 
     from dfs.cli.client import naming

@@ -11,18 +11,22 @@ number in a pid file may long belong to somebody else.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
+
+from dfs.cluster.address import is_local
 from dfs.cluster.map import ROLES, ClusterMap, Node
-from dfs.datadir import DIRECTORIES, MARKER, PROGRAMS, Marker, format_directory
+from dfs.datadir import DIRECTORIES, MARKER, PROGRAMS, Marker, format_directory, read_map
 from dfs.disk import RealDisk
 from dfs.errors import ConfigError, DfsError
 
@@ -36,23 +40,34 @@ class Process:
 
     name: str  # NODE-PROGRAM, or mount-...
     pid_file: Path
-    command: tuple[str, ...]  # consecutive arguments that only this process has
+    command: tuple[str, ...]  # consecutive arguments that it has
     log: Path
+    unique: bool = False  # no other process has these arguments: it is found without a pid file
 
     def pid(self) -> int | None:
         """The pid if the process runs, else None."""
         try:
             pid = int(self.pid_file.read_text())
+        except (OSError, ValueError):
+            pid = 0
+        if pid > 0 and self._is(pid):
+            return pid
+        if not self.unique:
+            return None
+        found = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+        return next((pid for pid in sorted(found) if self._is(pid)), None)
+
+    def _is(self, pid: int) -> bool:
+        try:
             arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (OSError, ValueError, IndexError):
-            return None
+        except (OSError, IndexError):
+            return False
         wanted = [os.fsencode(part) for part in self.command]
-        ours = any(
+        return state not in "ZX" and any(
             arguments[i : i + len(wanted)] == wanted
             for i in range(len(arguments) - len(wanted) + 1)
         )
-        return pid if ours and state not in "ZX" else None
 
     def last_words(self, lines: int = 8) -> str:
         """The end of the log."""
@@ -115,20 +130,62 @@ class ClusterDir:
         return (self.path / "map").exists()
 
     def load_map(self) -> ClusterMap:
-        """The newest map any local node has, else the first one; raises `ConfigError`."""
-        paths = [self.path / "map", *self.path.glob("*/map"), *self.path.glob("*/*/map")]
-        maps = [ClusterMap.decode(path.read_bytes()) for path in paths if path.is_file()]
+        """The newest map any local node has, else the first one; raises `ConfigError`.
+
+        Maps that cannot be read are told and passed over: a daemon that needs one refuses itself.
+        """
+        maps: list[ClusterMap] = []
+        damage: list[str] = []
+        for path in [self.path / "map", *self.path.glob("*/map"), *self.path.glob("*/*/map")]:
+            try:
+                maps.append(read_map(path))
+            except FileNotFoundError:
+                continue
+            except ConfigError as e:
+                damage.append(str(e))
         if not maps:
-            raise ConfigError(f"there is no cluster in {self.path}: `dfs cluster init` makes one")
+            why = "; ".join(damage) or f"there is no cluster in {self.path}"
+            raise ConfigError(f"{why}: `dfs cluster init --dir {self.path}` makes a new one")
+        for text in damage:
+            click.echo(f"dfs: {text}", err=True)
         return max(maps, key=lambda m: m.epoch)
+
+    @contextlib.contextmanager
+    def locked(self, timeout: float) -> Iterator[None]:
+        """Only one command at a time starts or stops processes; raises `ConfigError`."""
+        end = time.monotonic() + timeout
+        directory = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while True:
+                try:
+                    fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > end:
+                        raise ConfigError(
+                            f"another `dfs cluster up` or `down` is at work in {self.path}: "
+                            "wait for it, or stop it"
+                        ) from None
+                    time.sleep(_POLL)
+            yield
+        finally:
+            os.close(directory)
+
+    def missing(self, node: Node) -> list[Path]:
+        """Data directories that a node on this machine should have here and has not."""
+        if not is_local(node.metadata_addr or node.chunk_addr):
+            return []
+        wanted = [role for role in ROLES if node.address(role)]
+        here = self.roles(node)
+        return [self.path / node.name / DIRECTORIES[role] for role in wanted if role not in here]
 
     def local_nodes(self, cluster: ClusterMap) -> list[Node]:
         """The nodes whose data directories are here."""
-        return [node for node in cluster.nodes if self._roles(node)]
+        return [node for node in cluster.nodes if self.roles(node)]
 
     def processes(self, node: Node) -> list[Process]:
         """The daemons of a local node."""
-        return [self.process(node, role) for role in self._roles(node)]
+        return [self.process(node, role) for role in self.roles(node)]
 
     def process(self, node: Node, role: str) -> Process:
         """The daemon of a node's role."""
@@ -139,6 +196,7 @@ class ClusterDir:
             self.run / f"{name}.pid",
             ("-m", PROGRAMS[role], "--data", data),
             self.log / f"{name}.log",
+            unique=True,
         )
 
     def mounts(self) -> list[tuple[Process, str]]:
@@ -162,7 +220,8 @@ class ClusterDir:
             ["--map", str(node_dir / "map")],
         )
 
-    def _roles(self, node: Node) -> list[str]:
+    def roles(self, node: Node) -> list[str]:
+        """Roles of a node whose data directories are here."""
         return [
             role for role in ROLES if (self.path / node.name / DIRECTORIES[role] / MARKER).exists()
         ]

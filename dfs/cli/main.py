@@ -4,7 +4,6 @@ Start-up is what a user feels, so this module imports click and nothing else of 
 `COMMANDS` knows where each command lives and what `dfs --help` says about it.
 """
 
-import contextlib
 import importlib
 import os
 import sys
@@ -101,7 +100,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         status = cli.main(argv, prog_name="dfs", standalone_mode=False)
         if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a failure is still told
+            from dfs.cli.context import writing_stdout
+
+            with writing_stdout():
+                sys.stdout.flush()  # here, where a failure is still told
     except click.UsageError as e:
         e.show()
         sys.exit(2)
@@ -113,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:
         # whoever read our output went away, as `| head` does; do not complain at exit either
-        _drop_stdout()
+        sys.stdout = None  # the interpreter does not flush None
         sys.exit(141)
     except Exception as e:
         from dfs.cli.context import Interrupted, explain
@@ -121,8 +123,8 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(e, Interrupted):
             click.echo("dfs: interrupted", err=True)
             sys.exit(128 + e.number)
-        if isinstance(e, OSError) and sys.stdout is not None:
-            _drop_stdout()  # what may have failed is writing to it
+        if isinstance(e, OSError) and e.filename in (None, "standard output"):
+            sys.stdout = None  # what failed is writing to it: do not try again at exit
         lines = explain(e)
         if lines is None:
             raise
@@ -142,13 +144,6 @@ def _fill_standard_descriptors() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-
-
-def _drop_stdout() -> None:
-    """Let nothing be written to standard output any more, also not what is buffered."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.close()  # what is buffered cannot be written
-    sys.stdout = None  # the interpreter does not flush None
 
 
 if __name__ == "__main__":

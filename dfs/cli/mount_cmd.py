@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from dfs.cli.context import cluster_file, cluster_option
+from dfs.cli.context import run as run_async
 
 
 @click.command()
@@ -28,20 +29,34 @@ def mount(
     volume: str,
     mountpoint: Path,
 ) -> None:
-    """Mount VOLUME on the directory MOUNTPOINT and return once it can be used."""
+    """Mount VOLUME on the empty directory MOUNTPOINT and return once it can be used.
+
+    \b
+    Example:
+      mkdir -p /mnt/photos && dfs mount photos /mnt/photos
+    """
     from dfs.cli.mounts import check_mount_point, forget_dead, start_mount
 
     file = cluster_file(cluster_path)
     options = ["--read-only"] if read_only else []
+    where = check_mount_point(mountpoint)
+    run_async(_find, file, volume)
     if foreground:
-        where = check_mount_point(mountpoint)
         arguments = ["--cluster", str(file), "--volume", volume, "--foreground", *options]
         os.execv(  # noqa: S606 - our own interpreter and module
             sys.executable, [sys.executable, "-P", "-m", "fuse", *arguments, str(where)]
         )
     forget_dead(file)
-    start_mount(file, volume, mountpoint, options, pid_file and pid_file.absolute())
+    start_mount(file, volume, where, options, pid_file and pid_file.absolute())
     click.echo(f"{volume} is mounted on {mountpoint}")
+
+
+async def _find(file: Path, volume: str) -> None:
+    """Raise here what would keep the mount from being made: sooner, and said better."""
+    from dfs.cli.client import connected, registry
+
+    async with connected(file) as cluster, registry(cluster, mode="ro") as volumes:
+        await volumes.find(volume)
 
 
 @click.command()
@@ -49,7 +64,10 @@ def mount(
 @cluster_option
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 def umount(cluster_path: str | None, lazy: bool, mountpoint: Path) -> None:
-    """Unmount MOUNTPOINT; returns when everything written there is in the cluster."""
+    """Unmount MOUNTPOINT; returns when everything written there is in the cluster.
+
+    Also removes what is left of a mount whose process has ended.
+    """
     from dfs.cli.mounts import forget_dead, unmount
     from dfs.errors import ConfigError
 

@@ -1,8 +1,10 @@
 """Mounts as processes: starting `python -m fuse`, finding what is mounted, unmounting."""
 
+import errno
 import os
 import re
 import select
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -23,7 +25,6 @@ def start_mount(
 
     Raises `DfsError` with the reason when the mount ends instead.
     """
-    where = check_mount_point(where)
     process = _process(_place(file), volume, pid_file)
     reader, writer = os.pipe()
     try:
@@ -52,12 +53,33 @@ def check_mount_point(where: Path) -> Path:
     path = Path(os.path.abspath(where))  # noqa: PTH100 - resolve() hangs on a dead mount
     mounted = mounts_at(path)
     if mounted:
-        raise ConfigError(f"{path} has a {mounted[-1]} mounted on it already: dfs umount {path}")
+        if not any(_mount_point(pid) == str(path) for pid in _pids()) and _is_dead(path):
+            raise ConfigError(
+                f"{path} holds a dead mount whose process has ended: `dfs umount {path}` removes it"
+            )
+        raise ConfigError(
+            f"{path} has a file system ({mounted[-1]}) mounted on it already: "
+            f"`dfs umount {path}` first, or choose another directory"
+        )
     if not path.exists():
-        raise ConfigError(f"{path} does not exist: mkdir {path}")
+        raise ConfigError(f"mount point {path} does not exist: mkdir {path}")
     if not path.is_dir():
-        raise ConfigError(f"{path} is no directory")
+        raise ConfigError(f"mount point {path} is no directory")
+    if any(path.iterdir()):
+        raise ConfigError(
+            f"mount point {path} is not empty, and a mount would hide what is in it: "
+            "choose an empty directory"
+        )
     return path
+
+
+def _is_dead(path: Path) -> bool:
+    """Whether nobody serves a FUSE mount any more; must not be called while somebody does."""
+    try:
+        os.statvfs(path)  # unlike attributes, nothing that the kernel would remember
+    except OSError as e:
+        return e.errno == errno.ENOTCONN
+    return False
 
 
 def mounts_at(path: Path) -> list[str]:
@@ -74,15 +96,23 @@ def mounts_at(path: Path) -> list[str]:
 def unmount(path: Path, *, lazy: bool = False) -> None:
     """Unmount and wait until the mount's process has ended; raises `DfsError`."""
     path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() hangs on a dead mount
-    pids = [pid for pid in _mount_pids() if _mount_point(pid) == str(path)]
+    pids = [pid for pid in _pids() if _mount_point(pid) == str(path)]
     if not mounts_at(path):
         raise ConfigError(f"nothing is mounted on {path}")
     command = ["umount"] if os.geteuid() == 0 else ["fusermount3", "-u"]
     if lazy:
         command.append("-l" if os.geteuid() == 0 else "-z")
+    if shutil.which(command[0]) is None:
+        raise ConfigError(f"{command[0]} is not installed: install the package fuse3")
     done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False)  # noqa: S603 - the system's own umount
     if done.returncode:
-        raise DfsError(f"{' '.join(done.stderr.split()) or 'umount failed'}")
+        text = " ".join(done.stderr.split())
+        if "busy" in text:
+            raise DfsError(
+                f"{path} is busy: close what uses it (`fuser -vm {path}` shows what), "
+                "or detach it with `dfs umount --lazy`"
+            )
+        raise DfsError(text or f"{command[0]} {path} failed with status {done.returncode}")
     end = time.monotonic() + READY_TIMEOUT
     while any(_alive(pid) for pid in pids):
         if time.monotonic() > end:
@@ -155,7 +185,7 @@ def _forget(process: Process) -> None:
     process.pid_file.with_suffix(".mountpoint").unlink(missing_ok=True)
 
 
-def _mount_pids() -> list[int]:
+def _pids() -> list[int]:
     return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import trio
 
+from dfs.cli.client import connected
+from dfs.cli.diagnosis import grouped, reason
 from dfs.cli.local import ClusterDir
-from dfs.client.connect import Cluster, ClusterRef, connect
+from dfs.client.connect import Cluster
 from dfs.clock import SystemClock
 from dfs.cluster.map import CHUNK, METADATA, ROLES, ClusterMap, Node
 from dfs.env import Priority, Rpc
@@ -49,7 +51,7 @@ async def reach(file: Path) -> AsyncIterator[Cluster]:
     """
     directory = ClusterDir.of_file(file)
     if not directory.has_map():
-        async with connect(ClusterRef.load(file), name="dfs") as client:
+        async with connected(file) as client:
             yield client
         return
     known = directory.load_map()
@@ -168,11 +170,14 @@ async def bootstrap(rpc: Rpc, cluster: ClusterMap, *, timeout: float) -> bool:
     if sum(present.values()) > len(homes) // 2:
         return False
     silent = [number for number in homes if number not in present]
+    if silent and any(present.values()):
+        told = grouped((cluster.node(x).name, _why(cluster, why, x)) for x in silent)
+        raise NoQuorum(f"too few nodes answer ({told}): start them, then try again")
     if silent:
-        names = ", ".join(f"{cluster.node(x).name} ({why.get(x, 'no answer')})" for x in silent)
+        told = grouped((cluster.node(x).name, _why(cluster, why, x)) for x in silent)
         raise NoQuorum(
-            "the cluster has no system volume yet, and to make it all its homes must answer; "
-            f"silent: {names}"
+            "too few nodes answer to tell whether the cluster has its system volume; to make it, "
+            f"all of {', '.join(cluster.node(x).name for x in homes)} must run ({told})"
         )
     entry = system_genesis(cluster)
     for number in homes:
@@ -180,6 +185,11 @@ async def bootstrap(rpc: Rpc, cluster: ClusterMap, *, timeout: float) -> bool:
             address = cluster.address(METADATA, number)
             await rpc.call(address, "jrnl.genesis", (SYSTEM_VOLUME, entry), timeout=timeout)
     return True
+
+
+def _why(cluster: ClusterMap, why: dict[int, DfsError], number: int) -> str:
+    error = why.get(number)
+    return "no answer" if error is None else reason(error, cluster.address(METADATA, number))
 
 
 async def has_journal(rpc: Rpc, address: str, volume: bytes) -> bool:

@@ -1,23 +1,28 @@
 """`dfs cluster status`: everything the daemons say about themselves, put together."""
 
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 import trio
 
-from dfs.cli.context import echo_json, human_size
+from dfs.cli.client import registry, usages
+from dfs.cli.context import count, echo_json, human_size
 from dfs.cli.context import run as run_async
+from dfs.cli.diagnosis import grouped, reason
 from dfs.cli.network import partitions_without_quorum, reach, statuses
 from dfs.client.connect import Cluster
-from dfs.client.registry import list_volumes
-from dfs.cluster.map import METADATA, ROLES, ClusterMap
+from dfs.client.registry import CREATED
+from dfs.cluster.map import CHUNK, METADATA, ROLES, ClusterMap
 from dfs.datadir import PROGRAMS
 from dfs.errors import DfsError
+from dfs.hashing import PARTITIONS
 from dfs.ids import SYSTEM_VOLUME
 
 REGISTRY_TIMEOUT = 5.0  # seconds
+# A chunkserver takes no new data when a chunk would leave less room than this.
+FULL_PART, FULL_RESERVE, CHUNK_ROOM = 0.95, 256 << 20, 4 << 20
 Answers = dict[tuple[int, str], dict[str, Any] | DfsError]
 
 
@@ -46,15 +51,23 @@ async def _name_volumes(cluster: Cluster, report: dict[str, Any]) -> None:
     seen = {entry["id"]: entry for entry in report["volumes"]}
     try:
         with trio.fail_after(REGISTRY_TIMEOUT):
-            volumes = await list_volumes(cluster)
+            async with registry(cluster, mode="ro") as opened:
+                volumes = await opened.list()
     except (DfsError, trio.TooSlowError) as e:
         told = str(e) or f"no answer within {REGISTRY_TIMEOUT:g} s"
         text = f"the registry of volumes cannot be read: {told}"
         report["errors"].append(_error("cluster", METADATA, text, 1))
         return
+    for entry in seen.values():
+        if not entry["system"]:
+            entry["state"] = "deleted"  # unless the registry knows better, as it does of most
+    used = await usages(cluster, [v.volume_id for v in volumes if v.state == CREATED])
     for info in volumes:
-        entry = seen.setdefault(info.volume_id.hex(), {"id": info.volume_id.hex()})
+        new = {"id": info.volume_id.hex(), "system": False}
+        entry = seen.setdefault(info.volume_id.hex(), new)
         entry.update(name=info.name, state=info.state)
+        if info.volume_id in used:
+            entry["bytes"], entry["inodes"] = used[info.volume_id]
     report["volumes"] = sorted(seen.values(), key=lambda entry: entry.get("name", ""))
 
 
@@ -76,9 +89,11 @@ def summarise(cluster: ClusterMap, answers: Answers) -> dict[str, Any]:
             answer = answers[node.number, role]
             entry: dict[str, Any] = {"up": isinstance(answer, dict), "address": node.address(role)}
             if isinstance(answer, DfsError):
-                entry["error"] = str(answer)
+                entry["error"] = reason(answer, node.address(role))
             else:
                 entry.update(_numbers(answer))
+                if role == CHUNK:
+                    entry["full"] = _is_full(answer)
                 if answer.get("map_epoch", cluster.epoch) != cluster.epoch:
                     text = f"has the map of epoch {answer['map_epoch']}, not {cluster.epoch}"
                     errors.append(_error(node.name, role, text, 1))
@@ -104,10 +119,19 @@ def summarise(cluster: ClusterMap, answers: Answers) -> dict[str, Any]:
         "copies": cluster.n,
         "nodes": nodes,
         "partitions_without_quorum": lost,
-        "volumes": [{"id": key, **value} for key, value in sorted(volumes.items())],
+        "volumes": [
+            {"id": key, "system": key == SYSTEM_VOLUME.hex(), **value}
+            for key, value in sorted(volumes.items())
+        ],
         "quarantined": quarantined,
         "errors": errors,
     }
+
+
+def _is_full(answer: dict[str, Any]) -> bool:
+    total = int(answer.get("disk_total", 0))
+    left = int(answer.get("disk_free", 0)) - CHUNK_ROOM
+    return total > 0 and (left < FULL_RESERVE or total - left >= FULL_PART * total)
 
 
 def _numbers(answer: dict[str, Any]) -> dict[str, Any]:
@@ -138,52 +162,115 @@ def _note_volume(volumes: dict[str, dict[str, Any]], key: str, seq: int, owner: 
 
 
 def _print(report: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    state = "available" if report["available"] else "UNAVAILABLE"
+    state = "available" if report["available"] else _red("UNAVAILABLE")
     click.echo(
-        f"cluster {report['cluster_id'][:8]}: {state}, {report['copies']} copies, "
-        f"map epoch {report['map_epoch']}\n"
+        f"cluster {report['cluster_id'][:8]}: {state}, {count(len(report['nodes']), 'node')}, "
+        f"{report['copies']} copies, map epoch {report['map_epoch']}\n"
     )
-    table = Table(box=None, pad_edge=False)
-    racks = any(node["rack"] for node in report["nodes"])
-    for column in ("node", "zone", *(["rack"] if racks else []), "host", *PROGRAMS.values()):
-        table.add_column(column)
-    for column in ("metadata used", "chunks used", "disk free"):
-        table.add_column(column, justify="right")
-    for node in report["nodes"]:
+    _print_nodes(report["nodes"])
+    _print_volumes(report)
+    problems = _problems(report)
+    if problems:
+        click.echo()
+    for line in problems:
+        click.echo(line)
+
+
+def _print_nodes(nodes: list[dict[str, Any]]) -> None:
+    racks = any(node["rack"] for node in nodes)
+    rows = [["node", "zone", *(["rack"] if racks else []), "host", *PROGRAMS.values(), "disk free"]]
+    for node in nodes:
         roles = [node["roles"].get(program) for program in PROGRAMS.values()]
-        free = min((r["disk_free"] for r in roles if r and "disk_free" in r), default=None)
-        table.add_row(
-            node["name"],
-            node["zone"],
-            *([node["rack"] or "-"] if racks else []),
-            node["host"],
-            *("-" if r is None else "up" if r["up"] else "[red]DOWN[/red]" for r in roles),
-            *("-" if not r or "used" not in r else human_size(r["used"]) for r in roles),
-            "-" if free is None else human_size(free),
+        disks = [r for r in roles if r and r.get("disk_total")]
+        tightest = min(disks, key=lambda r: int(r["disk_free"]), default=None)
+        free = "-"
+        if tightest is not None:
+            free = f"{human_size(tightest['disk_free'])} of {human_size(tightest['disk_total'])}"
+        full = any(r.get("full") for r in disks)
+        rows.append(
+            [
+                node["name"],
+                node["zone"],
+                *([node["rack"] or "-"] if racks else []),
+                node["host"],
+                *("-" if r is None else _role(r) for r in roles),
+                f"{free} {_red('FULL')}" if full else free,
+            ]
         )
-    console.print(table)
-    for role, count in report["partitions_without_quorum"].items():
-        if count:
-            click.echo(f"\n{role}: {count} partitions have no quorum of answering homes")
-    for node in report["nodes"]:
-        for program, role in node["roles"].items():
-            if not role["up"]:
-                click.echo(f"\n{node['name']} {program} is down: {role['error']}")
-    volumes = [v for v in report["volumes"] if v["id"] != SYSTEM_VOLUME.hex()]
+    _print_table(rows)
+
+
+def _role(role: dict[str, Any]) -> str:
+    if not role["up"]:
+        return _red("DOWN")
+    return f"up, {human_size(role['used'])}" if "used" in role else "up"
+
+
+def _print_volumes(report: dict[str, Any]) -> None:
+    volumes = [v for v in report["volumes"] if not v["system"]]
+    if not volumes:
+        return
+    click.echo()
     names = {node["number"]: node["name"] for node in report["nodes"]}
-    if volumes:
-        click.echo("\nvolumes:")
+    rows = [["volume", "size", "inodes", "commits", "sequenced by"]]
     for v in volumes:
-        owner = names.get(v.get("owner"), "nobody")
-        told = f"commit {v['seq']}, sequenced by {owner}" if "seq" in v else "not in use"
         state = f" ({v['state']})" if v.get("state", "created") != "created" else ""
-        click.echo(f"  {v.get('name', v['id'])}{state}: {told}")
+        size, inodes = v.get("bytes"), v.get("inodes")
+        rows.append(
+            [
+                v.get("name", v["id"][:16]) + state,
+                "?" if size is None else human_size(size),
+                "?" if inodes is None else str(inodes),
+                str(v.get("seq", "-")),
+                names.get(v.get("owner"), "-"),
+            ]
+        )
+    _print_table(rows)
+
+
+def _print_table(rows: list[list[str]]) -> None:
+    """Columns as wide as they must be: a terminal wraps what does not fit, nothing is cut off."""
+    widths = [max(len(click.unstyle(row[i])) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = (
+            cell + " " * (width - len(click.unstyle(cell)))
+            for cell, width in zip(row, widths, strict=True)
+        )
+        click.echo("  ".join(cells).rstrip())
+
+
+def _problems(report: dict[str, Any]) -> list[str]:
+    """What is wrong, and what to do about it, one line each."""
+    lines = []
+    for role, lost in report["partitions_without_quorum"].items():
+        if lost:
+            lines.append(f"no quorum: {lost} of {PARTITIONS} partitions of role {role}")
+    down = [
+        (f"{node['name']} {program}", role["error"])
+        for node in report["nodes"]
+        for program, role in node["roles"].items()
+        if not role["up"]
+    ]
+    if down:
+        lines.append(f"down: {grouped(down)}; `dfs cluster up` starts nodes of this machine")
+    full = [
+        node["name"]
+        for node in report["nodes"]
+        if any(role.get("full") for role in node["roles"].values())
+    ]
+    if full:
+        lines.append(
+            f"disk full: {', '.join(full)} take no new data; other nodes do instead, if there are "
+            "any: delete data or add capacity"
+        )
     for e in report["errors"]:
         times = f" ({e['count']} times)" if e["count"] > 1 else ""
-        click.echo(f"\n{e['node']} {e['role']}: {e['text']}{times}")
+        lines.append(f"{e['node']} {e['role']}: {e['text']}{times}")
     if report["quarantined"]:
-        click.echo(f"\n{report['quarantined']} corrupt copies are quarantined")
+        copies = "corrupt copy is" if report["quarantined"] == 1 else "corrupt copies are"
+        lines.append(f"{report['quarantined']} {copies} quarantined")
+    return lines
+
+
+def _red(text: str) -> str:
+    return text if "NO_COLOR" in os.environ else click.style(text, fg="red", bold=True)

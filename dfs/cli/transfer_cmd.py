@@ -40,6 +40,13 @@ def put(
 
     SOURCE `-` is standard input. Chunks that the cluster has already are not sent again. When the
     command returns, everything is on stable storage.
+
+    \b
+    Examples:
+      dfs put report.pdf photos:/docs/
+      dfs put -r ~/Pictures photos:/
+      tar c src | dfs put - photos:/src.tar
+      dfs put -- -odd-name photos:/
     """
     from dfs.cli.client import volume
     from dfs.cli.upload import Upload
@@ -91,6 +98,12 @@ def get(
     """Copy files out of a volume to the local TARGET, or into it if it is a directory.
 
     TARGET `-` is standard output. Every byte is checked against the hash that names it.
+
+    \b
+    Examples:
+      dfs get photos:/docs/report.pdf .
+      dfs get -r photos:/Pictures /tmp/
+      dfs get photos:/src.tar - | tar t
     """
     from dfs.cli.client import volume
     from dfs.cli.download import Download

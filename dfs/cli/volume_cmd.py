@@ -30,7 +30,12 @@ def volume() -> None:
 @click.option("--no-compress", is_flag=True, help="Store chunks as they are.")
 @click.argument("name")
 def create(cluster_path: str | None, as_json: bool, no_compress: bool, name: str) -> None:
-    """Create the volume NAME."""
+    """Create the volume NAME: up to 63 letters, digits, dots, dashes and underscores.
+
+    \b
+    Example:
+      dfs volume create photos
+    """
     from dfs.cli.client import connected, registry
     from dfs.client.registry import check_name
 

@@ -153,7 +153,7 @@ def test_names(dfs):
     assert (told["size"], told["nlink"], told["mode"]) == (5, 1, 0o644)
     used = json.loads(dfs("du", "--json", "files:/m"))
     assert used == [{"path": "files:/m", "bytes": 5, "files": 1, "directories": 3}]
-    assert "Is a directory" in dfs("rm", "files:/m", status=1)
+    assert "is a directory: use -r" in dfs("rm", "files:/m", status=1)
     dfs("rm", "-r", "files:/m")
     assert "files:/m: " in dfs("ls", "files:/m", status=1)
     dfs("rm", "-f", "files:/m")

@@ -96,7 +96,9 @@ def test_up_tells_why_a_process_fails(tmp_path):
         assert failed.returncode == 1
         port = seed.rpartition(":")[2]
         assert port in failed.stderr
-        assert last_line(failed.stderr).startswith("dfs: node1-metadata ended with status 1")
+        assert last_line(failed.stderr).startswith(
+            "dfs: node1-metadata: ended with status 1: cannot listen"
+        )
         assert node_map.exists()
         c.up()  # the others run on; now the first can start, too
     finally:

@@ -164,8 +164,8 @@ def test_status_of_a_healthy_cluster():
     assert report["nodes"][0]["roles"]["chunkserver"]["up"]
     assert report["nodes"][0]["roles"]["metadata"]["used"] == 5
     assert report["volumes"] == [
-        {"id": "00" * 16, "seq": 5, "owner": 3},
-        {"id": (b"v" * 16).hex(), "seq": 9, "owner": 2},
+        {"id": "00" * 16, "system": True, "seq": 5, "owner": 3},
+        {"id": (b"v" * 16).hex(), "system": False, "seq": 9, "owner": 2},
     ]
     assert report["errors"] == [
         {"node": "node3", "role": "chunkserver", "text": "corrupt copy", "count": 2}
