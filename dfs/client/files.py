@@ -21,7 +21,7 @@ lost the error is raised in any case: what others saw in between may have been s
 import errno
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import trio
@@ -36,11 +36,13 @@ from dfs.client.openfile import File
 from dfs.client.reader import Reader
 from dfs.client.session import Session
 from dfs.client.store import ChunkStore
+from dfs.client.submission import Submission
 from dfs.client.writebuffer import WINDOW, Segment, Upload, WriteBuffer
 from dfs.codec import Buffer
 from dfs.errors import DfsError, FsError
 from dfs.volume import extents, items
 from dfs.volume.items import Inode
+from dfs.volume.view import Txn
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +129,7 @@ class Files:
 
     async def close(self, file: File) -> None:
         """Give up a handle: commit what is left, and purge the file if that was its last hold."""
-        if file.buffer and not file.orphan:
+        if file.buffer and not file.orphan and not self.flush_behind(file):
             try:
                 await self.flush(file)
             except FsError as e:
@@ -204,6 +206,7 @@ class Files:
         if not length:
             return 0
         buffer = file.buffer
+        file.covered = False
         if not buffer:
             file.dirty_since = self._clock.monotonic()
             self._dirty[file.ino] = file
@@ -276,18 +279,51 @@ class Files:
         crash still leaves a prefix; its error is kept for the next write, flush or fsync.
         """
         buffer = file.buffer
+        if file.behind is not None:
+            return file.covered
         if (
             not self._session.solitary
             or file.error is not None
+            or file.orphan
             or file.lock.locked()
             or buffer.size > INLINE
             or any(isinstance(s.source, Upload) for s in buffer)
             or self._nursery is None
         ):
             return False
-        if buffer:
-            self._nursery.start_soon(self._commit_quietly, file, True)
+        if not buffer:
+            return True
+        # Queued here and now: whatever this session does next stands behind it.
+        segments = list(buffer)
+        queued = self._session.transact_behind(self._publication(file, segments))
+        if queued is None:
+            return False
+        file.behind, file.covered = trio.Event(), True
+        self._nursery.start_soon(self._end_behind, file, segments, queued)
         return True
+
+    async def _end_behind(
+        self, file: File, segments: list[Segment], queued: tuple[Submission, tuple[int, bool]]
+    ) -> None:
+        """Follow up on a commit that nobody waits for; one that failed is left to write-back."""
+        submission, (size, crowded) = queued
+        began = self._clock.monotonic()
+        try:
+            if await submission.wait():
+                self._committed(file, segments, began, size, crowded)
+        except DfsError as e:
+            file.error = file.error or FsError(f"write-back of inode {file.ino:x}: {e}", e.errno)
+            log.warning("write-back of inode %x: %s", file.ino, e)
+        finally:
+            behind, file.behind = file.behind, None
+            if behind is not None:
+                behind.set()
+
+    async def _settled(self, file: File) -> None:
+        """Wait for the commit that nobody waited for; call it with the file's lock."""
+        while file.behind is not None:
+            self._session.hurry()
+            await file.behind.wait()
 
     def _raise_error(self, file: File) -> None:
         if file.error is not None:
@@ -311,8 +347,9 @@ class Files:
         if failures:
             raise failures[0]
 
-    async def _commit(self, file: File, lazy: bool = False) -> None:
+    async def _commit(self, file: File) -> None:
         async with file.lock:
+            await self._settled(file)
             if not file.buffer:
                 return
             if file.orphan and not file.handles:
@@ -321,24 +358,34 @@ class Files:
             began = self._clock.monotonic()
             try:
                 segments, oldest = await self._store(file)
-                await self._publish(file, segments, oldest, lazy=lazy and not oldest)
+                publication = self._publication(file, segments)
+                size, crowded = await self._session.transact(publication, oldest=oldest)
             except FsError as e:
                 if e.errno == errno.ESTALE:  # the file was removed by somebody else
                     self._drop_dirty(file)
                 raise
             except DfsError as e:
                 raise FsError(f"write-back of inode {file.ino:x}: {e}", e.errno) from e
-            before = file.buffer.size
-            file.buffer.forget(segments)
-            self._uncommitted -= before - file.buffer.size
-            self._dirty.pop(file.ino, None)
-            if file.buffer:
-                file.dirty_since = began
-                self._dirty[file.ino] = file
-            elif not file.lost:
-                file.error = None  # what failed before has been made up for
-            self._commits += 1
-            self._maybe_forget(file)
+            self._committed(file, segments, began, size, crowded)
+
+    def _committed(
+        self, file: File, segments: list[Segment], began: float, size: int, crowded: bool
+    ) -> None:
+        """Note that segments were committed by a transaction begun at `began`."""
+        before = file.buffer.size
+        file.buffer.forget(segments)
+        self._uncommitted -= before - file.buffer.size
+        self._dirty.pop(file.ino, None)
+        if file.buffer:
+            file.dirty_since = began
+            self._dirty[file.ino] = file
+        elif not file.lost:
+            file.error = None  # what failed before has been made up for
+        self._commits += 1
+        file.span, file.size = None, size
+        if crowded and not file.compacting and self._nursery and self._compactor:
+            self._nursery.start_soon(self._compactor.run, file, segments[0].start, segments[-1].end)
+        self._maybe_forget(file)
 
     async def _store(self, file: File) -> tuple[list[Segment], int]:
         """Make the bytes of the dirty segments durable, unless they are few enough to be inline."""
@@ -390,18 +437,13 @@ class Files:
             )
             self._send(upload, durable=durable)
 
-    async def _publish(
-        self, file: File, segments: list[Segment], oldest: int, *, lazy: bool = False
-    ) -> None:
-        """One transaction with the extents of stored segments, the size and the times."""
+    def _publication(
+        self, file: File, segments: list[Segment]
+    ) -> Callable[[Txn], tuple[int, bool]]:
+        """The transaction with the extents of stored segments, the size and the times."""
         ino, mtime, publish = file.ino, file.mtime, self._contents.publish
         new = [extent_of(s) for s in segments]
-        size, crowded = await self._session.transact(
-            lambda txn: publish(txn, ino, new, mtime), oldest=oldest, lazy=lazy
-        )
-        file.span, file.size = None, size
-        if crowded and not file.compacting and self._nursery and self._compactor:
-            self._nursery.start_soon(self._compactor.run, file, new[0].offset, new[-1].end)
+        return lambda txn: publish(txn, ino, new, mtime)
 
     async def truncate(self, ino: int, size: int) -> None:
         """Cut or extend (with zeros) a file to `size` bytes."""
@@ -417,6 +459,7 @@ class Files:
             await self._session.transact(lambda txn: truncate(txn, ino, size, now))
             return
         async with file.lock:
+            await self._settled(file)
             before = file.buffer.size
             file.buffer.cut(size, sys.maxsize)
             self._uncommitted -= before - file.buffer.size
@@ -438,10 +481,10 @@ class Files:
                     nursery.start_soon(self._commit_quietly, file)
             await trio.sleep(AGE / 4)
 
-    async def _commit_quietly(self, file: File, lazy: bool = False) -> None:
+    async def _commit_quietly(self, file: File) -> None:
         """Commit; an error is kept for the next write, flush or fsync."""
         try:
-            await self._commit(file, lazy)
+            await self._commit(file)
         except FsError as e:
             file.error = file.error or e
             file.dirty_since = self._clock.monotonic() + AGE  # not at once again

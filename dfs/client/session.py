@@ -91,6 +91,7 @@ class Session:
         self._on_fenced: list[Callable[[], None]] = []
         self._on_closed: list[Callable[[Sequence[int]], None]] = []
         self._writers = Writers()
+        self._hurry = False
         self._counts = dict.fromkeys(
             ("commits", "transactions", "conflicts", "local_conflicts", "resends", "opens"), 0
         )
@@ -204,8 +205,7 @@ class Session:
         `op` is pure and is run again after a conflict.  A `DfsError` that it raises is only raised
         here once the home has confirmed that what the operation read is still so.  Raises `FsError`
         EIO when no quorum answered until the deadline.  `oldest`: stamp of the oldest chunk the
-        effects rely on.  `lazy`: nobody waits for it, so it travels with the next transaction that
-        is not, ahead of it, or alone after `LAZY` seconds.
+        effects rely on.
         """
         give_up = self._clock.monotonic() + self.deadline
         conflicts = 0
@@ -224,7 +224,7 @@ class Session:
                 txn.effects.clear()
             if txn.effects and self.mode != "rw":
                 raise FsError("volume is mounted read-only", errno.EROFS)
-            submission: Submission = Submission(txn, oldest, lazy=lazy)
+            submission: Submission = Submission(txn, oldest)
             self._queue.append(submission)
             self._work.unpark_all()
             if await submission.wait():
@@ -237,6 +237,31 @@ class Session:
                 raise FsError(f"{conflicts} conflicts on volume {self.volume.hex()}", errno.EIO)
             if conflicts > 4:  # others are faster than our round trip: spread out
                 await trio.sleep(self.cluster.random.uniform(0, 0.002 * min(conflicts, 50)))
+
+    def transact_behind(self, op: Callable[[Txn], T]) -> tuple[Submission, T] | None:
+        """Queue a mutating operation whose answer nobody waits for; None if it cannot run now.
+
+        It travels with the next transaction that somebody waits for, ahead of it, or alone after
+        `LAZY` seconds, or when somebody is in a `hurry`.  Wait for the submission to learn whether
+        it was committed.
+        """
+        if not self._freshness.now or self._over or self.mode != "rw":
+            return None
+        txn = self.view.begin()
+        try:
+            result = op(txn)
+        except (Missing, DfsError):
+            return None  # whoever waits for it will meet this again, and can handle it
+        submission = Submission(txn, 0, lazy=True)
+        self._queue.append(submission)
+        self._work.unpark_all()
+        return submission, result
+
+    def hurry(self) -> None:
+        """Somebody waits for what is queued after all."""
+        if self._queue and not self._hurry:
+            self._hurry = True
+            self._work.unpark_all()
 
     async def refresh(self) -> None:
         """Wait until the view holds everything that was committed before this call."""
@@ -422,6 +447,7 @@ class Session:
                 if self._over or not (late.cancelled_caught or self._queue):
                     continue
             batch, self._queue, lost = form(self._queue, self.view)
+            self._hurry = self._hurry and bool(self._queue)
             for submission in lost:
                 self._counts["local_conflicts"] += 1
                 submission.resolve(False)
@@ -431,7 +457,7 @@ class Session:
     def _lingers(self) -> bool:
         """Whether all that is queued may wait for company."""
         queue = self._queue
-        return 0 < len(queue) < LAZY_MAX and queue[-1].lazy and all(s.lazy for s in queue)
+        return 0 < len(queue) < LAZY_MAX and not self._hurry and all(s.lazy for s in queue)
 
     async def _send(self, batch: list[Submission]) -> None:
         self._no += 1

@@ -70,6 +70,11 @@ class Submission(Waiter):
         self.keys, self.groups = fx.writes(txn.effects)
         self.size = sum(len(e[2]) if e[0] == fx.PUT else 64 for e in txn.effects)
 
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody waits any more; a lazy one is never given up."""
+        return self._task is None and not self.lazy
+
 
 def form(
     queue: Iterable[Submission], view: View

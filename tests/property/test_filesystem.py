@@ -231,6 +231,7 @@ class Pair:
             elif node.kind == LNK:
                 assert await fs.readlink(self.ino(node)) == node.target
         self.fs = old
+        await fs.files.flush_all()  # what close left to the next commit
         stats = await fs.statfs()
         files = [n for n in self.nodes if id(n) in reached]
         assert stats.inodes == len(files)

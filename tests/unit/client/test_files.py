@@ -24,6 +24,7 @@ async def test_a_small_file_is_inline_and_costs_two_commits():
     async with filesystem(home) as fs:
         before = home.calls["vol.commit"]
         ino = await write_file(fs, 1, b"a", b"x" * 4096)
+        await fs.files.flush_all()
         assert home.calls["vol.commit"] - before == 2
         assert home.chunks.puts == 0
         assert await read_file(fs, ino) == b"x" * 4096
@@ -114,6 +115,7 @@ async def test_writes_during_a_commit_are_kept():
             await fs.write(fh, 50_000, b"b" * 10)
         want = b"a" * 50_000 + b"b" * 10 + b"a" * 49_990
         assert bytes(await fs.read(fh, 0, 200_000)) == want
+        await fs.fsync(fh)
         await fs.release(fh)
         async with filesystem(home, seed=1) as other:
             assert await read_file(other, attr.ino) == want

@@ -130,6 +130,7 @@ async def test_a_read_only_file_system_refuses_every_change():
     home = new_home()
     async with filesystem(home) as fs:
         ino = await write_file(fs, 1, b"f", b"x")
+        await fs.files.flush_all()
         async with filesystem(home, seed=1, mode="ro") as ro:
             assert await read_file(ro, ino) == b"x"
             await fails(errno.EROFS, ro.mkdir(1, b"d", 0o755))
