@@ -11,7 +11,7 @@ from dfs.client.connect import Cluster, ClusterRef
 from dfs.clock import SystemClock
 from dfs.cluster.map import METADATA
 from dfs.env import Priority, Rpc
-from dfs.errors import DfsError, NoQuorum, Unreachable, WrongCluster
+from dfs.errors import DfsError, NoQuorum, ProtocolError, Unreachable, WrongCluster, WrongVersion
 from dfs.rpc.endpoint import RpcEndpoint
 
 PING_TIMEOUT = 1.5  # seconds
@@ -71,8 +71,13 @@ async def unreachable(file: Path, ref: ClusterRef, error: Unreachable) -> DfsErr
             f"{file} is not of the cluster that answers ({told}): its ports are another cluster's,"
             " choose the right file with --cluster or DFS_CLUSTER"
         )
+    if all(isinstance(e, ProtocolError | WrongVersion) for e in failures.values()):
+        return WrongVersion(
+            f"no node of the cluster in {file} can be talked to ({told}): check the addresses in it,"
+            " and the releases of dfs on both sides"
+        )
     return Unreachable(
-        f"no node of the cluster in {file} answers ({told}): start it with `dfs cluster up`,"
+        f"no node of the cluster in {file} answers ({told}): start it with `dfs cluster up`;"
         " `dfs cluster status` shows what is down"
     )
 

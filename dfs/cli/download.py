@@ -116,7 +116,7 @@ class Download:
         try:
             await self._make(attr, local, part)
         except OSError as e:
-            if e.filename == part:  # nobody knows that name
+            if e.filename in (None, part):  # nobody knows that name
                 raise OSError(e.errno, e.strerror, local) from e
             raise
 

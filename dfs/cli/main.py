@@ -124,7 +124,8 @@ def main(argv: list[str] | None = None) -> None:
             click.echo("dfs: interrupted", err=True)
             sys.exit(128 + e.number)
         if isinstance(e, OSError) and e.filename in (None, "standard output"):
-            sys.stdout = None  # what failed is writing to it: do not try again at exit
+            e.filename = "standard output"  # all other files are named where they are used
+            sys.stdout = None  # do not try to write to it again at exit
         lines = explain(e)
         if lines is None:
             raise
