@@ -156,6 +156,9 @@ class ConfigError(DfsError):
     errno = _errno.EINVAL
 
 
+# 31: `metadata.journalhandle.Trimmed`
+
+
 class FsError(DfsError):
     """A POSIX error; `details[0]` is the errno."""
 
