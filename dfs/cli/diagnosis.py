@@ -73,8 +73,8 @@ async def unreachable(file: Path, ref: ClusterRef, error: Unreachable) -> DfsErr
         )
     if all(isinstance(e, ProtocolError | WrongVersion) for e in failures.values()):
         return WrongVersion(
-            f"no node of the cluster in {file} can be talked to ({told}): check the addresses in it,"
-            " and the releases of dfs on both sides"
+            f"no node of the cluster in {file} can be talked to ({told}): check the addresses in"
+            " it, and the releases of dfs on both sides"
         )
     return Unreachable(
         f"no node of the cluster in {file} answers ({told}): start it with `dfs cluster up`;"

@@ -9,6 +9,7 @@ import os
 import sys
 
 import click
+from click.utils import PacifyFlushWrapper
 
 COMMANDS = {
     # name: (module, attribute, one line for --help)
@@ -113,6 +114,9 @@ def main(argv: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("dfs: interrupted", err=True)
         sys.exit(130)
+    except SystemExit as e:
+        # click wraps the streams and ends with 1 when whoever read our output went away
+        sys.exit(141 if isinstance(sys.stdout, PacifyFlushWrapper) else e.code)
     except BrokenPipeError:
         # whoever read our output went away, as `| head` does; do not complain at exit either
         sys.stdout = None  # the interpreter does not flush None
