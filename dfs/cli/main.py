@@ -9,7 +9,6 @@ import os
 import sys
 
 import click
-from click.utils import PacifyFlushWrapper
 
 COMMANDS = {
     # name: (module, attribute, one line for --help)
@@ -115,8 +114,8 @@ def main(argv: list[str] | None = None) -> None:
         click.echo("dfs: interrupted", err=True)
         sys.exit(130)
     except SystemExit as e:
-        # click wraps the streams and ends with 1 when whoever read our output went away
-        sys.exit(141 if isinstance(sys.stdout, PacifyFlushWrapper) else e.code)
+        # click ends with 1 when whoever read our output went away
+        sys.exit(141 if isinstance(e.__context__, BrokenPipeError) else e.code)
     except BrokenPipeError:
         # whoever read our output went away, as `| head` does; do not complain at exit either
         sys.stdout = None  # the interpreter does not flush None
