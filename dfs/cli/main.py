@@ -114,10 +114,9 @@ def main(argv: list[str] | None = None) -> None:
         click.echo("dfs: interrupted", err=True)
         sys.exit(130)
     except SystemExit as e:
-        # click ends with 1 when whoever read our output went away
-        sys.exit(141 if isinstance(e.__context__, BrokenPipeError) else e.code)
+        # click itself exits with 1 only when whoever read our output went away, as `| head` does
+        sys.exit(141 if e.code == 1 else e.code)
     except BrokenPipeError:
-        # whoever read our output went away, as `| head` does; do not complain at exit either
         sys.stdout = None  # the interpreter does not flush None
         sys.exit(141)
     except Exception as e:
