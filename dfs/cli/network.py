@@ -199,3 +199,20 @@ async def has_journal(rpc: Rpc, address: str, volume: bytes) -> bool:
     except NotFound:
         return False
     return bool(status.get("chosen", 0))
+
+
+async def somebody_serves(cluster: ClusterMap, newcomer: Node) -> str | None:
+    """Name of a home of the system volume, other than the newcomer, that has its journal."""
+    found: list[str] = []
+
+    async def ask(rpc: Rpc, node: Node) -> None:
+        with contextlib.suppress(DfsError):  # who does not answer proves nothing
+            if await has_journal(rpc, node.metadata_addr, SYSTEM_VOLUME):
+                found.append(node.name)
+
+    async with endpoint(cluster) as rpc, trio.open_nursery() as nursery:
+        for number in cluster.volume_homes(SYSTEM_VOLUME):
+            node = cluster.node(number)
+            if node.number != newcomer.number:
+                nursery.start_soon(ask, rpc, node)
+    return min(found, default=None)

@@ -34,22 +34,45 @@ def node() -> None:
     type=click.Choice(sorted(PROGRAMS.values())),
     help="Make the data directory of one daemon only.",
 )
-def format_(cluster_map: Path, name: str, data: Path, role: str | None) -> None:
+@click.option(
+    "--new",
+    is_flag=True,
+    help="Make a metadata directory although the cluster is in use; see below.",
+)
+def format_(cluster_map: Path, name: str, data: Path, role: str | None, new: bool) -> None:
     """Make DATA/metadata and DATA/chunks, with their markers, and DATA/map.
 
     With --role make DATA, with its marker and map, for one daemon of the node.
 
-    Harmless to repeat: directories that belong to this node already stay as they are. Never format
-    a node that has served and lost its disk: it would vote without remembering its promises.
+    Harmless to repeat: directories that belong to this node already stay as they are.
+
+    A metadata node that has served and lost its disk must not come back empty under its old name:
+    it would vote without remembering its promises, and acknowledged changes could be lost. So an
+    empty metadata directory is refused while other nodes already hold the system volume, unless
+    --new says that this node has never served.
     """
+    import trio
+
     from dfs.cli.local import format_data, format_node
-    from dfs.cluster.map import ClusterMap
+    from dfs.cli.network import somebody_serves
+    from dfs.cluster.map import METADATA, ClusterMap
+    from dfs.datadir import DIRECTORIES, MARKER
 
     cluster = ClusterMap.decode(cluster_map.read_bytes())
     member = next((n for n in cluster.nodes if n.name == name), None)
     if member is None:
         names = ", ".join(n.name for n in cluster.nodes)
         raise ConfigError(f"{cluster_map} has no node {name}; it has {names}")
+    wants_metadata = role in (None, PROGRAMS[METADATA]) and bool(member.metadata_addr)
+    directory = data / DIRECTORIES[METADATA] if role is None else data
+    if wants_metadata and not new and not (directory / MARKER).exists():
+        holder = trio.run(somebody_serves, cluster, member)
+        if holder is not None:
+            raise ConfigError(
+                f"{directory} is empty, but {holder} says that the cluster is in use: if {name} has"
+                " served before and lost its disk, it must not return empty under this name"
+                " (restore its directory); if it never served, say --new"
+            )
     if role is None:
         made = format_node(data, cluster, member)
     else:

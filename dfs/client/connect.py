@@ -17,11 +17,12 @@ import trio
 from dfs.clock import Clock, SystemClock
 from dfs.cluster.map import ClusterMap
 from dfs.env import Rpc
-from dfs.errors import ConfigError, DfsError, Unreachable
+from dfs.errors import ConfigError, DfsError, Unreachable, WrongCluster
 from dfs.rpc.blobs import BlobClient
 from dfs.rpc.endpoint import RpcEndpoint
 
 FILE_FORMAT = 1
+CLUSTER_ID_SIZE = 16
 SEED_TIMEOUT = 3.0  # seconds one seed is given before the next is asked as well
 
 
@@ -51,10 +52,17 @@ class ClusterRef:
                     f"cluster file {path} has format {value['format']}; this version reads"
                     f" {FILE_FORMAT}: upgrade dfs"
                 )
-            seeds = tuple(str(seed) for seed in value["seeds"])
+            given = value["seeds"]
+            if not isinstance(given, list) or not all(isinstance(seed, str) for seed in given):
+                raise ConfigError(f"cluster file {path}: `seeds` must be a list of addresses")
+            seeds = tuple(given)
             cluster_id = bytes.fromhex(value["cluster_id"])
         except (KeyError, TypeError, ValueError) as e:
             raise ConfigError(f"cluster file {path} is not a cluster file: {e!r}") from e
+        if len(cluster_id) != CLUSTER_ID_SIZE:
+            raise ConfigError(
+                f"cluster file {path}: `cluster_id` must be {2 * CLUSTER_ID_SIZE} hex digits"
+            )
         if not seeds:
             raise ConfigError(f"cluster file {path} names no seeds")
         return cls(seeds, cluster_id)
@@ -105,12 +113,14 @@ class Cluster:
 
 
 async def load_map(rpc: Rpc, seeds: tuple[str, ...]) -> ClusterMap:
-    """The newest map among the first seeds that answer; raises `Unreachable` if none does.
+    """The newest map among the first seeds that answer.
+
+    Raises `Unreachable` if none does, `WrongCluster` if all that answer are of another cluster.
 
     Seeds are asked one after the other with a head start of `SEED_TIMEOUT` each, so that one that
     swallows packets does not hold up the rest.
     """
-    failures: dict[str, str] = {}
+    failures: dict[str, DfsError] = {}
     found: list[ClusterMap] = []
     done = trio.Event()
 
@@ -120,7 +130,7 @@ async def load_map(rpc: Rpc, seeds: tuple[str, ...]) -> ClusterMap:
             found.append(ClusterMap.decode(encoded))
             done.set()
         except DfsError as e:
-            failures[seed] = str(e)
+            failures[seed] = e
             if len(failures) == len(asked):
                 done.set()
 
@@ -138,6 +148,9 @@ async def load_map(rpc: Rpc, seeds: tuple[str, ...]) -> ClusterMap:
         await done.wait()
         nursery.cancel_scope.cancel()
     if not found:
+        strangers = [e for e in failures.values() if isinstance(e, WrongCluster)]
+        if strangers and len(strangers) == len(failures):
+            raise WrongCluster(str(strangers[0]), *strangers[0].details)
         told = "; ".join(f"{seed}: {why}" for seed, why in failures.items()) or "no seeds given"
         raise Unreachable(
             f"no node of the cluster answers ({told});"

@@ -366,3 +366,35 @@ def test_full_disks(tmp_path):
         for disk in disks:
             subprocess.run(["umount", "-l", disk], check=False, capture_output=True)
         c.destroy()
+
+
+def test_an_empty_disk_does_not_return_under_a_used_name(cluster, tmp_path):
+    cluster.dfs("volume", "create", "v")
+    where = tmp_path / "again"
+    args = (
+        "node",
+        "format",
+        "--cluster-map",
+        cluster.dir / "map",
+        "--name",
+        "node1",
+        "--data",
+        where,
+    )
+    refused = cluster.dfs(*args, check=False)
+    assert refused.returncode == 1
+    assert "lost its disk" in refused.stderr
+    assert not (where / "metadata").exists()
+    cluster.dfs(*args, "--role", "chunkserver")  # chunks are copied back from the others
+    cluster.dfs(
+        "node",
+        "format",
+        "--cluster-map",
+        cluster.dir / "map",
+        "--name",
+        "node1",
+        "--data",
+        tmp_path / "n",
+        "--new",
+    )
+    assert (tmp_path / "n" / "metadata" / "MARKER").exists()
