@@ -108,7 +108,9 @@ def test_cluster_files(tmp_path):
         ("{", "cannot be read"),
         ('{"format": 9}', "upgrade"),
         ('{"format": 1, "cluster_id": "00"}', "seeds"),
-        ('{"format": 1, "cluster_id": "00", "seeds": []}', "no seeds"),
+        (json.dumps({"format": 1, "cluster_id": "00" * 16, "seeds": []}), "no seeds"),
+        ('{"format": 1, "cluster_id": "00", "seeds": ["a"]}', "32 hex digits"),
+        ('{"format": 1, "cluster_id": "00", "seeds": "tcp://h:1"}', "list"),
     ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=why):
