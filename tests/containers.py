@@ -130,12 +130,13 @@ class Machine:
     def arguments(self, c):
         """The command line that runs a container."""
         script = [_CONTAINER.format(root=self.root, uid=UID)]
+        for volume in c.volumes:
+            script += volume.script()
+        # Last, because the checkout may lie below a path that a volume covers, such as /tmp.
         for place in sorted({REPO, Path(sys.prefix), Path(sys.base_prefix)}):
             if not place.is_relative_to("/usr"):
                 script += Volume(place, str(place)).script()
         script.append(f"ln -s {shlex.quote(sys.prefix)} opt/dfs")
-        for volume in c.volumes:
-            script += volume.script()
         if c.read_only:
             script.append("mount -o remount,ro $R")
         environment = [f"{k}={v}" for k, v in {**image_environment(), **c.environment}.items()]

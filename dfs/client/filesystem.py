@@ -196,8 +196,19 @@ class FileSystem:
     # ------------------------------------------------------------------ names
 
     async def lookup(self, parent: int, name: bytes) -> Attr:
-        """What a name stands for; raises ENOENT, ENOTDIR."""
-        attr = await self.session.read(lambda txn: self.namespace.lookup(txn, parent, name))
+        """What a name stands for; raises ENOENT, ENOTDIR.
+
+        Where others write, a name is only absent after a look at the newest state: who has been
+        told that a file is there must find it.
+        """
+        session, lookup = self.session, self.namespace.lookup
+        try:
+            attr = await session.read(lambda txn: lookup(txn, parent, name))
+        except FsError as e:
+            if e.errno != errno.ENOENT or session.alone:
+                raise
+            await session.refresh()
+            attr = await session.read(lambda txn: lookup(txn, parent, name))
         return self.files.overlay(attr)
 
     async def readlink(self, ino: int) -> bytes:

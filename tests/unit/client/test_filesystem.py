@@ -233,3 +233,12 @@ async def test_creating_in_one_directory_from_two_clients_does_not_conflict():
         await a.session.refresh()
         attr = await a.getattr(1)
         assert attr.size == len(await names(a, 1)) == 100
+
+
+async def test_a_name_that_another_client_made_is_found_at_once():
+    home = new_home()
+    async with filesystem(home) as a, filesystem(home, seed=1) as b:
+        for n in range(20):
+            made = await a.mkdir(1, b"d%d" % n, 0o755)
+            assert (await b.lookup(1, b"d%d" % n)).ino == made.ino
+        await fails(errno.ENOENT, b.lookup(1, b"nothing"))

@@ -515,10 +515,10 @@ async def test_a_long_take_over_is_not_taken_for_a_dead_owner(monkeypatch):
         assert sum(taken) == 1
 
 
-async def three_commits(session, node):
-    for i in range(3):  # the first may still get through
-        await session.commit(txn([put(5, i)]), at=node)
-        await trio.sleep(1)
+async def big_commits(session, node):
+    for i in range(20):  # the log has room made ahead: the first get through
+        await session.commit(txn([put(100 + n, i) for n in range(3000)]), at=node)
+        await trio.sleep(0.1)
 
 
 async def test_a_full_disk_at_the_owner_is_an_error_and_another_home_helps():
@@ -527,7 +527,7 @@ async def test_a_full_disk_at_the_owner_is_an_error_and_another_home_helps():
         owner, other, third = homes(c)
         c.nodes[owner].disk.full = True
         with pytest.raises(DiskFull):
-            await three_commits(a, owner)
+            await big_commits(a, owner)
         a.no += 1
         args = (VOLUME, a.sid, a.no, a.seq, a.seq, (txn([put(6)]),), 0)
         for _ in range(10):
