@@ -100,6 +100,8 @@ class MetadataNode:
         errors += [(text, 1) for text in (*self.store.errors, *self.blobs.errors)]
         errors += self.journals.errors.items()
         statistics = self.store.statistics()
+        used = statistics["bytes"] + statistics["memtable_bytes"]  # of which the log has a copy
+        used += self.journals.statistics().get("bytes", 0)
         return (
             {
                 "role": METADATA,
@@ -110,7 +112,7 @@ class MetadataNode:
                 "uptime": self._env.clock.monotonic() - self._started,
                 "disk_total": total,
                 "disk_free": free,
-                "used": int(statistics.get("bytes", 0)),
+                "used": used,
                 "errors": tuple(errors),
                 "volumes": tuple(self.homes.status()),
                 "store": statistics,
