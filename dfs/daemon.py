@@ -28,6 +28,7 @@ from dfs.datadir import PROGRAMS, Marker, read_map, read_marker
 from dfs.disk import RealDisk
 from dfs.env import Env
 from dfs.errors import ConfigError, DfsError
+from dfs.memory import tune_allocator
 from dfs.rpc.endpoint import RpcEndpoint
 from dfs.rpc.processes import WorkerProcesses
 
@@ -75,6 +76,7 @@ def _run(role: str, make: MakeService, args: argparse.Namespace) -> None:
         address = args.listen or node.address(role)
         check_address(address, insecure=args.insecure_listen_any)
         _raise_file_limit()
+        tune_allocator()
         log.info(
             "node %s (%s) of cluster %s, map epoch %d",
             node.name,

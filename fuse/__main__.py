@@ -17,6 +17,7 @@ from dfs.client.filesystem import open_filesystem
 from dfs.client.registry import open_volume_by_name
 from dfs.client.session import Session
 from dfs.errors import DfsError
+from dfs.memory import tune_allocator
 from fuse.mount import MountOptions, check_mountpoint, check_system, serve
 
 log = logging.getLogger("fuse")
@@ -150,6 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         level=logging.DEBUG if arguments.verbose else logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    tune_allocator()
     try:
         trio.run(mount, arguments, ready)
     except KeyboardInterrupt:
