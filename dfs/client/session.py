@@ -321,7 +321,7 @@ class Session:
                     ) from e
                 attempt += 1
                 await self._homes.pause(attempt)
-        sid, _seq, base, root, tail, owner, params = answer
+        sid, seq, base, root, tail, owner, params = answer
         self.params = dict(params)
         self._writers.forget()
         self._feed.start(root, base, self.params["salt"])
@@ -330,7 +330,10 @@ class Session:
         self.sid, self._no, self._minted = sid, 0, 0
         self._over = False
         await self._absorb(tail)
-        self._heard(asked_at, owner)
+        if self.view.seq >= seq:
+            self._heard(asked_at, owner)
+        else:  # a long tail comes in parts: the watch task fetches the rest, then we are up to date
+            self._homes.heard(owner)
         self._work.unpark_all()
         self._sync_work.unpark_all()
         if self._generation > 1:

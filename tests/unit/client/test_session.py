@@ -10,7 +10,7 @@ from dfs.client.freshness import FRESH
 from dfs.client.session import Session, open_session
 from dfs.errors import FsError, NotFound
 from dfs.volume import items
-from tests.unit.client.support import VOLUME, new_home
+from tests.unit.client.support import VOLUME, filesystem, new_home
 
 
 def set_item(n, value=b"v"):
@@ -278,3 +278,20 @@ async def test_the_lost_update_test_sees_a_client_that_sends_no_reads(monkeypatc
     monkeypatch.setattr(Session, "_send", mutant_base)
     with pytest.raises(AssertionError):
         await test_two_sessions_never_lose_an_update()
+
+
+async def test_a_session_opened_with_part_of_a_long_tail_answers_only_from_all_of_it():
+    home = new_home()
+    async with filesystem(home) as fs:
+        for n in range(30):
+            await fs.mkdir(1, b"d%d" % n, 0o755)
+        whole = home._open
+
+        async def part(v, *args):
+            *head, tail, owner, params = await whole(v, *args)
+            return (*head, tail[:5], owner, params)
+
+        home._open = part
+        async with open_session(home.client(seed=4), VOLUME, mode="ro") as reader:
+            found = await reader.read(lambda txn: txn.scan(items.group(1, items.ENTRY)))
+            assert len(found) == 30
