@@ -22,7 +22,7 @@ from dfs.client.filesystem import FileSystem, open_filesystem
 from dfs.client.registry import Registry, open_registry
 from dfs.client.session import Session, open_session
 from dfs.env import Buffers
-from dfs.errors import DfsError, FsError, Unreachable
+from dfs.errors import DfsError, FsError, Unreachable, WrongCluster
 from dfs.ids import SYSTEM_VOLUME
 from dfs.volume import items
 
@@ -68,7 +68,7 @@ async def connected(file: Path) -> AsyncIterator[Cluster]:
         async with connect(ref, name="dfs") as cluster:
             inside = True
             yield cluster
-    except Unreachable as e:
+    except (Unreachable, WrongCluster) as e:
         if inside:
             raise
         raise await unreachable(file, ref, e) from e

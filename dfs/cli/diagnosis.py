@@ -53,7 +53,7 @@ async def ping_all(rpc: Rpc, addresses: Iterable[str]) -> dict[str, DfsError]:
     return failures
 
 
-async def unreachable(file: Path, ref: ClusterRef, error: Unreachable) -> DfsError:
+async def unreachable(file: Path, ref: ClusterRef, error: DfsError) -> DfsError:
     """What to raise when no seed of a cluster file answered; `error` if they do now."""
     rpc = RpcEndpoint(
         cluster_id=ref.cluster_id, name="dfs", clock=SystemClock(), random=SystemRandom(),
