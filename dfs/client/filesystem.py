@@ -8,7 +8,7 @@ Every operation on names or attributes is committed before it returns.  File dat
 it is committed by `flush`, `fsync`, `release`, or a second after it was written (see
 `dfs.client.files`).  Looking (`lookup`, `getattr`, `readdir`) answers from the session's view, at
 most 1.5 s old; `open` first brings the view up to date, so that it sees whatever was closed before,
-on any client.
+on any client.  All of it stands in one module so that there is one place to look it up.
 """
 
 import contextlib

@@ -5,6 +5,7 @@ Three tasks serve a session: *commit* (the only sender of `vol.commit`, one requ
 *watch* (long poll; also the session's beat, and the only one that opens and reopens) and *sync*
 (confirmed reads on demand).  All three hand journal entries to the `Feed`, which applies them in
 order.  An operation is a pure function on a `Txn` of the view and may be run any number of times.
+The module is longer than most because these three share one state, and their order is the point.
 
 A *verdict* for a transaction is final.  Anything else than a verdict means "unknown", so the
 identical request is sent again, to any home, until the deadline; then the session is over, because

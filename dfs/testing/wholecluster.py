@@ -20,11 +20,11 @@ from dfs.client.connect import Cluster
 from dfs.client.filesystem import FileSystem, open_filesystem
 from dfs.client.registry import create_volume, open_volume_by_name
 from dfs.client.session import Session
-from dfs.cluster.map import CHUNK, METADATA, ClusterMap, Node, Params
+from dfs.cluster.map import CHUNK, METADATA, ClusterMap
 from dfs.env import Env
 from dfs.ids import SYSTEM_VOLUME
 from dfs.rpc.blobs import BlobClient
-from dfs.testing.chunkcluster import SimClock, inline
+from dfs.testing.chunkcluster import SimClock, cluster_map, inline
 from dfs.testing.disk import SimDisk
 from dfs.testing.network import SimEndpoint, SimNetwork
 from dfs.testing.processes import SimProcesses
@@ -38,25 +38,7 @@ if TYPE_CHECKING:
 SEGMENT_SIZE = 1 << 20  # bytes; small, so that segments are sealed while a scenario runs
 
 
-@cache
-def whole_map(count: int) -> ClusterMap:
-    """A map of `count` machines, each in a zone of its own."""
-    nodes = tuple(
-        Node(
-            number=i,
-            node_id=bytes([i]) * 16,
-            name=f"m{i}",
-            zone=f"z{i}",
-            rack="r",
-            host=f"h{i}",
-            metadata_addr=f"tcp://10.0.0.{i}:7401",
-            chunk_addr=f"tcp://10.0.0.{i}:7402",
-            metadata_weight=1.0,
-            chunk_weight=1.0,
-        )
-        for i in range(1, count + 1)
-    )
-    return ClusterMap.create(b"w" * 16, nodes, params=Params(n=3, w=2, r=2, pw=2))
+whole_map = cache(cluster_map)
 
 
 class Machine:
