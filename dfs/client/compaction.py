@@ -21,6 +21,7 @@ from dfs.volume.view import Txn
 
 log = logging.getLogger(__name__)
 
+TRANQUILITY = 3.0  # rest after a window, in multiples of the time it took
 ATTEMPTS = 6
 
 
@@ -64,6 +65,7 @@ class Compactor:
         found = await self._session.read(look)
         done = True
         for offset, length in extents.plan_compact(found):
+            began = trio.current_time()
             seen = overlapping(found, offset, offset + length)
             pieces = await self._reader.gather(extents.plan_read(seen, offset, length))
             chunk_id = await self._chunks.put(pieces, durable=True)
@@ -80,4 +82,6 @@ class Compactor:
                 self.saved += len(seen) - 1
             else:
                 done = False
+            # Whoever waits for something else goes first: rest in proportion to the work.
+            await trio.sleep(TRANQUILITY * (trio.current_time() - began))
         return done
