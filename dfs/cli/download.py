@@ -51,7 +51,7 @@ class Download:
             into = _is_directory(target)
             if not into and (len(sources) > 1 or target.endswith(b"/")):
                 raise InvalidArgument(f"{os.fsdecode(target)} is no directory")
-            above = os.path.dirname(target.rstrip(b"/")) or b"."  # noqa: PTH120
+            above = os.path.dirname(target.rstrip(b"/")) or b"."
             if not into and not _is_directory(above):
                 raise InvalidArgument(f"{os.fsdecode(above)} is no directory: make it first")
             send, receive = trio.open_memory_channel[tuple[Attr, Place, bytes]](WORKERS)
@@ -61,7 +61,7 @@ class Download:
                 receive.close()
                 async with send:
                     for source in sources:
-                        to = os.path.join(target, source.name) if into else target  # noqa: PTH118
+                        to = os.path.join(target, source.name) if into else target
                         await self._plan(source, to, send)
 
     async def _to_stdout(self, source: Place) -> None:
@@ -91,9 +91,9 @@ class Download:
                 local = to + path.rstrip(b"/")[cut:]
                 place = Place(source.volume, path, directory=False)
                 if found.is_dir:
-                    os.makedirs(local, exist_ok=True)  # noqa: PTH103
+                    os.makedirs(local, exist_ok=True)
                     # so that we can write into it ourselves
-                    os.chmod(local, found.mode | stat.S_IRWXU)  # noqa: PTH101
+                    os.chmod(local, found.mode | stat.S_IRWXU)
                 elif found.is_file or found.is_symlink:
                     self._meter.expect(found.size if found.is_file else 0)
                     await send.send((found, place, local))
@@ -112,7 +112,7 @@ class Download:
         if not self._force and _exists(local):
             raise AlreadyExists(f"{os.fsdecode(local)} exists already: -f replaces it")
         directory, _ = os.path.split(local)
-        part = os.path.join(directory, b".dfs-get-" + secrets.token_hex(8).encode())  # noqa: PTH118
+        part = os.path.join(directory, b".dfs-get-" + secrets.token_hex(8).encode())
         try:
             await self._make(attr, local, part)
         except OSError as e:
@@ -123,16 +123,16 @@ class Download:
     async def _make(self, attr: Attr, local: bytes, part: bytes) -> None:
         try:
             if attr.is_symlink:
-                os.symlink(await self._fs.readlink(attr.ino), part)  # noqa: PTH211
+                os.symlink(await self._fs.readlink(attr.ino), part)
             else:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-                with open(os.open(part, flags, 0o600), "wb", buffering=0) as out:  # noqa: ASYNC230, PTH123
+                with open(os.open(part, flags, 0o600), "wb", buffering=0) as out:
                     await self._copy(attr.ino, out)
                     os.fchmod(out.fileno(), attr.mode & 0o777)
-            os.rename(part, local)  # noqa: PTH104
+            os.rename(part, local)
         except BaseException:
             if _exists(part):
-                os.unlink(part)  # noqa: PTH108
+                os.unlink(part)
             raise
 
     async def _copy(self, ino: int, out: Any) -> None:
@@ -151,7 +151,7 @@ class Download:
 
 
 def _is_directory(path: bytes) -> bool:
-    return os.path.isdir(path)  # noqa: PTH112
+    return os.path.isdir(path)
 
 
 def _exists(path: bytes) -> bool:

@@ -99,7 +99,7 @@ class Upload:
                 await self._make_directory(to, stat.S_IMODE(found.st_mode))
                 with os.scandir(path) as entries:
                     names = sorted((entry.name for entry in entries), reverse=True)
-                pending += [(os.path.join(path, name), to / name) for name in names]  # noqa: PTH118
+                pending += [(os.path.join(path, name), to / name) for name in names]
             elif stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode):
                 self._meter.expect(found.st_size)
                 await send.send((path, to))
@@ -122,9 +122,9 @@ class Upload:
         async with receive:
             async for path, place in receive:
                 if stat.S_ISLNK(os.lstat(path).st_mode):
-                    await self._symlink(os.readlink(path), place)  # noqa: PTH115
+                    await self._symlink(os.readlink(path), place)
                 else:
-                    with open(path, "rb", buffering=0) as source:  # noqa: ASYNC230, PTH123
+                    with open(path, "rb", buffering=0) as source:
                         mode = stat.S_IMODE(os.fstat(source.fileno()).st_mode)
                         await self._stream(Source(source.read), place, mode)
 
@@ -232,4 +232,4 @@ def _exists(place: Place) -> AlreadyExists:
 
 def _name(source: bytes) -> bytes:
     """What a copy of a local path is called, also for `.` and `..`."""
-    return os.path.basename(os.path.abspath(source))  # noqa: PTH100, PTH119
+    return os.path.basename(os.path.abspath(source))
