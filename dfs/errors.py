@@ -159,6 +159,18 @@ class ConfigError(DfsError):
 # 31: `metadata.journalhandle.Trimmed`
 
 
+class TooManySiblings(DfsError):
+    """A key has too many concurrent values to take another: get it, then put with the context."""
+
+    code = 32
+
+
+class ForkedMap(DfsError):
+    """Two different cluster maps have the same epoch; nothing is written until an operator looks."""
+
+    code = 33
+
+
 class FsError(DfsError):
     """A POSIX error; `details[0]` is the errno."""
 
