@@ -166,7 +166,7 @@ class TooManySiblings(DfsError):
 
 
 class ForkedMap(DfsError):
-    """Two different cluster maps have the same epoch; nothing is written until an operator looks."""
+    """Two different cluster maps have the same epoch; nothing is written until it is settled."""
 
     code = 33
 
