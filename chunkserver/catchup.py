@@ -16,10 +16,10 @@ condemned after the copy was last touched; a copy keeps its stamp.
 from chunkserver.index import different_partitions
 from chunkserver.peers import Peers
 from chunkserver.segments import Segments
-from chunkserver.workers import Worker
 from dfs.env import Env
 from dfs.errors import DfsError, NotFound
 from dfs.hashing import PARTITIONS, partition_of
+from dfs.workers import Worker
 
 PAGE = 1000
 

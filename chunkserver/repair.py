@@ -8,9 +8,9 @@ and tried again rarely, since a server that is down may hold it.
 
 from chunkserver.peers import Peers
 from chunkserver.segments import Segments
-from chunkserver.workers import Worker
 from dfs.env import Env
 from dfs.errors import DfsError, DiskFull, NotFound
+from dfs.workers import Worker
 
 FIRST_PAUSE, LAST_PAUSE = 1.0, 300.0  # seconds between tries
 

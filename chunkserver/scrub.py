@@ -10,10 +10,10 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from chunkserver.segments import Segments
-from chunkserver.workers import Worker
 from dfs.codec import pack, unpack
 from dfs.env import Env
 from dfs.errors import Corrupt, DiskFull, NotFound, RemoteProtocolError
+from dfs.workers import Worker
 
 FILE = "scrub"
 VERSION = 1

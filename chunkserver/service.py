@@ -8,7 +8,7 @@ caller counts a node towards a quorum of homes that it is no longer.
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trio
 
@@ -22,9 +22,8 @@ from dfs.cluster.map import CHUNK, ClusterMap
 from dfs.env import Context, Env, Handler, Reply
 from dfs.errors import Corrupt, DfsError, InvalidArgument, NotFound, StaleEpoch, StoreFailed
 from dfs.hashing import DIGEST_SIZE, PARTITIONS, partition_of
-
-if TYPE_CHECKING:
-    from chunkserver.workers import Worker
+from dfs.workers import Worker, lines
+from dfs.workers import handlers as worker_handlers
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +108,7 @@ class ChunkNode:
             "ping": self._ping,
             "map.get": self._map,
             "node.status": self._status,
+            **worker_handlers(lambda: self.workers),
             "chunk.put": self._put,
             "chunk.touch": self._touch,
             "chunk.sync": self._sync,
@@ -267,7 +267,7 @@ class ChunkNode:
             "disk_free": free,
             "used": store.index.stored_bytes,
             "errors": tuple(errors),
-            "workers": tuple(w.status() for w in self.workers),
+            "workers": lines(self.workers),
             "chunks": len(store.index),
             "chunk_bytes": store.index.stored_bytes,
             "quarantined": len(store.quarantine.ids),
