@@ -4,89 +4,49 @@ A map is an immutable value with an epoch and the digest of the map before it, s
 chain.  It *contains* the placement tables, one per role, `PARTITIONS` rows of N node numbers each:
 look-ups are indexing, and no two machines can disagree about a home because their logarithms do.
 
-Encoded form (`FORMAT` 1), all of it canonical, so that equal maps are equal bytes:
-
-    b"dfsmap" | u16 format | body | BLAKE3-256 of everything before
-
-with the body a `dfs.codec` tuple (epoch, prev_hash, cluster_id, (n, w, r, pw), nodes, voters,
-banned, ((rows, changes) for metadata, (rows, changes) for chunks)); `rows` are big-endian u16 node
-numbers, row after row; `changes` is the epoch (u32) in which each partition's row last changed, or
-one u32 if it is the same for all of them.
+Homes change in a *transition* (`dfs.cluster.node.Transition`) of a few epochs: `begin`, then
+`advance` for metadata (twice) and `finish_chunks`, each when `dfs.cluster.joint` says that nothing
+can be lost.  The encoding is in `dfs.cluster.mapformat`.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, field
-from struct import iter_unpack, pack, unpack
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-from dfs import codec
-from dfs.cluster.address import is_address
-from dfs.cluster.placement import Candidate, Placer
-from dfs.errors import ConfigError, Corrupt, RemoteProtocolError, WrongVersion
+from dfs.cluster.mapformat import MAX_VOTERS, decode, encode, validate
+from dfs.cluster.node import (
+    CHUNK,
+    METADATA,
+    ROLES,
+    Node,
+    Params,
+    Row,
+    Table,
+    Transition,
+    same_homes,
+)
+from dfs.cluster.placement import Calibrated, Candidate, Placer, calibrate
+from dfs.cluster.voting import next_voters
+from dfs.errors import ConfigError, Corrupt
 from dfs.hashing import DIGEST_SIZE, PARTITIONS, digest, partition_of
 from dfs.ids import NODE_BITS
 
-METADATA = "metadata"
-CHUNK = "chunk"
-ROLES = (METADATA, CHUNK)
-FORMAT = 1
-MAX_VOTERS = 7
-_MAGIC = b"dfsmap"
-_HEADER = len(_MAGIC) + 2
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """One member: a metadata node, a chunkserver, or both, on one data directory's node id.
-
-    An address is `tcp://host:port` or `unix:///path`; "" means that the node does not have the
-    role.  Weights are capacities in any unit; 0 keeps the node readable but gives it nothing new.
-    """
-
-    number: int  # 0..8191, never reused
-    node_id: bytes  # 16 bytes, made with the data directory
-    name: str
-    zone: str
-    rack: str
-    host: str
-    metadata_addr: str
-    chunk_addr: str
-    metadata_weight: float = 1.0
-    chunk_weight: float = 1.0
-
-    def address(self, role: str) -> str:
-        """Where the node serves `role`; "" if it does not."""
-        return self.metadata_addr if role == METADATA else self.chunk_addr
-
-    def weight(self, role: str) -> float:
-        """Capacity for `role`; 0.0 if it does not have the role."""
-        if not self.address(role):
-            return 0.0
-        return self.metadata_weight if role == METADATA else self.chunk_weight
-
-
-@dataclass(frozen=True, slots=True)
-class Params:
-    """Replication: copies, copies for an acknowledgement, answers for a read, homes among W."""
-
-    n: int = 3
-    w: int = 2
-    r: int = 2
-    pw: int = 2
-
-    @classmethod
-    def for_nodes(cls, nodes: int) -> "Params":
-        """The defaults for a cluster of `nodes`: three copies or as many as there are nodes."""
-        n = min(3, nodes)
-        return cls(n, n // 2 + 1, n // 2 + 1, n // 2 + 1)
-
-
-Row = tuple[int, ...]
+__all__ = [
+    "CHUNK",
+    "MAX_VOTERS",
+    "METADATA",
+    "ROLES",
+    "ClusterMap",
+    "Node",
+    "Params",
+    "Row",
+    "Transition",
+    "candidates",
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ClusterMap:
-    """See the module's docstring.  Make one with `create`, `successor` or `decode`."""
+    """See the module's docstring.  Make one with `create`, the verbs of change, or `decode`."""
 
     epoch: int
     prev_hash: bytes  # digest of the map of epoch - 1; zeros for epoch 1
@@ -95,13 +55,17 @@ class ClusterMap:
     nodes: tuple[Node, ...]  # in the order of their numbers
     voters: tuple[int, ...]  # who agrees on the next map
     banned: tuple[tuple[int, bytes], ...]  # (number, node id) of nodes that were removed
-    tables: tuple[tuple[Row, ...], tuple[Row, ...]] = field(repr=False)  # metadata, chunk
+    tables: tuple[Table, Table] = field(repr=False)  # metadata, chunk: the homes, or B
     changes: tuple[tuple[int, ...], tuple[int, ...]] = field(repr=False)
+    transition: Transition | None = field(default=None, repr=False)
+    # per role, (number, weight) as placement uses them; () if it uses the weights of the nodes
+    calibrated: tuple[Calibrated, Calibrated] = field(default=((), ()), repr=False)
     n: int = field(init=False)
     w: int = field(init=False)
     digest: bytes = field(init=False, repr=False)
     _encoded: bytes = field(init=False, repr=False)
     _by_number: dict[int, Node] = field(init=False, repr=False)
+    _changed: dict[str, Row] = field(init=False, repr=False, default_factory=dict)
     _preferences: dict[tuple[str, int], Row] = field(init=False, repr=False, default_factory=dict)
     _placers: dict[str, tuple[Placer, tuple[Node, ...]]] = field(
         init=False, repr=False, default_factory=dict
@@ -113,8 +77,8 @@ class ClusterMap:
         set_(self, "n", self.params.n)
         set_(self, "w", self.params.w)
         set_(self, "_by_number", {node.number: node for node in self.nodes})
-        _validate(self)
-        set_(self, "_encoded", _encode(self))
+        validate(self)
+        set_(self, "_encoded", encode(self))
         set_(self, "digest", self._encoded[-DIGEST_SIZE:])
 
     def __eq__(self, other: object) -> bool:
@@ -141,9 +105,10 @@ class ClusterMap:
         `params` default to three copies (fewer with fewer nodes), `voters` to the first seven
         metadata nodes.
         """
-        members = tuple(sorted(nodes, key=lambda node: node.number))
+        members = _in_order(nodes)
         counts = [sum(node.weight(role) > 0 for node in members) for role in ROLES]
         params = params or Params.for_nodes(max(1, min(counts)))
+        tables, calibrated = _place(members, params, ((), ()))
         return cls(
             epoch=1,
             prev_hash=bytes(DIGEST_SIZE),
@@ -152,45 +117,205 @@ class ClusterMap:
             nodes=members,
             voters=_voters(members, voters),
             banned=(),
-            tables=(
-                _table(members, METADATA, params),
-                _table(members, CHUNK, params),
-            ),
+            tables=tables,
             changes=((1,) * PARTITIONS, (1,) * PARTITIONS),
+            calibrated=calibrated,
         )
 
     def successor(
         self, nodes: Iterable[Node], *, voters: Sequence[int] | None = None
     ) -> "ClusterMap":
-        """The map of the next epoch with other members; those left out are banned for ever."""
-        members = tuple(sorted(nodes, key=lambda node: node.number))
+        """The next map with other members at once; those left out are banned for ever.
+
+        Only for a cluster that holds nothing yet, and for tests: it waits for nobody's data.
+        """
+        members = _in_order(nodes)
         kept = {node.node_id for node in members}
         gone = tuple((x.number, x.node_id) for x in self.nodes if x.node_id not in kept)
+        tables, calibrated = _place(members, self.params, self._kept_weights(members))
+        moved = [
+            {p for p, (a, b) in enumerate(zip(old, new, strict=True)) if a != b}
+            for old, new in zip(self.tables, tables, strict=True)
+        ]
+        return replace(
+            self,
+            epoch=self.epoch + 1,
+            prev_hash=self.digest,
+            nodes=members,
+            voters=_voters(members, voters),
+            banned=tuple(sorted(self.banned + gone)),
+            tables=tables,
+            changes=(
+                _touch(self.changes[0], moved[0], self.epoch + 1),
+                _touch(self.changes[1], moved[1], self.epoch + 1),
+            ),
+            transition=None,
+            calibrated=calibrated,
+        )
+
+    def begin(
+        self,
+        nodes: Iterable[Node],
+        *,
+        leaving: Iterable[int] = (),
+        voters: Sequence[int] | None = None,
+    ) -> "ClusterMap":
+        """The next map, in which homes begin to move to where `nodes` belong.
+
+        `nodes` are all members from now on; those in `leaving` need not be among them: they get
+        weight 0 and are dropped and banned by the step that ends the transition.  A role whose
+        homes stay the same is done at once.  `voters`, if given, may differ from the present ones
+        by one; by default they are kept, replaced and filled up to an odd number of at most seven,
+        one per epoch.  Raises `ConfigError` if a transition is under way, or naming what is wrong.
+        """
+        if self.transition is not None:
+            raise ConfigError(
+                f"the cluster is changing already (epoch {self.epoch}): wait until "
+                "`dfs cluster status` shows no transition, then try again"
+            )
+        going = tuple(sorted(set(leaving)))
+        members = self._members(nodes, going)
+        tables, calibrated = _place(members, self.params, self._kept_weights(members))
+        old = [
+            None if all(map(same_homes, before, after)) else before
+            for before, after in zip(self.tables, tables, strict=True)
+        ]
+        steps = 1 + 2 * (old[0] is not None) + (old[1] is not None)
+        if voters is None:
+            voters = next_voters(members, self.voters, going, steps)
+        elif len(set(voters) ^ set(self.voters)) > 1:
+            raise ConfigError(
+                f"voters change one per epoch: {sorted(voters)} differ from "
+                f"{list(self.voters)} in more than one node; add or remove one"
+            )
+        still = [v for v in voters if v in going]
+        if len(still) >= steps:
+            names = ", ".join(self.node(v).name for v in still)
+            raise ConfigError(
+                f"{names} still vote on the cluster map and voters change one per epoch: "
+                "drain these nodes first, or remove fewer at a time"
+            )
+        return self._step(
+            nodes=members,
+            voters=tuple(sorted(voters)),
+            tables=tables,
+            calibrated=calibrated,
+            transition=Transition(1 if old[0] is not None else 2, old[0], old[1], going),
+            moved=[
+                () if rows is None else _differing(rows, new)
+                for rows, new in zip(old, tables, strict=True)
+            ],
+        )
+
+    def advance(self) -> "ClusterMap":
+        """The next map, with the metadata side one phase on: 1 -> 2 -> done.
+
+        Whether that is safe is for `dfs.cluster.joint` to say.  Raises `ConfigError` if the
+        metadata side is not in transition.
+        """
+        transition = self.transition
+        if transition is None or transition.metadata is None:
+            raise ConfigError(f"no metadata is moving in epoch {self.epoch}: nothing to advance")
+        if transition.phase == 1:
+            after = replace(transition, phase=2)
+        else:
+            after = replace(transition, metadata=None)
+        return self._onward(after, METADATA)
+
+    def finish_chunks(self) -> "ClusterMap":
+        """The next map, with the chunk side done; raises `ConfigError` if it is not moving."""
+        if self.transition is None or self.transition.chunk is None:
+            raise ConfigError(f"no chunks are moving in epoch {self.epoch}: nothing to finish")
+        return self._onward(replace(self.transition, chunk=None), CHUNK)
+
+    def _onward(self, after: Transition, role: str) -> "ClusterMap":
+        steps = 1 + (after.metadata is not None) * (3 - after.phase) + (after.chunk is not None)
+        return self._step(
+            nodes=self.nodes,
+            voters=next_voters(self.nodes, self.voters, after.leaving, steps),
+            tables=self.tables,
+            calibrated=self.calibrated,
+            transition=after,
+            moved=[self.changed(r) if r == role else () for r in ROLES],
+        )
+
+    def _step(
+        self,
+        *,
+        nodes: tuple[Node, ...],
+        voters: tuple[int, ...],
+        tables: tuple[Table, Table],
+        calibrated: tuple[Calibrated, Calibrated],
+        transition: Transition,
+        moved: Sequence[Iterable[int]],
+    ) -> "ClusterMap":
+        """The map of the next epoch; drops and bans who leaves if both sides are done."""
         epoch = self.epoch + 1
-        tables = (
-            _table(members, METADATA, self.params),
-            _table(members, CHUNK, self.params),
-        )
-        changes = tuple(
-            tuple(
-                last if old == new else epoch
-                for old, new, last in zip(old_rows, new_rows, old_changes, strict=True)
-            )
-            for old_rows, new_rows, old_changes in zip(
-                self.tables, tables, self.changes, strict=True
-            )
-        )
+        banned = self.banned
+        later: Transition | None = transition
+        if transition.metadata is None and transition.chunk is None:
+            gone = tuple((x.number, x.node_id) for x in nodes if x.number in transition.leaving)
+            banned = tuple(sorted(banned + gone))
+            nodes = tuple(x for x in nodes if x.number not in transition.leaving)
+            later = None
         return ClusterMap(
             epoch=epoch,
             prev_hash=self.digest,
             cluster_id=self.cluster_id,
             params=self.params,
-            nodes=members,
-            voters=_voters(members, voters),
-            banned=tuple(sorted(self.banned + gone)),
+            nodes=nodes,
+            voters=voters,
+            banned=banned,
             tables=tables,
-            changes=(changes[0], changes[1]),
+            changes=(
+                _touch(self.changes[0], moved[0], epoch),
+                _touch(self.changes[1], moved[1], epoch),
+            ),
+            transition=later,
+            calibrated=calibrated,
         )
+
+    def _members(self, nodes: Iterable[Node], leaving: Row) -> tuple[Node, ...]:
+        """Who is in the map of a change that begins: `nodes` and those who leave, emptied."""
+        given = [node for node in nodes if node.number not in leaving]
+        numbers = {node.number for node in given}
+        for node in self.nodes:
+            if node.number not in numbers and node.number not in leaving:
+                raise ConfigError(
+                    f"node {node.name} is missing from the new members: remove it by name"
+                )
+        for node in given:
+            before = self._by_number.get(node.number)
+            if before is None:
+                continue
+            if before.node_id != node.node_id:
+                raise ConfigError(
+                    f"node number {node.number} is {before.name}, whose id cannot change: "
+                    "replace it by a new node"
+                )
+            for role in ROLES:
+                if before.address(role) and not node.address(role):
+                    raise ConfigError(
+                        f"node {node.name} cannot drop its {role} role while it is a member: "
+                        "give it weight 0, or remove it"
+                    )
+        emptied = [replace(self.node(x), metadata_weight=0.0, chunk_weight=0.0) for x in leaving]
+        return _in_order([*given, *emptied])
+
+    def _kept_weights(self, members: Sequence[Node]) -> tuple[Calibrated, Calibrated]:
+        """The calibrated weights in proportion to the weights that members have now."""
+        kept: list[Calibrated] = []
+        for role, weights in zip(ROLES, self.calibrated, strict=True):
+            factors = {number: w / self.node(number).weight(role) for number, w in weights}
+            usable = [node for node in members if node.weight(role) > 0]
+            kept.append(
+                tuple((x.number, x.weight(role) * factors.get(x.number, 1.0)) for x in usable)
+                if factors
+                else ()
+            )
+        return kept[0], kept[1]
+
+    # ----------------------------------------------------------------------------------- bytes
 
     def encode(self) -> bytes:
         """The canonical bytes; computed once."""
@@ -200,43 +325,15 @@ class ClusterMap:
     def decode(cls, data: bytes | bytearray | memoryview) -> "ClusterMap":
         """Decode and validate; raises `Corrupt`, or `WrongVersion` for a newer format."""
         data = bytes(data)
-        if data[: len(_MAGIC)] != _MAGIC or len(data) < _HEADER + DIGEST_SIZE:
-            raise Corrupt(f"not a cluster map: starts with {data[:8]!r}")
-        (version,) = unpack(">H", data[len(_MAGIC) : _HEADER])
-        if version != FORMAT:
-            raise WrongVersion(
-                f"the cluster map has format {version}, this program knows {FORMAT}: upgrade dfs"
-            )
-        if digest(data[:-DIGEST_SIZE]) != data[-DIGEST_SIZE:]:
-            raise Corrupt("the cluster map's checksum is wrong: copy it from another node")
         try:
-            found = cls._from_body(codec.unpack(data[_HEADER:-DIGEST_SIZE]))
-        except (TypeError, ValueError, IndexError, RemoteProtocolError) as e:
+            found = cls(**decode(data))
+        except (TypeError, ValueError, IndexError, AttributeError) as e:
             raise Corrupt(f"malformed cluster map: {e}") from e
         except ConfigError as e:
             raise Corrupt(f"inconsistent cluster map: {e}") from e
         if found.encode() != data:
             raise Corrupt("the cluster map is not in canonical form")
         return found
-
-    @classmethod
-    def _from_body(cls, body: tuple[Any, ...]) -> "ClusterMap":
-        epoch, prev_hash, cluster_id, params, nodes, voters, banned, (metadata, chunk) = body
-        replication = Params(*params)
-        return cls(
-            epoch=epoch,
-            prev_hash=prev_hash,
-            cluster_id=cluster_id,
-            params=replication,
-            nodes=tuple(Node(*fields) for fields in nodes),
-            voters=voters,
-            banned=banned,
-            tables=(
-                _unpack_rows(metadata[0], replication.n),
-                _unpack_rows(chunk[0], replication.n),
-            ),
-            changes=(_unpack_changes(metadata[1]), _unpack_changes(chunk[1])),
-        )
 
     # --------------------------------------------------------------------------------- look-ups
 
@@ -247,12 +344,57 @@ class ClusterMap:
         except KeyError:
             raise ConfigError(f"the map of epoch {self.epoch} has no node {number}") from None
 
+    def number_for_new(self) -> int:
+        """A number that no node has or had; raises `ConfigError` when all of them are used up."""
+        numbers = [node.number for node in self.nodes] + [number for number, _ in self.banned]
+        number = max(numbers) + 1
+        if number >= 1 << NODE_BITS:
+            raise ConfigError(
+                f"all {1 << NODE_BITS} node numbers have been used: make a new cluster and copy"
+            )
+        return number
+
     def homes(self, role: str, partition: int) -> Row:
-        """Numbers of the N nodes that hold the partition."""
+        """Numbers of the N nodes that hold the partition; during a transition those of B."""
         return self.tables[role == CHUNK][partition]
 
+    def old_homes(self, role: str, partition: int) -> Row:
+        """The homes in A while the role is in transition and they differ from B; else ()."""
+        old = self._old(role)
+        if old is None or same_homes(old[partition], self.homes(role, partition)):
+            return ()
+        return old[partition]
+
+    def write_sets(self, role: str, partition: int) -> tuple[Row, ...]:
+        """The sets of homes in each of which a write needs its quorum."""
+        homes = self.homes(role, partition)
+        if role == METADATA and (old := self.old_homes(role, partition)):
+            return old, homes
+        return (homes,)
+
+    def read_homes(self, role: str, partition: int) -> Row:
+        """The homes among which a read needs its quorum."""
+        if self.phase(role) == 1 and (old := self.old_homes(role, partition)):
+            return old
+        return self.homes(role, partition)
+
+    def phase(self, role: str) -> int:
+        """0 = stable; metadata 1 or 2 while it is in transition, chunks 2."""
+        if self._old(role) is None or self.transition is None:
+            return 0
+        return self.transition.phase if role == METADATA else 2
+
+    def changed(self, role: str) -> Row:
+        """The partitions whose homes differ between A and B; () when the role is stable."""
+        found = self._changed.get(role)
+        if found is None:
+            old = self._old(role)
+            found = () if old is None else _differing(old, self.tables[role == CHUNK])
+            self._changed[role] = found
+        return found
+
     def preference(self, role: str, partition: int) -> Row:
-        """The homes, then every other node of the role: a stable permutation."""
+        """The homes (B), then those of A, then every other node of the role: stable."""
         key = (role, partition)
         found = self._preferences.get(key)
         if found is None:
@@ -264,20 +406,29 @@ class ClusterMap:
         return self.node(number).address(role)
 
     def last_change(self, role: str, partition: int) -> int:
-        """The epoch in which the partition's homes last changed."""
+        """The epoch in which the sets that the partition is read from or written to last changed.
+
+        A request of an earlier epoch is refused: it may count copies in the wrong set.
+        """
         return self.changes[role == CHUNK][partition]
 
     def volume_homes(self, volume: bytes) -> Row:
         """The homes of a volume's journal."""
         return self.homes(METADATA, partition_of(digest(volume)))
 
+    def _old(self, role: str) -> Table | None:
+        return None if self.transition is None else self.transition.old(role)
+
     def _prefer(self, role: str, partition: int) -> Row:
         if role not in self._placers:
             members = tuple(node for node in self.nodes if node.address(role))
-            self._placers[role] = (Placer(candidates(members, role)), members)
+            weights = self.calibrated[role == CHUNK]
+            self._placers[role] = (Placer(candidates(members, role, weights)), members)
         placer, members = self._placers[role]
         index = {node.number: i for i, node in enumerate(members)}
-        first = [index[number] for number in self.homes(role, partition)]
+        homes = self.homes(role, partition)
+        before = [x for x in self.old_homes(role, partition) if x not in homes]
+        first = [index[number] for number in (*homes, *before)]
         order = placer.place(partition, len(members), first)
         numbers = [members[i].number for i in order]
         # nodes that are being emptied may still hold something: they come last
@@ -285,20 +436,45 @@ class ClusterMap:
         return tuple(numbers)
 
 
-def candidates(nodes: Iterable[Node], role: str) -> list[Candidate]:
-    """Nodes as placement sees them, in the same order."""
-    return [Candidate(x.node_id, x.zone, x.rack, x.host, x.weight(role)) for x in nodes]
+def candidates(nodes: Iterable[Node], role: str, calibrated: Calibrated = ()) -> list[Candidate]:
+    """Nodes as placement sees them, in the same order; with their calibrated weights if any."""
+    weights = dict(calibrated)
+    return [
+        Candidate(x.node_id, x.zone, x.rack, x.host, weights.get(x.number, x.weight(role)))
+        for x in nodes
+    ]
 
 
-def _table(members: Sequence[Node], role: str, params: Params) -> tuple[Row, ...]:
-    usable = [node for node in members if node.weight(role) > 0]
-    if len(usable) < params.n:
-        raise ConfigError(
-            f"{params.n} copies need {params.n} {role} nodes of weight > 0, "
-            f"but there are {len(usable)}: add nodes or ask for fewer copies"
+def _in_order(nodes: Iterable[Node]) -> tuple[Node, ...]:
+    return tuple(sorted(nodes, key=lambda node: node.number))
+
+
+def _place(
+    members: Sequence[Node], params: Params, calibrated: tuple[Calibrated, Calibrated]
+) -> tuple[tuple[Table, Table], tuple[Calibrated, Calibrated]]:
+    """The tables of both roles and the weights they were made with, starting from `calibrated`."""
+    tables: list[Table] = []
+    found: list[Calibrated] = []
+    for role, start in zip(ROLES, calibrated, strict=True):
+        usable = [node for node in members if node.weight(role) > 0]
+        if len(usable) < params.n:
+            raise ConfigError(
+                f"{params.n} copies need {params.n} {role} nodes of weight > 0, "
+                f"but there are {len(usable)}: add nodes or ask for fewer copies"
+            )
+        weights = dict(start)
+        rows, used = calibrate(
+            candidates(usable, role),
+            params.n,
+            [weights.get(x.number, x.weight(role)) for x in usable],
         )
-    rows = Placer(candidates(usable, role)).table(params.n)
-    return tuple(tuple(usable[i].number for i in row) for row in rows)
+        tables.append(tuple(tuple(usable[i].number for i in row) for row in rows))
+        found.append(
+            ()
+            if all(w == x.weight(role) for w, x in zip(used, usable, strict=True))
+            else tuple((x.number, w) for x, w in zip(usable, used, strict=True))
+        )
+    return (tables[0], tables[1]), (found[0], found[1])
 
 
 def _voters(members: Sequence[Node], voters: Sequence[int] | None) -> tuple[int, ...]:
@@ -307,154 +483,13 @@ def _voters(members: Sequence[Node], voters: Sequence[int] | None) -> tuple[int,
     return tuple(node.number for node in members if node.metadata_addr)[:MAX_VOTERS]
 
 
-# ------------------------------------------------------------------------------------- encoding
+def _differing(old: Table, new: Table) -> Row:
+    return tuple(p for p, (a, b) in enumerate(zip(old, new, strict=True)) if not same_homes(a, b))
 
 
-def _encode(m: ClusterMap) -> bytes:
-    tables = tuple(
-        (_pack_rows(rows), _pack_changes(changes))
-        for rows, changes in zip(m.tables, m.changes, strict=True)
-    )
-    body = codec.pack(
-        (
-            m.epoch,
-            m.prev_hash,
-            m.cluster_id,
-            astuple(m.params),
-            tuple(astuple(node) for node in m.nodes),
-            m.voters,
-            m.banned,
-            tables,
-        )
-    )
-    head = _MAGIC + pack(">H", FORMAT) + body
-    return head + digest(head)
-
-
-def _pack_rows(rows: Sequence[Row]) -> bytes:
-    flat = [number for row in rows for number in row]
-    return pack(f">{len(flat)}H", *flat)
-
-
-def _unpack_rows(data: bytes, width: int) -> tuple[Row, ...]:
-    if not 0 < width < 256 or len(data) != PARTITIONS * width * 2:
-        raise ValueError(f"a placement table of {len(data)} bytes for {width} copies")
-    return tuple(iter_unpack(f">{width}H", data))
-
-
-def _pack_changes(changes: Sequence[int]) -> bytes:
-    if len(set(changes)) == 1:
-        return pack(">I", changes[0])
-    return pack(f">{len(changes)}I", *changes)
-
-
-def _unpack_changes(data: bytes) -> tuple[int, ...]:
-    if len(data) == 4:
-        return tuple(unpack(">I", data)) * PARTITIONS
-    if len(data) != 4 * PARTITIONS:
-        raise ValueError(f"{len(data)} bytes of changes")
-    return tuple(unpack(f">{PARTITIONS}I", data))
-
-
-# ----------------------------------------------------------------------------------- validation
-
-
-def _validate(m: ClusterMap) -> None:
-    """Raise `ConfigError` with the first thing that makes the map unusable."""
-    _require(type(m.epoch) is int and 0 < m.epoch < 1 << 32, f"epoch {m.epoch!r} is out of range")
-    _require(_is_bytes(m.prev_hash, DIGEST_SIZE), "prev_hash is not 32 bytes")
-    _require((m.epoch == 1) == (not any(m.prev_hash)), "only epoch 1 has no map before it")
-    _require(_is_bytes(m.cluster_id, 16), "cluster_id is not 16 bytes")
-    _validate_params(m.params)
-    _require(bool(m.nodes), "a cluster needs nodes")
-    for node in m.nodes:
-        _validate_node(node)
-    numbers = [node.number for node in m.nodes]
-    _require(numbers == sorted(numbers), "nodes are not in the order of their numbers")
-    for what, values in (
-        ("number", numbers),
-        ("node id", [node.node_id for node in m.nodes]),
-        ("name", [node.name for node in m.nodes]),
-        ("address", [a for node in m.nodes for r in ROLES if (a := node.address(r))]),
-    ):
-        twice = next((v for i, v in enumerate(values) if v in values[:i]), None)
-        _require(twice is None, f"two nodes have the same {what}: {_show(twice)}")
-    _validate_voters(m)
-    _require(
-        isinstance(m.banned, tuple)
-        and all(type(n) is int and _is_bytes(i, 16) for n, i in m.banned)
-        and list(m.banned) == sorted(m.banned),
-        "the list of banned nodes is malformed",
-    )
-    for number, node_id in m.banned:
-        for node in m.nodes:
-            _require(
-                node.number != number and node.node_id != node_id,
-                f"node {node.name} reuses the number or id of a removed node",
-            )
-    _require(len(m.tables) == len(ROLES) == len(m.changes), "there must be one table per role")
-    for role, rows, changes in zip(ROLES, m.tables, m.changes, strict=True):
-        usable = {node.number for node in m.nodes if node.address(role)}
-        _require(len(rows) == PARTITIONS == len(changes), f"the {role} table has the wrong length")
-        for row in set(rows):
-            _require(
-                len(set(row)) == len(row) == m.params.n and usable.issuperset(row),
-                f"the {role} table names nodes it must not: {row}",
-            )
-        _require(
-            min(changes) > 0 and max(changes) <= m.epoch, f"the {role} changes are out of range"
-        )
-
-
-def _validate_params(params: Params) -> None:
-    n, w, r, pw = values = astuple(params)
-    _require(all(type(v) is int for v in values) and 1 <= n <= 16, f"unusable {params}")
-    _require(
-        1 <= w <= n and 1 <= r <= n and 0 <= pw <= w, f"w, r and pw are out of range: {params}"
-    )
-    _require(w + r > n, f"a read would miss the latest write: w + r <= n in {params}")
-
-
-def _validate_node(node: Node) -> None:
-    texts = (node.name, node.zone, node.rack, node.host, node.metadata_addr, node.chunk_addr)
-    _require(
-        type(node.number) is int
-        and 0 <= node.number < 1 << NODE_BITS
-        and _is_bytes(node.node_id, 16)
-        and all(isinstance(t, str) for t in texts)
-        and bool(node.name),
-        f"malformed node {node!r}",
-    )
-    weights = (node.metadata_weight, node.chunk_weight)
-    _require(
-        all(type(x) is float and 0 <= x < float("inf") for x in weights),
-        f"node {node.name}: weights must be floats >= 0, not {weights}",
-    )
-    addresses = [a for a in (node.metadata_addr, node.chunk_addr) if a]
-    _require(bool(addresses), f"node {node.name} has no address")
-    for address in addresses:
-        _require(is_address(address), f"node {node.name}: no address of ours: {address!r}")
-
-
-def _validate_voters(m: ClusterMap) -> None:
-    metadata = {node.number for node in m.nodes if node.metadata_addr}
-    _require(
-        isinstance(m.voters, tuple)
-        and 1 <= len(m.voters) <= MAX_VOTERS
-        and list(m.voters) == sorted(set(m.voters))
-        and metadata.issuperset(m.voters),
-        f"voters must be 1 to {MAX_VOTERS} metadata nodes, not {m.voters!r}",
-    )
-
-
-def _is_bytes(value: object, length: int) -> bool:
-    return isinstance(value, bytes) and len(value) == length
-
-
-def _show(value: object) -> str:
-    return value.hex() if isinstance(value, bytes) else str(value)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+def _touch(changes: tuple[int, ...], partitions: Iterable[int], epoch: int) -> tuple[int, ...]:
+    """`changes` with the epoch of these partitions moved to `epoch`."""
+    after = list(changes)
+    for p in partitions:
+        after[p] = epoch
+    return tuple(after)

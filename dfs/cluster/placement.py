@@ -44,6 +44,9 @@ def draws(node_id: bytes) -> tuple[float, ...]:
     return tuple(-log((word + 0.5) * 2.0**-64) for word in unpack(f">{PARTITIONS}Q", raw))
 
 
+Calibrated = tuple[tuple[int, float], ...]  # (node number, weight as placement uses it)
+
+
 class Placer:
     """Placement of one role over a fixed set of candidates, given in the order of their numbers.
 
@@ -99,6 +102,14 @@ class Placer:
     def table(self, count: int) -> list[tuple[int, ...]]:
         """The first `count` choices of every partition."""
         return [self.place(partition, count) for partition in range(PARTITIONS)]
+
+
+def calibrate(
+    candidates: Sequence[Candidate], count: int, weights: Sequence[float]
+) -> tuple[list[tuple[int, ...]], list[float]]:
+    """A table and the weights it was made with, `weights` being those to start from."""
+    start = [c._replace(weight=w) for c, w in zip(candidates, weights, strict=True)]
+    return Placer(start).table(count), list(weights)
 
 
 class Balance(NamedTuple):

@@ -164,7 +164,7 @@ def test_every_flipped_byte_is_noticed():
 
 def test_a_newer_format_is_refused():
     data = bytearray(MAP.encode())
-    data[7] = 2
+    data[7] = 3
     with pytest.raises(WrongVersion, match="upgrade"):
         ClusterMap.decode(data)
 
