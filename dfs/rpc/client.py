@@ -17,7 +17,7 @@ import trio
 from outcome import Error, Value
 from trio.lowlevel import Task, reschedule
 
-from dfs.env import Buffer, Buffers
+from dfs.env import Buffer, Buffers, Priority
 from dfs.errors import (
     Busy,
     DeadlineExceeded,
@@ -30,6 +30,7 @@ from dfs.errors import (
     WrongCluster,
     WrongVersion,
 )
+from dfs.rpc.breaker import BRIEF, CLOSED, Breaker
 from dfs.rpc.timers import Timer, Timers
 from dfs.rpc.transport import Channel, connect, explain
 from dfs.wire.connection import Connection, Event, State
@@ -120,6 +121,7 @@ class Link:
         nursery: trio.Nursery,
         random: Random,
         counts: dict[str, int],
+        breaker: Breaker,
     ) -> None:
         """Not connected; `greet` makes the client side of a new connection."""
         self.address = address
@@ -129,6 +131,7 @@ class Link:
         self._nursery = nursery
         self._random = random
         self._counts = counts
+        self._breaker = breaker
         self._channel: Channel | None = None  # open and greeted
         self._running = False
         self._streams: dict[int, Pending] = {}
@@ -150,6 +153,7 @@ class Link:
             "held": len(self._held),
             "queued_bytes": channel.connection.queue.size if channel else 0,
             "failures": self._failures,
+            "breaker": self._breaker.state,
         }
 
     # -------------------------------------------------------------------------------- requests
@@ -161,6 +165,16 @@ class Link:
         pending.deadline = deadline = now + pending.timeout
         channel = self._channel
         wanted = not pending.cast
+        breaker = self._breaker
+        if (
+            breaker.state is not CLOSED
+            and pending.priority != Priority.HIGH
+            and (why := breaker.refuse(now))
+        ):
+            if wanted:
+                refused = Unreachable(f"{self.address} is left alone: {why}")
+                pending.timer = self._timers.at(now, self._fail, pending, refused)
+            return
         if channel is not None and not self._held and channel.connection.queue.size < QUEUE_LIMIT:
             self._send(channel, pending, now)
             if len(self._streams) <= FEW:
@@ -226,6 +240,8 @@ class Link:
             "" if pending.stream else "; it was not even sent: still connecting, or a full queue"
         )
         self.forget(pending)
+        if pending.timeout >= BRIEF:
+            self._breaker.failed(trio.current_time())
         pending.finish(
             DeadlineExceeded(
                 f"{pending.method} to {self.address}: no answer within {pending.timeout:g} s{state}"
@@ -271,7 +287,7 @@ class Link:
 
     async def _converse(self) -> DfsError:
         channel: Channel | None = None
-        opened = False
+        opened = silent = False
         why: DfsError = Unreachable(f"the connection to {self.address} ended")
         try:
             with trio.fail_after(CONNECT_TIMEOUT):
@@ -289,6 +305,7 @@ class Link:
                 while True:
                     self._handle(await channel.receive())
         except* trio.TooSlowError:
+            silent = True
             why = Unreachable(
                 f"cannot reach {self.address}: no answer within {CONNECT_TIMEOUT:g} s; check the "
                 "host, the network and its firewalls, and whether the node hangs"
@@ -311,6 +328,8 @@ class Link:
             self._failures += 1
             self._retry_at = trio.current_time() + pause
             self._counts["failures"] += 1
+        if opened or silent:  # a refused connection costs nobody anything; the back-off is enough
+            self._breaker.failed(trio.current_time())
         log.debug("%s: %s", self.address, why)
         return why
 
@@ -333,12 +352,16 @@ class Link:
 
     def _handle(self, events: list[Event]) -> None:
         streams, cancel = self._streams, self._timers.cancel
+        breaker = self._breaker
         for kind, stream, _, _, _, value, data in events:
             pending = streams.pop(stream, None)
             if pending is None or pending.timer is None:
                 self._counts["late"] += 1
                 continue
             cancel(pending.timer)
+            breaker.answers += 1
+            if breaker.state is not CLOSED:
+                breaker.answered(trio.current_time(), urgent=pending.priority == Priority.HIGH)
             if kind == REPLY:
                 pending.finish((value, data))
             elif kind == ERROR:

@@ -90,6 +90,7 @@ class RpcEndpoint:
             **self._counts,
             "server_bytes": self._budget.used,
             "timers": len(self._timers),
+            "breakers": self._pool.breakers() if self._pool else {},
             "links": self._pool.statistics() if self._pool else [],
         }
 

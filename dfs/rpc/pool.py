@@ -10,6 +10,7 @@ from typing import Any
 import trio
 
 from dfs.env import Priority
+from dfs.rpc.breaker import Breaker
 from dfs.rpc.client import Link
 from dfs.rpc.timers import Timers
 from dfs.wire.connection import Connection
@@ -37,6 +38,8 @@ class Pool:
             "random": random,
             "counts": counts,
         }
+        self._random = random
+        self._breakers: dict[str, Breaker] = {}  # one for both links: the peer is the same
         self._control: dict[str, Link] = {}
         self._bulk: dict[str, Link] = {}
 
@@ -46,8 +49,15 @@ class Pool:
         links = self._bulk if bulk else self._control
         link = links.get(address)
         if link is None:
-            links[address] = link = Link(address, bulk=bulk, **self._shared)
+            breaker = self._breakers.get(address)
+            if breaker is None:
+                breaker = self._breakers[address] = Breaker(self._random)
+            links[address] = link = Link(address, bulk=bulk, breaker=breaker, **self._shared)
         return link
+
+    def breakers(self) -> dict[str, dict[str, Any]]:
+        """State of the circuit breaker of every peer."""
+        return {address: b.statistics() for address, b in self._breakers.items()}
 
     def statistics(self) -> list[dict[str, Any]]:
         """State of every link."""
