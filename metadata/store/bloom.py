@@ -9,22 +9,37 @@ part of the table format and never changes.
 """
 
 from hashlib import blake2b
+from math import ceil
 from struct import Struct
+
+from dfs.env import Buffer
 
 BLOCK_BITS = 512
 BLOCK_BYTES = BLOCK_BITS // 8
-BITS_PER_KEY = 12
+BITS_PER_KEY = 12  # unless told otherwise; `filters` divides them among the levels
+
+DIGEST_BYTES = 12
 
 _unpack = Struct("<8BI").unpack
+_iter_unpack = Struct("<8BI").iter_unpack
 _LOW = tuple(1 << i for i in range(256))
 _HIGH = tuple(1 << i for i in range(256, 512))
 
 KeyHash = tuple[int, int]  # (chooses the block, mask within it)
 
 
+def digest(key: bytes) -> bytes:
+    """The 12 bytes that say everything a filter needs to know of a key."""
+    return blake2b(key, digest_size=DIGEST_BYTES).digest()
+
+
 def key_hash(key: bytes) -> KeyHash:
-    """What a filter needs to know of a key."""
-    a, b, c, d, e, f, g, h, n = _unpack(blake2b(key, digest_size=12).digest())
+    """The same, ready to test filters with."""
+    return _place(_unpack(blake2b(key, digest_size=DIGEST_BYTES).digest()))
+
+
+def _place(fields: tuple[int, ...]) -> KeyHash:
+    a, b, c, d, e, f, g, h, n = fields
     low = _LOW
     high = _HIGH
     return (
@@ -33,11 +48,12 @@ def key_hash(key: bytes) -> KeyHash:
     )
 
 
-def build(hashes: list[KeyHash]) -> bytes:
-    """Encoded filter of the keys."""
-    count = max(1, -(-len(hashes) * BITS_PER_KEY // BLOCK_BITS))
+def build(digests: Buffer, bits_per_key: float = BITS_PER_KEY) -> bytes:
+    """Encoded filter of keys, given their digests one after the other."""
+    keys = len(digests) // DIGEST_BYTES
+    count = max(1, ceil(keys * bits_per_key / BLOCK_BITS))
     blocks = [0] * count
-    for n, mask in hashes:
+    for n, mask in map(_place, _iter_unpack(digests)):
         blocks[n % count] |= mask
     return b"".join([b.to_bytes(BLOCK_BYTES, "little") for b in blocks])
 

@@ -36,6 +36,11 @@ class BlockCache:
         self.hits += 1
         return entry[1]
 
+    def peek(self, key: int) -> Any:
+        """The block, or None; counts and moves nothing."""
+        entry = self._young.get(key) or self._old.get(key)
+        return None if entry is None else entry[1]
+
     def put(self, key: int, size: int, block: Any) -> None:
         """Keep a block of about `size` bytes; one over half of the budget is not kept."""
         if size <= self._half:

@@ -7,68 +7,93 @@ not know yet; one that dies leaves garbage, no damage.
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from dfs.disk import disk_at
 from dfs.env import Disk
 from dfs.errors import Corrupt
-from metadata.store.manifest import Range
+from metadata.store.losses import Loss, in_ranges
 from metadata.store.memtable import Memtable, Value
-from metadata.store.table import Meta, Table, open_table, write_table
+from metadata.store.table import Meta, Table, open_table
+from metadata.store.tablewriter import write_table
 from metadata.store.wal import read_batches
 
 Result = tuple[tuple[Any, ...] | None, bytes | None]  # a table's Meta; the first key that is left
 
 
+class Target(NamedTuple):
+    """How a job writes its table."""
+
+    output: str  # name of the new file
+    block_bytes: int
+    compression: int
+    bits_per_key: float  # of the filter
+    expired: int  # what expires at this second or before is as good as deleted; 0: nothing
+    drop: bool  # nothing older exists: deletions hide nothing and are left out
+
+
 def flush_segments(
-    root: str,
-    prefix: str,
-    segments: Sequence[int],
-    output: str,
-    drop_tombstones: bool,
-    block_bytes: int,
-    compression: int,
+    root: str, prefix: str, segments: Sequence[int], target: tuple[Any, ...]
 ) -> Result:
     """Make a table of the batches in complete log segments; raises `Corrupt` for a bad record."""
     disk = disk_at(root)
     memtable = Memtable([])
     for batch in read_batches(disk, prefix, list(segments)):
         memtable.apply(batch)
-    return flush_memtable(disk, prefix, memtable, output, drop_tombstones, block_bytes, compression)
+    return flush_memtable(disk, prefix, memtable, target)
 
 
-def flush_memtable(
-    disk: Disk,
-    prefix: str,
-    memtable: Memtable,
-    output: str,
-    drop_tombstones: bool,
-    block_bytes: int,
-    compression: int,
-) -> Result:
+def flush_memtable(disk: Disk, prefix: str, memtable: Memtable, target: tuple[Any, ...]) -> Result:
     """Make a table of a memtable that nobody writes to."""
     data = memtable.data
     items = ((k, data[k]) for k in memtable.sorted_keys())
-    if drop_tombstones:
+    wanted = Target(*target)
+    if not memtable.expiring:
+        wanted = wanted._replace(expired=0)
+    return _write(disk, prefix, items, wanted)
+
+
+def _write(
+    disk: Disk,
+    prefix: str,
+    items: Iterator[tuple[bytes, Value]],
+    target: Target,
+    table_bytes: int = 1 << 62,
+) -> Result:
+    if target.expired:
+        items = bury(items, target.expired)
+    if target.drop:
         items = ((k, v) for k, v in items if v is not None)
-    meta, _ = write_table(
-        disk, f"{prefix}/{output}", items, block_bytes=block_bytes, compression=compression
+    meta, rest = write_table(
+        disk,
+        f"{prefix}/{target.output}",
+        items,
+        block_bytes=target.block_bytes,
+        compression=target.compression,
+        table_bytes=table_bytes,
+        bits_per_key=target.bits_per_key,
     )
-    return (None if meta is None else tuple(meta)), None
+    return (None if meta is None else tuple(meta)), rest
+
+
+def bury(items: Iterator[tuple[bytes, Value]], expired: int) -> Iterator[tuple[bytes, Value]]:
+    """Make deletions of what has expired: it must go on hiding older values of its key."""
+    for key, value in items:
+        if value.__class__ is tuple and value[1] <= expired:
+            yield key, None
+        else:
+            yield key, value
 
 
 def merge_tables(
     root: str,
     prefix: str,
-    runs: Sequence[tuple[Sequence[tuple[Any, ...]], Sequence[Range]]],
-    output: str,
+    runs: Sequence[tuple[Sequence[tuple[Any, ...]], Sequence[Loss]]],
     start: bytes,
-    drop_tombstones: bool,
-    block_bytes: int,
     table_bytes: int,
-    compression: int,
+    target: tuple[Any, ...],
 ) -> Result:
-    """Merge runs (tables, lost ranges), newest first, from key `start` on, into one table.
+    """Merge runs (tables, losses), newest first, from key `start` on, into one table.
 
     Stops when the table is full and says where to go on.  A key in a lost range of a newer run is
     left out: its newest value is unknown, an older one would be wrong.  A damaged input raises
@@ -76,31 +101,19 @@ def merge_tables(
     """
     disk = disk_at(root)
     cursors = []
-    for rank, (tables, lost) in enumerate(runs):
+    for rank, (tables, _) in enumerate(runs):
         metas = [Meta(*m) for m in tables]
         cursors.append(_Cursor(disk, prefix, [m for m in metas if m.last >= start], start))
-        newer = [r for _, ranges in runs[:rank] for r in ranges]
-        cursors[-1].skip = newer
-        del lost
+        cursors[-1].skip = [x for _, losses in runs[:rank] for x in losses]
     items = _merge(list(reversed(cursors)))
-    if drop_tombstones:
-        items = ((k, v) for k, v in items if v is not None)
-    meta, rest = write_table(
-        disk,
-        f"{prefix}/{output}",
-        items,
-        block_bytes=block_bytes,
-        compression=compression,
-        table_bytes=table_bytes,
-    )
-    return (None if meta is None else tuple(meta)), rest
+    return _write(disk, prefix, items, Target(*target), table_bytes)
 
 
 class _Cursor:
     """A place in one run, with the block at hand."""
 
     def __init__(self, disk: Disk, prefix: str, metas: list[Meta], start: bytes) -> None:
-        self.skip: list[Range] = []
+        self.skip: list[Loss] = []
         self.keys: list[bytes] = []
         self.values: list[Value] = []
         self.at = 0
@@ -135,11 +148,6 @@ class _Cursor:
         return True
 
 
-def in_ranges(key: bytes, ranges: Sequence[Range]) -> bool:
-    """Whether a key lies in any of the ranges."""
-    return any(start <= key < end for start, end in ranges)
-
-
 def _merge(cursors: list[_Cursor]) -> Iterator[tuple[bytes, Value]]:
     """Items of all cursors in key order; of equal keys the one of the last cursor (the newest).
 
@@ -167,29 +175,37 @@ def salvage_table(
     output: str,
     block_bytes: int,
     compression: int,
-) -> tuple[tuple[Any, ...] | None, tuple[Range, ...]]:
+    bits_per_key: float,
+) -> tuple[tuple[Any, ...] | None, tuple[Loss, ...]]:
     """Copy the intact blocks of a damaged table; returns the copy and the ranges that are lost."""
     disk = disk_at(root)
     meta = Meta(*table)
-    whole = ((meta.first, meta.last + b"\0"),)
+    whole = ((meta.first, meta.last + b"\0", meta.name),)
     try:
         source = open_table(disk, prefix, meta, 0)
         count = len(source.load().first_keys)
     except Corrupt:
         return None, whole
-    lost: list[Range] = []
+    lost: list[Loss] = []
 
     def intact() -> Iterator[tuple[bytes, Value]]:
-        for i in range(count):
+        for i in range(source.first_block(meta.first), count):
             try:
                 block = source.block(i)
             except Corrupt:
-                lost.append(source.range_of(i))
+                lost.append((*source.range_of(i), meta.name))
                 continue
-            yield from block.items()
+            for key, value in block.items():
+                if key >= meta.first:
+                    yield key, value
 
     copy, _ = write_table(
-        disk, f"{prefix}/{output}", intact(), block_bytes=block_bytes, compression=compression
+        disk,
+        f"{prefix}/{output}",
+        intact(),
+        block_bytes=block_bytes,
+        compression=compression,
+        bits_per_key=bits_per_key,
     )
     return (None if copy is None else tuple(copy)), tuple(lost)
 

@@ -9,44 +9,24 @@ Concurrency: everything runs on one loop; between awaits there is mutual exclusi
 await may come between the log append and the memtable: their order must be the same.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import trio
 
 from dfs.env import Env
-from dfs.errors import InvalidArgument
-from metadata.store import recovery
+from dfs.errors import DiskFull
+from metadata.store import expiry, recovery, report
+from metadata.store.losses import Loss, clip, union, without
 from metadata.store.maintenance import Maintenance
-from metadata.store.memtable import OVERHEAD, Memtable
-from metadata.store.options import MAX_BATCH, MAX_KEY, MAX_VALUE, StoreOptions
-from metadata.store.reader import Reader
-from metadata.store.state import State
+from metadata.store.memtable import Memtable
+from metadata.store.ops import Op, measure
+from metadata.store.options import StoreOptions
+from metadata.store.snapshot import SCAN_LIMIT, Item, Snapshot, bounds
+from metadata.store.state import OnLoss, State
 from metadata.store.wal import pack_batch
 
-Op = tuple[bytes, bytes | None]  # None: delete
-SCAN_LIMIT = 1000
 DEFAULTS = StoreOptions()
-
-
-class Snapshot:
-    """The state of a store at one moment; holds memory and disk space until it is dropped."""
-
-    __slots__ = ("_reader",)
-
-    def __init__(self, reader: Reader) -> None:
-        """Made by `Store.snapshot`."""
-        self._reader = reader
-
-    def get(self, key: bytes) -> bytes | None:
-        """See `Store.get`."""
-        return self._reader.get(key)
-
-    def scan(
-        self, prefix: bytes, after: bytes = b"", limit: int = SCAN_LIMIT
-    ) -> list[tuple[bytes, bytes]]:
-        """See `Store.scan`."""
-        return _scan(self._reader, prefix, after, limit)
 
 
 class Store:
@@ -57,9 +37,8 @@ class Store:
         self._state = state
         self._maintenance = Maintenance(state)
         self._rotating = trio.Lock()
-        self._tail_cut = tail_cut
-        self._user_bytes = 0
-        self._puts = 0
+        self._counts = report.Counts(tail_cut)
+        self.refuse_puts: Callable[[], bool] | None = None
 
     @classmethod
     async def open(cls, env: Env, prefix: str = "lsm", options: StoreOptions = DEFAULTS) -> Self:
@@ -70,6 +49,7 @@ class Store:
         loaded = await env.disk.run(recovery.load, env.disk, prefix, options)
         state = State(env, prefix, options, loaded)
         state.memtable.segments.append(await state.log.rotate())
+        await state.reserve.restore()
         return cls(state, loaded.cut)
 
     async def run(self) -> None:
@@ -85,35 +65,55 @@ class Store:
     async def batch(self, ops: Sequence[Op], *, sync: bool = True) -> None:
         """Apply puts and deletes atomically; with `sync` they are durable on return.
 
-        Later operations of a batch win over earlier ones.  Raises `InvalidArgument`, `DiskFull`
-        (nothing was applied), or `StoreFailed` (whether it is durable is unknown; the store takes
-        no more writes).  A cancelled batch may have been applied.
+        An operation is (key, value), (key, None) to delete, or (key, value, expires): such a key is
+        absent from that second since the epoch on.  Later operations of a batch win over earlier
+        ones.  Raises `InvalidArgument`, `DiskFull` (nothing was applied), or `StoreFailed` (whether
+        it is durable is unknown; the store takes no more writes).  A cancelled batch may have been
+        applied.
+
+        While `refuse_puts()` is true (a node sets it, to stop before its disk is full), or the
+        disk has been full and the reserve is not restored yet, batches with puts are refused with
+        `DiskFull`; deletes pass, and may use the reserve.
         """
-        size = 0
-        for key, value in ops:
-            if type(key) is not bytes or not 0 < len(key) <= MAX_KEY:
-                raise InvalidArgument(f"a key must be 1 to {MAX_KEY} bytes, not {key!r:.60}")
-            size += len(key)
-            if value is not None:
-                if type(value) is not bytes or len(value) > MAX_VALUE:
-                    raise InvalidArgument(f"value of {key[:40]!r}: not bytes, or over {MAX_VALUE}")
-                size += len(value)
-        if size + OVERHEAD * len(ops) > MAX_BATCH:
-            raise InvalidArgument(f"a batch of {size} bytes is over the limit of {MAX_BATCH}")
+        pairs, size, puts = measure(ops)
         state = self._state
+        if puts and (state.reserve.missing or (self.refuse_puts and self.refuse_puts())):
+            raise DiskFull(
+                f"{state.env.disk.path(state.prefix)}: the disk is nearly full, only deletes are "
+                "taken; delete data or add capacity"
+            )
         if state.memtable.bytes >= state.options.memtable_bytes:
-            await self._make_room()
-        if ops:
-            state.log.append(pack_batch(ops))
-            state.memtable.apply(ops)
-            self._user_bytes += size
-            self._puts += len(ops)
+            await self._retried(self._make_room)
+        if pairs:
+            payload = pack_batch(pairs)
+            try:
+                state.log.append(payload)
+            except DiskFull:
+                if puts or not await state.reserve.release():
+                    raise
+                state.log.append(payload)
+            state.memtable.apply(pairs)
+            self._counts.user_bytes += size
+            self._counts.ops += len(pairs)
         if sync:
             await state.log.sync()
+
+    async def put(self, key: bytes, value: bytes, *, ttl: float) -> None:
+        """Write one value durably that is absent `ttl` seconds from now, by this node's clock."""
+        await self.batch([(key, value, expiry.after(self._state.env.clock, ttl))])
 
     async def sync(self) -> None:
         """Return when everything that reads see is durable; free when it is already."""
         await self._state.log.sync()
+
+    async def _retried(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do it, on a full disk once more with the space of the reserve."""
+        try:
+            await work()
+        except DiskFull:
+            if not await self._state.reserve.release():
+                raise
+            await work()
 
     async def _make_room(self) -> None:
         s = self._state
@@ -136,6 +136,9 @@ class Store:
 
     async def flush(self) -> None:
         """Put everything that is in memory into tables."""
+        await self._retried(self._flush)
+
+    async def _flush(self) -> None:
         async with self._rotating:
             if self._state.memtable.data:
                 await self._freeze()
@@ -145,11 +148,24 @@ class Store:
     async def compact(self) -> None:
         """Flush, salvage what is damaged, and merge everything into one run."""
         await self.flush()
-        await self._maintenance.merge_all()
+        await self._retried(self._maintenance.merge_all)
 
     async def verify(self) -> list[str]:
         """Read every table completely; returns what is wrong, which is then quarantined."""
         return await self._maintenance.verify()
+
+    async def verify_step(self) -> bool:
+        """Like `verify` for the table after `verify_cursor`; True when a round is complete."""
+        return await self._maintenance.verify_step()
+
+    @property
+    def verify_cursor(self) -> str:
+        """Where the next `verify_step` goes on; set it to resume a round after a restart."""
+        return self._maintenance.verify_cursor
+
+    @verify_cursor.setter
+    def verify_cursor(self, cursor: str) -> None:
+        self._maintenance.verify_cursor = cursor
 
     # -- reads
 
@@ -163,19 +179,44 @@ class Store:
         return [get(key) for key in keys]
 
     def scan(
-        self, prefix: bytes, after: bytes = b"", limit: int = SCAN_LIMIT
-    ) -> list[tuple[bytes, bytes]]:
+        self,
+        prefix: bytes,
+        after: bytes = b"",
+        limit: int = SCAN_LIMIT,
+        *,
+        end: bytes = b"",
+        skip_lost: bool = False,
+    ) -> list[Item]:
         """Up to `limit` items whose keys start with `prefix` and are greater than key `after`.
 
-        Raises `Corrupt` when damage hides any of the range.
+        They are below key `end` if that is given.  Raises `Corrupt` when damage hides any of the
+        part that was looked at; with `skip_lost` goes around, see `lost`.
         """
-        return _scan(self._state.reader, prefix, after, limit)
+        start, stop = bounds(prefix, after, end)
+        return self._state.reader.scan(start, stop, limit, skip_lost=skip_lost)
+
+    def iterate(
+        self,
+        prefix: bytes = b"",
+        after: bytes = b"",
+        end: bytes = b"",
+        *,
+        skip_lost: bool = False,
+    ) -> Iterator[Item]:
+        """All such items on a snapshot of now, whatever is written meanwhile; see `scan`.
+
+        Holds one block per run in memory, and the snapshot until it is exhausted or dropped.
+        """
+        return self.snapshot().iterate(prefix, after, end, skip_lost=skip_lost)
 
     def snapshot(self) -> Snapshot:
-        """A consistent view of now; costs a copy of the memtable's dict."""
+        """A consistent view of now; costs a copy of the memtable's dict if there were writes.
+
+        Raises `Busy` when open snapshots hold more memory than `snapshot_bytes`.
+        """
         return Snapshot(self._state.snapshot())
 
-    # -- what operators see
+    # -- damage
 
     @property
     def quarantined(self) -> list[str]:
@@ -187,60 +228,42 @@ class Store:
         """What went wrong since the store was opened."""
         return list(self._state.errors)
 
-    def accept_losses(self) -> int:
-        """Let lost keys read as absent or older from now on; returns how many ranges that frees.
+    def lost(self, first: bytes = b"", last: bytes | None = None) -> list[Loss]:
+        """What damage hides of the keys in [first, last): (first key, end, table), ascending.
 
-        For operators, after the data was restored from replicas or given up.  Lasting with the
-        next flush or merge.
+        Keys that were written again since are listed too; they read well.  None is the end of the
+        key space; an empty table name means that the damage is older than the record of names.
+        """
+        return sorted(union(clip((x for r in self._state.runs for x in r.lost), first, last)))
+
+    def accept_losses(self, first: bytes = b"", last: bytes | None = None) -> int:
+        """Let lost keys in [first, last) read as absent or older; returns how many ranges.
+
+        For whoever has restored the data from replicas, or gives it up.  Durable with the next
+        change of the manifest, which `run` makes soon.
         """
         count = 0
         for run in self._state.runs:
-            count += len(run.lost)
-            run.lost = ()
+            count += len(clip(run.lost, first, last))
+            run.lost = without(run.lost, first, last)
+        if count:
+            self._state.changed = True
+            self._state.wake()
         return count
+
+    def on_damage(self, listener: OnLoss) -> None:
+        """Call `listener(first key, end, table)` for every loss found from now on.
+
+        It runs in the middle of a read, so it must only take note; `lost` has the earlier ones.
+        """
+        self._state.listeners.append(listener)
+
+    # -- what operators see
 
     def statistics(self) -> dict[str, Any]:
         """Sizes in bytes and counts since the store was opened."""
-        s = self._state
-        tables = [t for r in s.runs for t in r.tables]
-        stored = sum(t.meta.size for t in tables)
-        cache = s.cache.statistics()
-        return {
-            "bytes": stored,
-            "plain_bytes": sum(t.meta.plain for t in tables),
-            "entries": sum(t.meta.entries for t in tables),
-            "tombstones": sum(t.meta.tombstones for t in tables),
-            "tables": len(tables),
-            "runs": len(s.runs),
-            "levels": 1 + max((r.level for r in s.runs), default=-1),
-            "memtable_bytes": s.memtable.bytes + sum(m.bytes for m in s.frozen),
-            "frozen": len(s.frozen),
-            "index_bytes": s.indexes.bytes,
-            "cache_bytes": cache["bytes"],
-            "cache_hits": cache["hits"],
-            "cache_misses": cache["misses"],
-            "filtered": sum(t.filtered for t in tables),
-            "searched": sum(t.searched for t in tables),
-            "puts": self._puts,
-            "user_bytes": self._user_bytes,
-            "flushes": self._maintenance.flushes,
-            "merges": self._maintenance.merges,
-            "write_amplification": (self._user_bytes + s.table_bytes_written)
-            / max(1, self._user_bytes),
-            "syncs": s.log.statistics()["syncs"],
-            "sync_calls": s.log.statistics()["calls"],
-            "tail_cut": self._tail_cut,
-            "lost_ranges": sum(len(r.lost) for r in s.runs),
-            "quarantined": len(s.quarantined),
-        }
+        return report.statistics(self._state, self._maintenance, self._counts)
 
-
-def _scan(reader: Reader, prefix: bytes, after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
-    start = max(prefix, after + b"\0") if after else prefix
-    return reader.scan(start, prefix_end(prefix), limit)
-
-
-def prefix_end(prefix: bytes) -> bytes:
-    """The first key after all keys with the prefix; empty if there is none."""
-    stripped = prefix.rstrip(b"\xff")
-    return stripped[:-1] + bytes([stripped[-1] + 1]) if stripped else b""
+    def lsm(self) -> dict[str, Any]:
+        """The tree as `dfs kv lsm` shows it, in values of `dfs.codec`; see `report.lsm`."""
+        return report.lsm(self._state, self._maintenance, self._counts)

@@ -3,7 +3,8 @@
     "dfs-man\\0" | version u32 | crc32 of the payload u32 | payload
 
 The payload is the MessagePack tuple of `Manifest`'s fields.  It is replaced atomically on every
-flush and compaction; whatever it does not name is garbage of an interrupted job.
+flush and compaction; whatever it does not name is garbage of an interrupted job.  Version 1, which
+is still read, has losses without the table's name and tables without what expires.
 """
 
 import struct
@@ -13,13 +14,12 @@ from dfs.codec import pack, unpack
 from dfs.env import Disk
 from dfs.errors import Corrupt, RemoteProtocolError
 from dfs.hashing import crc32
+from metadata.store.losses import Loss
 from metadata.store.table import Meta
 
 MAGIC = b"dfs-man\0"
-VERSION = 1
+VERSION = 2
 _HEADER = struct.Struct("<8sII")
-
-Range = tuple[bytes, bytes]  # [start, end) of keys
 
 
 class RunMeta(NamedTuple):
@@ -27,7 +27,7 @@ class RunMeta(NamedTuple):
 
     level: int
     tables: tuple[Meta, ...]
-    lost: tuple[Range, ...]  # keys that damaged blocks of this run may have held
+    lost: tuple[Loss, ...]  # keys that damaged blocks of this run may have held
 
 
 class Manifest(NamedTuple):
@@ -54,7 +54,7 @@ def decode(data: bytes, path: str) -> Manifest:
     payload = data[_HEADER.size :]
     if magic != MAGIC:
         raise Corrupt(f"{path} is no manifest; treat this data directory as a lost disk")
-    if version != VERSION:
+    if version not in (1, VERSION):
         raise Corrupt(f"{path} has format version {version}, this is {VERSION}: wrong dfs version?")
     if crc != crc32(payload):
         raise Corrupt(f"{path} is damaged; treat this data directory as a lost disk")
@@ -67,7 +67,11 @@ def decode(data: bytes, path: str) -> Manifest:
         first_segment,
         first_base,
         tuple(
-            RunMeta(level, tuple(Meta(*meta) for meta in tables), lost)
+            RunMeta(
+                level,
+                tuple(Meta(*meta) for meta in tables),
+                tuple((*loss, "") if version == 1 else loss for loss in lost),
+            )
             for level, tables, lost in runs
         ),
         quarantined,

@@ -11,9 +11,7 @@ MAX_BATCH = 48 << 20  # bytes of keys and values; a log record is decoded in one
 
 @dataclass(frozen=True, slots=True)
 class StoreOptions:
-    """Sizes in bytes.  Together they bound the memory of a store to about
-    `memtable_bytes * (max_frozen + 2) + cache_bytes + index_bytes`.
-    """
+    """Sizes in bytes.  Together they bound the memory of a store, see `memory_bytes`."""
 
     memtable_bytes: int = 8 << 20  # keys, values and overhead before a memtable is frozen
     max_frozen: int = 4  # frozen memtables that may wait for their flush before writers wait
@@ -23,6 +21,11 @@ class StoreOptions:
     max_runs: int = 24  # runs at which writers wait for compaction
     cache_bytes: int = 32 << 20  # decoded blocks
     index_bytes: int = 64 << 20  # block indexes and filters of tables
+    snapshot_bytes: int = 64 << 20  # memtables that only snapshots still hold
+    reserve_bytes: int = (
+        0  # disk space set aside for deletes and merges on a full disk, see `reserve`
+    )
+    expiry_grace: int = 3600  # seconds after its expiry before a merge may destroy a value
     compression: int = 1  # zstd level; 0 stores blocks plain
     background: bool = True  # False: `run` only flushes and repairs, nothing is merged
 
@@ -30,3 +33,9 @@ class StoreOptions:
         """Refuse what cannot work."""
         if self.fanout < 2 or self.max_frozen < 1 or self.max_runs <= self.fanout:
             raise ConfigError(f"store options out of range: {self}")
+
+    @property
+    def memory_bytes(self) -> int:
+        """What memtables, snapshots, cache, indexes and filters take together, at most."""
+        memtables = self.memtable_bytes * (self.max_frozen + 2)
+        return memtables + self.snapshot_bytes + self.cache_bytes + self.index_bytes

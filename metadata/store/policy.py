@@ -3,7 +3,8 @@
 Runs are ordered newest first and their levels never fall along that order.  When a level has
 `fanout` runs they become one run of the next level, so a byte is rewritten about
 log_fanout(size / memtable) times.  Deletions disappear when a merge includes the oldest run; when
-more than a quarter of all entries are deletions everything is merged.
+more than a quarter of all entries are deletions (or expired, which comes to the same) everything is
+merged.
 """
 
 from collections.abc import Sequence
@@ -37,11 +38,16 @@ class Plan(NamedTuple):
     level: int
 
 
+def everything(runs: Sequence[Sized]) -> Plan:
+    """Merge all runs into one."""
+    return Plan(0, len(runs), max(r.level for r in runs))
+
+
 def pick(runs: Sequence[Sized], fanout: int) -> Plan | None:
     """The next merge, None if there is nothing to do."""
     tombstones = sum(r.tombstones for r in runs)
     if tombstones > FEW and tombstones * TOMBSTONE_SHARE > sum(r.entries for r in runs):
-        return Plan(0, len(runs), max(r.level for r in runs))
+        return everything(runs)
     start = 0
     while start < len(runs):
         end = start

@@ -12,16 +12,19 @@ ends the loss for that key.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from weakref import ref
 
 from dfs.errors import Corrupt
+from metadata.store import iterate
 from metadata.store.bloom import key_hash
 from metadata.store.cache import BlockCache
-from metadata.store.manifest import Range, RunMeta
-from metadata.store.memtable import Memtable, Value
+from metadata.store.iterate import CHUNK, Item
+from metadata.store.losses import Loss
+from metadata.store.manifest import RunMeta
+from metadata.store.memtable import Memtable
 from metadata.store.table import MISSING, Index, Table
-
-SLICE = 256  # items read at once from each source of a scan
 
 
 class Run:
@@ -29,7 +32,7 @@ class Run:
 
     __slots__ = ("first_keys", "level", "lost", "tables")
 
-    def __init__(self, level: int, tables: Sequence[Table], lost: tuple[Range, ...]) -> None:
+    def __init__(self, level: int, tables: Sequence[Table], lost: tuple[Loss, ...]) -> None:
         """Of open tables."""
         self.level = level
         self.tables = tuple(tables)
@@ -42,43 +45,54 @@ class Run:
 
     def is_lost(self, start: bytes, end: bytes) -> bool:
         """Whether a lost range touches [start, end); an empty end is the end of the key space."""
-        return any(a < end or not end for a, b in self.lost if b > start)
+        return any(a < end or not end for a, b, _ in self.lost if b > start)
 
 
 OnDamage = Callable[[Run, Table, int | None, Corrupt], None]  # block index, None: the whole table
 
 
 class IndexBudget:
-    """Bounds the memory of loaded indexes and filters: the one loaded first goes first."""
+    """Bounds the memory of loaded indexes and filters: the one loaded first goes first.
+
+    Holds tables weakly: one that no reader holds any more takes its index along.
+    """
 
     __slots__ = ("_budget", "_loaded", "bytes")
 
     def __init__(self, budget: int) -> None:
         """At most `budget` bytes, but always the one in use."""
         self._budget = budget
-        self._loaded: dict[Table, int] = {}
+        self._loaded: dict[ref[Table], int] = {}
         self.bytes = 0
 
     def load(self, table: Table) -> Index:
         """Load a table's index, and drop others'; raises `Corrupt`."""
+        if table.index is not None:
+            return table.index
         index = table.load()
-        self._loaded[table] = index.size
+        self._loaded[ref(table, self._gone)] = index.size
         self.bytes += index.size
         while self.bytes > self._budget and len(self._loaded) > 1:
             oldest = next(iter(self._loaded))
-            self.forget(oldest)
+            other = oldest()
+            self._gone(oldest)
+            if other is not None:
+                other.index = None
         return index
+
+    def _gone(self, table: "ref[Table]") -> None:
+        self.bytes -= self._loaded.pop(table, 0)
 
     def forget(self, table: Table) -> None:
         """Drop a table's index."""
-        self.bytes -= self._loaded.pop(table, 0)
+        self._gone(ref(table))
         table.index = None
 
 
 class Reader:
     """Point reads and scans over sources, newest first."""
 
-    __slots__ = ("_cache", "_damaged", "_indexes", "memtables", "runs")
+    __slots__ = ("_cache", "_damaged", "_indexes", "_now", "memtables", "runs")
 
     def __init__(
         self,
@@ -87,19 +101,26 @@ class Reader:
         cache: BlockCache,
         indexes: IndexBudget,
         damaged: OnDamage,
+        now: Callable[[], int],
     ) -> None:
-        """`damaged` is told of every bad block before the read raises."""
+        """`damaged` is told of every bad block before the read raises; `now` decides what expired.
+
+        `now` returns seconds since the epoch and is asked only when there is an expiry to judge.
+        """
         self.memtables = tuple(memtables)
         self.runs = tuple(runs)
         self._cache = cache
         self._indexes = indexes
         self._damaged = damaged
+        self._now = now
 
     def get(self, key: bytes) -> bytes | None:
         """The value, None if absent or deleted; raises `Corrupt` when it is lost."""
         for memtable in self.memtables:
-            if key in memtable.data:
-                return memtable.data[key]
+            data = memtable.data
+            if key in data:
+                value = data[key]
+                return self._alive(value) if isinstance(value, tuple) else value
         hashed = None
         for run in self.runs:
             i = bisect_right(run.first_keys, key) - 1
@@ -115,8 +136,7 @@ class Reader:
                     except Corrupt as e:
                         raise self._report(run, table, e) from e
                     if value is not MISSING:
-                        found: bytes | None = value
-                        return found
+                        return self._alive(value) if isinstance(value, tuple) else value
             if run.lost and run.is_lost(key, key + b"\0"):
                 raise Corrupt(f"the newest value of key {key[:40]!r} was in a damaged table")
         return None
@@ -126,57 +146,48 @@ class Reader:
         self._damaged(run, table, number, error)
         return Corrupt(f"{error}; the table is quarantined")
 
-    def scan(self, start: bytes, end: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+    def _alive(self, value: Any) -> bytes | None:
+        """The bytes of a value that expires, None if it has."""
+        data: bytes
+        data, expires = value
+        return data if expires > self._now() else None
+
+    def scan(
+        self, start: bytes, end: bytes, limit: int, *, skip_lost: bool = False
+    ) -> list[tuple[bytes, bytes]]:
         """Up to `limit` items in [start, end), ascending, without deleted ones.
 
         An empty `end` is the end of the key space.  Raises `Corrupt` when any item of the part
-        that was looked at may be lost.
+        that was looked at may be lost; with `skip_lost` those are left out.
         """
         result: list[tuple[bytes, bytes]] = []
-        while len(result) < limit:
-            want = min(SLICE, limit - len(result))
-            merged: dict[bytes, Value] = {}
-            bound: bytes | None = None  # up to here every source has told all it knows
-            for run in reversed(self.runs):
-                items, last = self._slice(run, start, end, want)
-                merged.update(items)
-                if last is not None and (bound is None or last < bound):
-                    bound = last
-            for memtable in reversed(self.memtables):
-                items, more = memtable.slice(start, end, want)
-                merged.update(items)
-                if more and (bound is None or items[-1][0] < bound):
-                    bound = items[-1][0]
-            told = end if bound is None else bound + b"\0"
-            if any(run.lost and run.is_lost(start, told) for run in self.runs):
-                raise Corrupt(f"items from {start[:40]!r} on were in a damaged table")
-            for key in sorted(merged):
-                if bound is not None and key > bound:
+        if limit > 0:
+            for stretch in self.stretches(start, end, limit, skip_lost=skip_lost, keep=True):
+                result += stretch
+                if len(result) >= limit:
                     break
-                value = merged[key]
-                if value is not None:
-                    result.append((key, value))
-            if bound is None:
-                break
-            start = told
-        del result[limit:]
+        del result[max(0, limit) :]
         return result
 
-    def _slice(
-        self, run: Run, start: bytes, end: bytes, want: int
-    ) -> tuple[list[tuple[bytes, Value]], bytes | None]:
-        """Items of one run from `start` on; the last of their keys if there may be more."""
-        items: list[tuple[bytes, Value]] = []
-        for table in run.tables[max(0, bisect_right(run.first_keys, start) - 1) :]:
-            if end and table.meta.first >= end:
-                break
-            try:
-                if table.index is None:
-                    self._indexes.load(table)
-                found, more = table.slice(start, end, want - len(items), self._cache)
-            except Corrupt as e:
-                raise self._report(run, table, e) from e
-            items += found
-            if len(items) >= want:
-                return items, items[-1][0] if more or table is not run.tables[-1] else None
-        return items, None
+    def stretches(
+        self,
+        start: bytes,
+        end: bytes,
+        want: int = CHUNK,
+        *,
+        skip_lost: bool = False,
+        keep: bool = False,
+    ) -> Iterator[list[Item]]:
+        """Like `scan` without a limit, piece by piece; `keep`: the blocks go to the cache."""
+        return iterate.stretches(
+            self.memtables,
+            self.runs,
+            start,
+            end,
+            fetch=(iterate.caching if keep else iterate.passing)(self._cache),
+            load=self._indexes.load,
+            report=self._report,
+            now=self._now(),
+            want=want,
+            skip_lost=skip_lost,
+        )

@@ -54,7 +54,7 @@ def load(disk: Disk, prefix: str, options: StoreOptions) -> Loaded:
                 tables.append(open_table(disk, prefix, meta, table_number(meta.name)))
             except Corrupt as e:
                 missing.append((meta.name, str(e)))
-                lost = (*lost, (meta.first, meta.last + b"\0"))
+                lost = (*lost, (meta.first, meta.last + b"\0", meta.name))
         runs.append(Run(run.level, tables, lost))
 
     first = manifest.first_segment

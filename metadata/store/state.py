@@ -4,22 +4,28 @@ All of it is changed on the loop, between awaits.  `commit` is the only writer o
 """
 
 from collections.abc import Callable, Sequence
+from weakref import WeakSet, ref
 
 import trio
 
 from dfs.env import Env
-from dfs.errors import Corrupt, StoreFailed
+from dfs.errors import Busy, Corrupt, StoreFailed
+from metadata.store import expiry
 from metadata.store import manifest as manifests
 from metadata.store.cache import BlockCache
-from metadata.store.manifest import Manifest, Range
+from metadata.store.losses import Loss
+from metadata.store.manifest import Manifest
 from metadata.store.memtable import Memtable
 from metadata.store.options import StoreOptions
 from metadata.store.reader import IndexBudget, Reader, Run
 from metadata.store.recovery import Loaded
-from metadata.store.table import Table
+from metadata.store.reserve import Reserve
+from metadata.store.table import FilterReads, Table
 from metadata.store.wal import Log
 
 MAX_ERRORS = 100  # texts kept
+
+OnLoss = Callable[[bytes, bytes, str], None]  # first key, end of the range, table
 
 
 class State:
@@ -41,17 +47,36 @@ class State:
         self.first_base = loaded.manifest.first_base
         self.quarantined: list[str] = list(loaded.manifest.quarantined)
         self.errors: list[str] = []
-        self.damaged: dict[str, list[Range]] = {}  # tables to salvage, ranges suspected lost
+        self.damaged: dict[str, list[Loss]] = {}  # tables to salvage, ranges suspected lost
+        self.listeners: list[OnLoss] = []
         self.table_bytes_written = 0
+        self.reserve = Reserve(env.disk, prefix, options.reserve_bytes)
+        self.reads: dict[int, FilterReads] = {}  # by level
+        self.changed = False  # the manifest is behind what is in memory
+        self.retired: WeakSet[Table] = WeakSet()  # removed, but readers still hold them
+        self._held: WeakSet[Memtable] = WeakSet()  # copies, and flushed ones; readers hold them
+        self._copy: tuple[ref[Memtable], Memtable, int] | None = None  # the last copy, of what
         self._lock = trio.Lock()
         self._work = trio.Event()
+        self._count_reads()
         self.reader = self._reader()
         for name, why in loaded.missing:
             self.quarantine(name, why)
 
+    def now(self) -> int:
+        """Seconds since the epoch, as this node's clock tells them."""
+        return expiry.seconds(self.env.clock)
+
     def _reader(self) -> Reader:
         memtables = (self.memtable, *self.frozen)
-        return Reader(memtables, self.runs, self.cache, self.indexes, self.on_damage)
+        return Reader(memtables, self.runs, self.cache, self.indexes, self.on_damage, self.now)
+
+    def _count_reads(self) -> None:
+        """Let tables count their reads for the level they are in."""
+        for run in self.runs:
+            reads = self.reads.setdefault(run.level, FilterReads())
+            for table in run.tables:
+                table.reads = reads
 
     def refresh(self) -> None:
         """Read from the present memtables and runs from now on, and look for work."""
@@ -59,9 +84,35 @@ class State:
         self.wake()
 
     def snapshot(self) -> Reader:
-        """A reader of the state of now that later writes do not change."""
-        memtables = (self.memtable.copy(), *self.frozen)
-        return Reader(memtables, self.runs, self.cache, self.indexes, self.on_damage)
+        """A reader of the state of now that later writes, merges and the clock do not change.
+
+        Raises `Busy` when snapshots hold more than `snapshot_bytes` of memory.
+        """
+        held = self.snapshot_bytes()
+        if held > self.options.snapshot_bytes:
+            raise Busy(
+                f"open snapshots hold {held} bytes of memory, over the limit of "
+                f"{self.options.snapshot_bytes}; close some"
+            )
+        memtables = (self._copied(), *self.frozen)
+        now = self.now()
+        return Reader(memtables, self.runs, self.cache, self.indexes, self.on_damage, lambda: now)
+
+    def _copied(self) -> Memtable:
+        """A copy of the memtable, the last one if nothing was written since."""
+        at = self.log.written
+        if self._copy is not None and self._copy[1] is self.memtable and self._copy[2] == at:
+            last = self._copy[0]()
+            if last is not None:
+                return last
+        copy = self.memtable.copy()
+        self._held.add(copy)
+        self._copy = ref(copy), self.memtable, at
+        return copy
+
+    def snapshot_bytes(self) -> int:
+        """Memory that only snapshots hold."""
+        return sum([m.bytes for m in self._held])
 
     # -- work for the background
 
@@ -91,13 +142,21 @@ class State:
     def on_damage(self, run: Run, table: Table, block: int | None, error: Corrupt) -> None:
         """A read met a bad block (None: the whole table): its keys are lost from now on."""
         meta = table.meta
-        lost = (meta.first, meta.last + b"\0") if block is None else table.range_of(block)
+        first, last = (meta.first, meta.last + b"\0") if block is None else table.range_of(block)
+        lost = first, last, meta.name
         suspected = self.damaged.setdefault(meta.name, [])
         if lost not in run.lost:
             run.lost = (*run.lost, lost)
             suspected.append(lost)
+            self.tell([lost])
         self.quarantine(meta.name, str(error))
         self.wake()
+
+    def tell(self, losses: Sequence[Loss]) -> None:
+        """Tell the listeners of new losses."""
+        for loss in losses:
+            for listener in self.listeners:
+                listener(*loss)
 
     # -- changes of the manifest
 
@@ -136,10 +195,13 @@ class State:
                 self.log.failed = e
                 raise
             # No await from here on: readers see all of the change or nothing.
+            self.changed = any(r.lost != m.lost for r, m in zip(runs, manifest.runs, strict=True))
             self.runs = runs
+            self._count_reads()
             self.first_segment, self.first_base = first, base
             if flushed is not None:
                 self.frozen.remove(flushed)
+                self._held.add(flushed)
             self.refresh()
 
     async def remove(self, names: Sequence[str]) -> None:

@@ -22,9 +22,10 @@ from dfs.env import Disk, DiskFile
 from dfs.errors import Corrupt, DiskFull, RemoteProtocolError, StoreFailed
 from dfs.groupsync import GroupSync
 from dfs.hashing import crc32
+from metadata.store.memtable import Value
 
 MAGIC = b"dfs-wal\0"
-VERSION = 1
+VERSION = 2  # 1, which is still read, has no values that expire
 _SEGMENT = struct.Struct("<8sIIQ")  # magic, version, number, base
 _RECORD = struct.Struct("<4sIQ")  # magic, length, durable; then the crc
 _CRC = struct.Struct("<I")
@@ -44,8 +45,11 @@ def encode_segment_header(number: int, base: int) -> bytes:
     return head + _CRC.pack(crc32(head))
 
 
-def pack_batch(ops: Sequence[tuple[bytes, bytes | None]]) -> bytes:
-    """Payload of the record of a batch: the MessagePack array of its (key, value or nil)."""
+def pack_batch(ops: Sequence[tuple[bytes, Value]]) -> bytes:
+    """Payload of the record of a batch: the MessagePack array of its (key, value).
+
+    A deletion's value is nil, one that expires is the pair (bytes, seconds since the epoch).
+    """
     return pack(ops)
 
 
@@ -171,7 +175,7 @@ class Recovered:
     number: int
     base: int
     end: int  # position after the last good record
-    batches: list[tuple[tuple[bytes, bytes | None], ...]]
+    batches: list[tuple[tuple[bytes, Value], ...]]
     bad: str  # why the replay of this segment ended early; empty: it did not
     proof: int  # highest `durable` of any intact record, the ones after the bad place included
 
@@ -189,7 +193,7 @@ def read_segment(data: bytes, number: int, expected: int | None) -> Recovered:
     if magic != MAGIC or crc != crc32(data[: _SEGMENT.size]) or stored != number:
         proof = max(_proof(data, 0, number), _proof(data, 0, stored))
         return Recovered(number, base, base, [], "a damaged header", proof)
-    if version != VERSION:
+    if version not in (1, VERSION):
         raise Corrupt(f"log segment {number} has format version {version}, this is {VERSION}")
     at = SEGMENT_HEADER
     proof = 0

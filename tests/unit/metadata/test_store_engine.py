@@ -12,9 +12,10 @@ from dfs.errors import ConfigError, Corrupt, DfsError, DiskFull, InvalidArgument
 from dfs.rpc.processes import WorkerProcesses
 from dfs.testing.disk import SimDisk
 from dfs.testing.processes import SimProcesses
-from metadata.store.engine import Store, prefix_end
+from metadata.store.engine import Store
 from metadata.store.options import MAX_KEY, MAX_VALUE, StoreOptions
 from metadata.store.policy import Plan, pick
+from metadata.store.snapshot import prefix_end
 
 SMALL = StoreOptions(
     memtable_bytes=8000, block_bytes=500, table_bytes=4000, fanout=3, cache_bytes=20000

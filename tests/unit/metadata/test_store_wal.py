@@ -202,7 +202,7 @@ async def test_a_newer_version_is_refused():
     disk = make_disk()
     await written(disk, (2,))
     file = disk.open(wal.segment_name("d", 1))
-    head = file.pread(8, 0) + b"\2" + file.pread(15, 9)
+    head = file.pread(8, 0) + b"\3" + file.pread(15, 9)
     file.pwrite(head + wal.crc32(head).to_bytes(4, "little"), 0)
-    with pytest.raises(Corrupt, match="version 2"):
+    with pytest.raises(Corrupt, match="version 3"):
         replay(disk)
