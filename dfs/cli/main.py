@@ -24,6 +24,7 @@ COMMANDS = {
     "mv": ("dfs.cli.file_cmd", "mv", "Rename within a volume."),
     "rm": ("dfs.cli.file_cmd", "rm", "Remove files or directories of a volume."),
     "du": ("dfs.cli.file_cmd", "du", "Add up the sizes below a directory."),
+    "kv": ("dfs.cli.kv_cmd", "kv", "Read and write the cluster's key-value store."),
     "mount": ("dfs.cli.mount_cmd", "mount", "Mount a volume on a directory."),
     "umount": ("dfs.cli.mount_cmd", "umount", "Unmount a directory."),
     "fsck": ("dfs.cli.check_cmd", "fsck", "Check a volume: tree, links, usage, chunk copies."),

@@ -1,0 +1,282 @@
+"""`dfs kv`: the registers of a cluster, from the command line."""
+
+import base64
+import binascii
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from dfs.cli.context import (
+    cluster_file,
+    cluster_option,
+    count,
+    echo_json,
+    human_size,
+    json_option,
+    patience,
+    standard_stream,
+    writing_stdout,
+)
+from dfs.cli.context import run as run_async
+from dfs.errors import InvalidArgument, NotFound
+
+if TYPE_CHECKING:
+    from dfs.client.kv import KV, Entry
+
+F = TypeVar("F", bound=Callable[..., Any])
+_NUMBERS = {
+    "n": "Replicas that take part.",
+    "r": "Answers a read needs.",
+    "w": "Durable copies a write needs.",
+    "pr": "Answers of homes a read needs.",
+    "pw": "Durable copies on homes a write needs.",
+}
+
+
+def _options(*names: str) -> Callable[[F], F]:
+    """Add --level, the numbers that matter to a command, and --eventual."""
+
+    def add(command: F) -> F:
+        command = click.option(
+            "--eventual",
+            is_flag=True,
+            help="Allow R + W <= N, and do not wait for repair: reads may be old.",
+        )(command)
+        for name in reversed(names):
+            command = click.option(f"--{name}", type=click.IntRange(0), help=_NUMBERS[name])(
+                command
+            )
+        levels = click.Choice(["one", "quorum", "all", "local-quorum", "each-zone"])
+        return click.option("--level", type=levels, help="How many replicas. [default: quorum]")(
+            command
+        )
+
+    return add
+
+
+def _chosen(options: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value for name, value in options.items() if value is not None and value is not False
+    }
+
+
+@click.group()
+def kv() -> None:
+    """Read and write the cluster's key-value store.
+
+    A key may hold several values that were written concurrently. `get` shows them all with a
+    context; a put with that context resolves them.
+    """
+
+
+@kv.command()
+@cluster_option
+@json_option
+@_options("n", "r", "pr")
+@click.argument("key")
+def get(cluster_path: str | None, as_json: bool, key: str, **options: Any) -> None:
+    """Print the value of KEY.
+
+    With several values (siblings): all of them, newest first, one a line, and the context on
+    standard error. Exit status 1 if there is none.
+
+    \b
+    Examples:
+      dfs kv get colour
+      dfs kv get colour --level all --json
+    """
+
+    async def work(store: "KV") -> "Entry":
+        return await store.get(key.encode(), **_chosen(options))
+
+    entry = _run(cluster_path, work)
+    if as_json:
+        echo_json(_as_dict(entry))
+        return
+    if not entry.values:
+        raise NotFound(f"{key}: no value")
+    with writing_stdout():
+        out = standard_stream("stdout")
+        for value in entry.values:
+            out.write(value)
+            if len(entry.values) > 1 or sys.stdout.isatty():
+                out.write(b"\n")
+        out.flush()
+    if len(entry.values) > 1:
+        click.echo(
+            f"{count(len(entry.values), 'sibling')}; resolve: "
+            f"dfs kv put {key} VALUE --context {_show(entry.context)}",
+            err=True,
+        )
+
+
+@kv.command()
+@cluster_option
+@json_option
+@_options("n", "w", "pw", "r")
+@click.option("--context", metavar="CONTEXT", help="What `get` printed: supersede just that.")
+@click.option("--blind", is_flag=True, help="Supersede nothing: leave a sibling if there is one.")
+@click.argument("key")
+@click.argument("value")
+def put(
+    cluster_path: str | None,
+    as_json: bool,
+    context: str | None,
+    blind: bool,
+    key: str,
+    value: str,
+    **options: Any,
+) -> None:
+    """Set KEY to VALUE (`-`: standard input).
+
+    Without --context it supersedes what its coordinator sees at that moment.
+
+    \b
+    Examples:
+      dfs kv put colour blue
+      dfs kv put colour green --level all
+      dfs kv put photo - < photo.jpg
+    """
+    content = standard_stream("stdin").read() if value == "-" else value.encode()
+    seen = _context(context, blind=blind)
+
+    async def work(store: "KV") -> "Entry":
+        return await store.put(key.encode(), content, context=seen, **_chosen(options))
+
+    _tell(_run(cluster_path, work), as_json=as_json)
+
+
+@kv.command()
+@cluster_option
+@json_option
+@_options("n", "w", "pw", "r")
+@click.option("--context", metavar="CONTEXT", help="What `get` printed: delete just that.")
+@click.argument("key")
+def delete(
+    cluster_path: str | None, as_json: bool, context: str | None, key: str, **options: Any
+) -> None:
+    """Delete what KEY holds; harmless if it holds nothing."""
+    seen = _context(context, blind=False)
+
+    async def work(store: "KV") -> "Entry":
+        return await store.delete(key.encode(), context=seen, **_chosen(options))
+
+    _tell(_run(cluster_path, work), as_json=as_json)
+
+
+@kv.command()
+@cluster_option
+@json_option
+@_options("n", "r", "pr")
+@click.option("--limit", type=click.IntRange(1), default=1000, show_default=True)
+@click.option("--keys", "only_keys", is_flag=True, help="Print keys without values.")
+@click.argument("prefix", default="")
+def scan(
+    cluster_path: str | None,
+    as_json: bool,
+    limit: int,
+    only_keys: bool,
+    prefix: str,
+    **options: Any,
+) -> None:
+    """List the keys that start with PREFIX, with their values, in order.
+
+    The order is complete as long as there are at most --limit keys; of more, some are shown.
+    """
+
+    async def work(store: "KV") -> "tuple[list[Entry], bool]":
+        found: list[Entry] = []
+        async for entry in store.scan(prefix.encode(), **_chosen(options)):
+            if len(found) == limit:
+                return found, True
+            found.append(entry)
+        return found, False
+
+    found, more = _run(cluster_path, work)
+    found.sort(key=lambda entry: entry.key)
+    if as_json:
+        echo_json([_as_dict(entry) for entry in found])
+    else:
+        for entry in found:
+            shown = "" if only_keys else "\t" + " | ".join(_text(v) for v in entry.values)
+            click.echo(_text(entry.key) + shown)
+    if more:
+        click.echo(f"there are more than {limit} keys: --limit shows more", err=True)
+
+
+@kv.command()
+@cluster_option
+@json_option
+@click.argument("node", default="")
+def lsm(cluster_path: str | None, as_json: bool, node: str) -> None:
+    """Show the storage engine of every metadata node, or of NODE.
+
+    Levels with their tables and sizes, amplification, caches and filters.
+    """
+    from dfs.cli.lsm import show_lsm
+
+    show_lsm(cluster_file(cluster_path), node, as_json=as_json)
+
+
+def _run(cluster_path: str | None, work: Callable[["KV"], Any]) -> Any:
+    from dfs.cli.client import connected
+    from dfs.client.kv import KV
+
+    async def main() -> Any:
+        async with connected(cluster_file(cluster_path)) as cluster:
+            return await work(KV(cluster, timeout=patience()))
+
+    return run_async(main)
+
+
+def _context(text: str | None, *, blind: bool) -> bytes | None:
+    if text is None:
+        return b"" if blind else None
+    if blind:
+        raise InvalidArgument("--blind supersedes nothing, --context something: give one of them")
+    try:
+        return base64.urlsafe_b64decode(text.encode() + b"=" * (-len(text) % 4))
+    except (ValueError, binascii.Error) as e:
+        raise InvalidArgument(
+            f"{text!r:.60} is no context: use the one that `dfs kv get` shows"
+        ) from e
+
+
+def _show(context: bytes) -> str:
+    return base64.urlsafe_b64encode(context).decode().rstrip("=")
+
+
+def _tell(entry: "Entry", *, as_json: bool) -> None:
+    if as_json:
+        echo_json(_as_dict(entry))
+        return
+    acked, hinted = entry.info.get("acked", ()), entry.info.get("hinted", ())
+    late = f", a hint for {count(len(hinted), 'node')}" if hinted else ""
+    click.echo(f"ok: durable on {count(len(acked), 'node')}{late}")
+
+
+def _text(value: bytes) -> str:
+    """A value in one line: text as it is, anything else by its size."""
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        return f"({human_size(len(value))} of binary data)"
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
+
+
+def _as_dict(entry: "Entry") -> dict[str, Any]:
+    """Values that are text as text, others as {"hex": ...}."""
+    values: list[Any] = []
+    for value in entry.values:
+        try:
+            values.append(value.decode())
+        except UnicodeDecodeError:
+            values.append({"hex": value.hex()})
+    return {
+        "key": entry.key.decode(errors="backslashreplace"),
+        "values": values,
+        "context": _show(entry.context),
+        **({"info": entry.info} if entry.info else {}),
+    }
