@@ -1,7 +1,8 @@
 """Stores under load lose power again and again: acknowledged writes survive, batches are whole.
 
 Each writer owns keys and writes ever higher numbers to all of them in one batch; so after any
-crash its keys must be equal (atomic) and at least what was acknowledged (durable).
+crash its keys must be equal (atomic) and at least what was acknowledged (durable).  Every other writer's
+values expire one day, and readers hold snapshots while tables come and go.
 """
 
 from random import Random
@@ -28,6 +29,7 @@ class Writer:
     def __init__(self, number, random):
         self.keys = [b"%d-%d" % (number, i) for i in range(random.randrange(1, 5))]
         self.random = random
+        self.expires = (1 << 40,) if number % 2 else ()
         self.sent = self.acked = 0
 
     async def run(self, store):
@@ -35,7 +37,7 @@ class Writer:
             self.sent += 1
             value = b"%d" % self.sent
             filler = (b"f%d" % self.random.randrange(99), self.random.randbytes(50))
-            await store.batch([(k, value) for k in self.keys] + [filler])
+            await store.batch([(k, value, *self.expires) for k in self.keys] + [filler])
             self.acked = self.sent
             await trio.sleep(self.random.random() * 0.004)
 
@@ -45,6 +47,18 @@ class Writer:
         value = int(values.pop() or 0)
         assert self.acked <= value <= self.sent, "an acknowledged write is lost"
         self.sent = self.acked = value
+
+
+async def read_snapshots(store, random):
+    """What a snapshot shows does not change, however much is flushed and merged meanwhile."""
+    while True:
+        with store.snapshot() as snapshot:
+            then = dict(store.scan(b"", limit=10**6))
+            iterator = snapshot.iterate()
+            for key, value in zip(sorted(then), iterator, strict=False):
+                assert value == (key, then[key]), "a snapshot changed"
+                await trio.sleep(random.random() * 0.002)
+            assert next(iterator, None) is None
 
 
 async def lives(seed, crashes=8):
@@ -60,6 +74,7 @@ async def lives(seed, crashes=8):
             writer.check(store)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store.run)
+            nursery.start_soon(read_snapshots, store, random)
             for writer in writers:
                 nursery.start_soon(writer.run, store)
             await trio.sleep(random.random() * 0.25)
