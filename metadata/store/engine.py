@@ -17,7 +17,7 @@ import trio
 from dfs.env import Env
 from dfs.errors import DiskFull
 from metadata.store import expiry, recovery, report
-from metadata.store.losses import Loss, clip, union, without
+from metadata.store.losses import Loss, clip, union
 from metadata.store.maintenance import Maintenance
 from metadata.store.memtable import Memtable
 from metadata.store.ops import Op, measure
@@ -236,20 +236,13 @@ class Store:
         """
         return sorted(union(clip((x for r in self._state.runs for x in r.lost), first, last)))
 
-    def accept_losses(self, first: bytes = b"", last: bytes | None = None) -> int:
+    async def accept_losses(self, first: bytes = b"", last: bytes | None = None) -> int:
         """Let lost keys in [first, last) read as absent or older; returns how many ranges.
 
-        For whoever has restored the data from replicas, or gives it up.  Durable with the next
-        change of the manifest, which `run` makes soon.
+        For whoever has restored the data from replicas, or gives it up.  Takes damaged tables out
+        of use first; durable on return.
         """
-        count = 0
-        for run in self._state.runs:
-            count += len(clip(run.lost, first, last))
-            run.lost = without(run.lost, first, last)
-        if count:
-            self._state.changed = True
-            self._state.wake()
-        return count
+        return await self._maintenance.accept_losses(first, last)
 
     def on_damage(self, listener: OnLoss) -> None:
         """Call `listener(first key, end, table)` for every loss found from now on.

@@ -20,7 +20,7 @@ import trio
 from dfs.errors import Corrupt, DfsError, DiskFull, StoreFailed
 from metadata.store import compaction, filters, policy
 from metadata.store.compaction import Target
-from metadata.store.losses import clip, union
+from metadata.store.losses import clip, union, without
 from metadata.store.memtable import Memtable
 from metadata.store.reader import Run
 from metadata.store.recovery import table_number
@@ -158,8 +158,6 @@ class Maintenance:
             for name in s.damaged:
                 await self._salvage(name)
                 return True
-            if s.changed:
-                await s.commit(lambda runs: runs)
             await s.reserve.restore()
             plan = self.pending()
             if plan is None or not s.options.background:
@@ -288,6 +286,20 @@ class Maintenance:
         disk = s.env.disk
         if disk.exists(path):
             await disk.run(disk.rename, path, f"{path}.bad")
+
+    async def accept_losses(self, first: bytes, last: bytes | None) -> int:
+        """Forget losses in a range; see `Store.accept_losses`."""
+        s = self._s
+        async with self._merging:
+            for name in list(s.damaged):  # else the next read would find the same bad block
+                await self._salvage(name)
+            count = 0
+            for run in s.runs:
+                count += len(clip(run.lost, first, last))
+                run.lost = without(run.lost, first, last)
+            if count:
+                await s.commit(lambda runs: runs)
+        return count
 
     async def verify(self) -> list[str]:
         """Read every block of every table; returns what is wrong, and quarantines it."""

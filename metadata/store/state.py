@@ -52,10 +52,9 @@ class State:
         self.table_bytes_written = 0
         self.reserve = Reserve(env.disk, prefix, options.reserve_bytes)
         self.reads: dict[int, FilterReads] = {}  # by level
-        self.changed = False  # the manifest is behind what is in memory
         self.retired: WeakSet[Table] = WeakSet()  # removed, but readers still hold them
         self._held: WeakSet[Memtable] = WeakSet()  # copies, and flushed ones; readers hold them
-        self._copy: tuple[ref[Memtable], Memtable, int] | None = None  # the last copy, of what
+        self._copy: tuple[ref[Memtable], ref[Memtable], int] | None = None  # the last copy, of what
         self._lock = trio.Lock()
         self._work = trio.Event()
         self._count_reads()
@@ -101,13 +100,13 @@ class State:
     def _copied(self) -> Memtable:
         """A copy of the memtable, the last one if nothing was written since."""
         at = self.log.written
-        if self._copy is not None and self._copy[1] is self.memtable and self._copy[2] == at:
+        if self._copy is not None and self._copy[1]() is self.memtable and self._copy[2] == at:
             last = self._copy[0]()
             if last is not None:
                 return last
         copy = self.memtable.copy()
         self._held.add(copy)
-        self._copy = ref(copy), self.memtable, at
+        self._copy = ref(copy), ref(self.memtable), at
         return copy
 
     def snapshot_bytes(self) -> int:
@@ -195,7 +194,6 @@ class State:
                 self.log.failed = e
                 raise
             # No await from here on: readers see all of the change or nothing.
-            self.changed = any(r.lost != m.lost for r, m in zip(runs, manifest.runs, strict=True))
             self.runs = runs
             self._count_reads()
             self.first_segment, self.first_base = first, base
