@@ -17,6 +17,7 @@ Ino = int
 
 NODE_BITS, SESSION_BITS, COUNTER_BITS = 13, 26, 24
 SYSTEM_VOLUME = VolumeId(bytes(16))  # volume 0: registry of volumes, policies, snapshots
+MAP_JOURNAL = VolumeId(b"dfs cluster map\0")  # the journal in which cluster maps are agreed
 ROOT_INO: Ino = 1
 
 

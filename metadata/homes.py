@@ -31,6 +31,7 @@ from dfs.errors import (
     Unreachable,
     VolumeNotFound,
 )
+from dfs.hashing import digest, partition_of
 from dfs.ids import NodeNumber
 from dfs.rpc.blobs import BlobClient
 from metadata.checkpoint import inline_folder
@@ -118,7 +119,7 @@ class Homes:
             task_status.started()
             while True:
                 for volume in self._journals.volumes():
-                    home = self._find(volume)
+                    home = self.find(volume)
                     if home is not None:
                         home.tick(self._env.clock.monotonic())
                 await trio.sleep(TICK)
@@ -192,7 +193,7 @@ class Homes:
 
     # --------------------------------------------------------------------------------- routing
 
-    def _find(self, volume: bytes) -> VolumeHome | None:
+    def find(self, volume: bytes) -> VolumeHome | None:
         """The volume here, if its journal has a replica here."""
         home = self._homes.get(volume)
         if home is None:
@@ -223,7 +224,7 @@ class Homes:
         deadline = min(ctx.deadline, clock.monotonic() + MAX_HANDLING)
         hint: NodeNumber | None = None
         while True:
-            home = self._find(volume)
+            home = self.find(volume)
             if home is None:
                 return await self._serve_blank(method, volume, own, hops, deadline, waits)
             started = clock.monotonic()
@@ -340,7 +341,10 @@ class Homes:
         waits: float,
     ) -> Reply:
         """Answer for a volume without a journal here: it is new to this home, or there is none."""
-        homes = self._get_map().volume_homes(volume)
+        new = self._get_map().volume_homes(volume)
+        # While homes move, no volume is born: it exists if a majority of the old ones have it.
+        deciding = self._get_map().old_homes(METADATA, partition_of(digest(volume))) or new
+        homes = tuple(dict.fromkeys((*deciding, *new)))
         if self._number not in homes:
             raise NotHome(
                 f"node {self._number} is no home of volume {volume.hex()}: nodes {homes} are",
@@ -350,21 +354,21 @@ class Homes:
         if hops:
             raise absent
         others = [number for number in homes if number != self._number]
-        missing, error, asked = 1, None, set()
+        missing, error, asked = {self._number}, None, set()
         while others:
             target = others.pop(0)
             asked.add(target)
             try:
                 return await self._forward(target, method, volume, own, deadline, waits)
             except VolumeNotFound:
-                missing += 1
+                missing.add(target)
             except _UNDECIDED as e:
                 error = e
                 told = e.details[0] if isinstance(e, NotHome) and e.details else None
                 if isinstance(told, int) and told in homes and told not in asked:
                     others = [told, *(n for n in others if n != told)]
         # A volume exists once a majority of its homes hold its genesis.
-        if missing > len(homes) // 2 or error is None:
+        if len(missing.intersection(deciding)) > len(deciding) // 2 or error is None:
             raise absent
         raise error
 

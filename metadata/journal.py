@@ -9,6 +9,7 @@ per entry) until it promises a higher one or learns from elsewhere what was chos
 Effects and messages are listed in `metadata.journalacceptor`.
 
 Overridable methods named `rule_*` are the points where a rule is decided; the tests break them.
+All transitions of a proposer are in this one file, which makes it longer than most.
 """
 
 from collections import deque
@@ -89,6 +90,7 @@ class Replica(Acceptor):
         self.confirm_at = 0.0
         # catching up
         self.uninformed: set[int] = set()  # members that may not know the last chosen entry
+        self.handed = 0  # the seq that `uninformed` is about in a replica that is no member
         self.announce_at = 0.0
         self.announce_pause = ANNOUNCE_AFTER
 
@@ -142,7 +144,12 @@ class Replica(Acceptor):
 
     def rule_moved(self) -> None:
         """A replica that is no member tells the members what it knows before it says so."""
+        self.uninformed = set(self.members)
         self._inform(self.members)
+
+    def rule_disturbed(self) -> bool:
+        """While an owner prepares at new members, another's entry ends what its queue relied on."""
+        return self.owned
 
     def rule_recover(self, found: list[tuple[Ballot, bytes]]) -> bytes | None:
         """The entry accepted at the highest ballot may be chosen: it must be proposed again."""
@@ -206,6 +213,20 @@ class Replica(Acceptor):
                     self._confirm_round()
         return self._flush()
 
+    def hand_over(self, now: float) -> list[Effect]:
+        """A replica that is no member any more: tell the members that have not heard of it.
+
+        To be repeated; nothing is sent once all of them confirmed to know as much.
+        """
+        self.now = now
+        if self.me in self.members or self.blank:
+            return []
+        if self.handed != self.chosen:
+            self.handed = self.chosen
+            self.uninformed = set(self.members)
+        self._inform(sorted(self.uninformed))
+        return self._flush()
+
     def abandon(self, ticket: Ticket) -> None:
         """Nobody waits for the ticket any more; an entry that was sent goes on regardless."""
         self.deadlines.pop(ticket, None)
@@ -244,7 +265,10 @@ class Replica(Acceptor):
         if self.role == OWNING:
             self.rule_learned()
         elif self.role == PREPARING:
-            self._try_to_own()
+            if self.rule_disturbed():
+                self.rule_learned()
+            else:
+                self._try_to_own()
 
     # -------------------------------------------------------------------------------- proposer
 
@@ -288,10 +312,12 @@ class Replica(Acceptor):
         ready = {m: p for m, p in self.promises.items() if p[0] <= self.chosen}
         if not self.rule_majority(ready, self.asked):
             return
-        self.role = OWNING
-        self.backoff = BACKOFF
         found = [p[1] for p in ready.values() if p[0] == self.chosen and p[1] is not None]
         payload = self.rule_recover(found)
+        if payload is not None and self.rule_disturbed():
+            self._disown("another proposer's entry came first")
+        self.role = OWNING
+        self.backoff = BACKOFF
         if payload is None:
             self._owned()
         else:
@@ -377,18 +403,22 @@ class Replica(Acceptor):
     def _step_down(self, reason: str) -> None:
         """Stop proposing; what waits for entries is told, what wants ownership tries again."""
         self.role = IDLE
-        self.owned = False
         if self.current is not None and self.current[3] is not None:
             self._outcome(self.current[3], self._not_home(reason))
         self.current = None
+        self._disown(reason)
+        self.send_at = self.now + self.backoff * (0.5 + self.jitter())
+        self.backoff = min(self.backoff * 2, BACKOFF_MAX)
+
+    def _disown(self, reason: str) -> None:
+        """End everything that waits because this replica owned the journal."""
+        self.owned = False
         for ticket, _ in self.queue:
             self._outcome(ticket, self._not_home(reason))
         self.queue.clear()
         for ticket in (*self.confirming, *self.confirm_next):
             self._outcome(ticket, self._not_home(reason))
         self.confirming, self.confirm_next = [], []
-        self.send_at = self.now + self.backoff * (0.5 + self.jitter())
-        self.backoff = min(self.backoff * 2, BACKOFF_MAX)
 
     def _confirm_round(self) -> None:
         self.confirming, self.confirm_next = self.confirm_next, []

@@ -168,6 +168,10 @@ class Journal:
         """
         await self._do(self.replica.confirm, timeout, writes=False)
 
+    def hand_over(self) -> None:
+        """Tell the members what is known here, if this node is no member any more; repeat it."""
+        self._run(self.replica.hand_over(self._host.now()))
+
     async def trim(self, below: int) -> None:
         """Drop the chosen entries with seq < `below` here, when a checkpoint covers them.
 

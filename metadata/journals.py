@@ -25,6 +25,7 @@ from dfs.errors import (
     NotFound,
     StoreFailed,
 )
+from dfs.ids import MAP_JOURNAL
 from metadata.journal import Replica, Ticket
 from metadata.journalacceptor import ACCEPT, FILL, PREPARE, Message
 from metadata.journalhandle import Journal, Trimmed
@@ -84,8 +85,21 @@ class JournalHost:
         return None if journal is None or journal.replica.blank else journal
 
     def volumes(self) -> list[bytes]:
-        """Volumes that have a journal here."""
-        return sorted(v for v, j in self._journals.items() if not j.replica.blank)
+        """Volumes that have a journal here; the journal of the cluster map is of none."""
+        return sorted(
+            v for v, j in self._journals.items() if not j.replica.blank and v != MAP_JOURNAL
+        )
+
+    def begin(self, volume: bytes, entry: bytes) -> Journal:
+        """Start a journal with a genesis that is a decree: every member makes the same one."""
+        journal = self._journals.get(volume) or self._blank(volume)
+        if journal.replica.blank:
+            journal.genesis_entry(entry)
+        return journal
+
+    async def sync(self) -> None:
+        """Return once every record made so far is durable."""
+        await self.log.sync()
 
     async def create(self, volume: bytes, entry: bytes, *, timeout: float) -> None:
         """Place the genesis entry at the volume's homes; returns when a majority holds it.
@@ -110,6 +124,7 @@ class JournalHost:
                 timeout=timeout,
                 on_reply=partial(answered, home),
                 priority=Priority.NORMAL,
+                epoch=self._get_map().epoch,
             )
         held: list[int] = []
         while len(answers) < len(homes) and len(held) <= len(homes) // 2:
@@ -270,13 +285,20 @@ class JournalHost:
         volume, sender, message = args
         journal = self._journals.get(volume)
         if journal is None:
-            if not self._running or self.number not in self._get_map().volume_homes(volume):
+            if not self._running or not self._expects(volume):
                 return (), b""
             journal = self._blank(volume)
         # A full disk keeps its old promises and makes no new ones: nothing may pile up in memory.
         if self._running and (self.log.full is None or message[0] not in (PREPARE, ACCEPT, FILL)):
             journal.receive(sender, message)
         return (), b""
+
+    def _expects(self, volume: bytes) -> bool:
+        """Whether the map makes this node a member of a journal that it holds nothing of."""
+        current = self._get_map()
+        if volume == MAP_JOURNAL:
+            return self.number in current.voters
+        return self.number in current.volume_homes(volume)
 
     def _blank(self, volume: bytes) -> Journal:
         journal = self._journals[volume] = self.journal_class(self, volume, State())

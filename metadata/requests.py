@@ -74,6 +74,18 @@ class Close(Request):
         self.sids = sids
 
 
+class Configure(Request):
+    """The journal's members change: node numbers, and the version that follows the present one."""
+
+    __slots__ = ("members", "version")
+
+    def __init__(self, version: int, members: tuple[int, ...]) -> None:
+        """See `CONFIG` of `dfs.volume.entries`."""
+        self.token = None
+        self.version = version
+        self.members = members
+
+
 class Checkpoint(Request):
     """A tree that was folded and stored: `root` holds every entry up to `covered`."""
 

@@ -20,11 +20,11 @@ from typing import Any
 import trio
 
 from dfs.clock import Clock
-from dfs.errors import Busy, Corrupt, DfsError, DiskFull, Fenced, NotHome
+from dfs.errors import Busy, Corrupt, DfsError, DiskFull, Fenced, InvalidArgument, NotHome
 from dfs.ids import SYSTEM_VOLUME, SessionId
 from dfs.volume import entries
 from metadata.journals import Journal, Trimmed
-from metadata.requests import Checkpoint, Close, Commit, Open, Request, parse_commit
+from metadata.requests import Checkpoint, Close, Commit, Configure, Open, Request, parse_commit
 from metadata.tail import ANSWER_BYTES, Numbered, Tail, kind_of
 from metadata.volumes import Answer, HomeCore
 from metadata.waiter import Waiter
@@ -98,7 +98,8 @@ class VolumeHome:
         self._checkpoint_at = 0.0  # time of the last one, or of the last attempt
         self._folding = False
         self._look_at = 0.0  # when to look for silent sessions
-        journal.subscribe(self._chosen)
+        self._configuring = False
+        journal.subscribe(self._chosen, self._reset)
 
     def ready(self) -> bool:
         """Whether this node owns the ballot, as far as it knows, and knows the control state."""
@@ -132,6 +133,15 @@ class VolumeHome:
                 # An entry chosen under our own ballot proves, like a Confirm, that the ballot was
                 # ours while it was on its way.
                 waiter.set(2 if ours else 1)
+
+    def _reset(self, base: int) -> None:
+        """This replica was so far behind that it got a snapshot: entries up to `base` are gone."""
+        if self.core is not None:
+            self._drop(self.core, f"entries up to {base} came as a snapshot")
+        self._tail = Tail()
+        watchers, self._watchers = self._watchers, {}
+        for waiter in watchers:
+            waiter.set(1)
 
     def _checkpointed(self, covered: int) -> None:
         """A checkpoint was chosen: forget what the one before it covers.
@@ -278,6 +288,9 @@ class VolumeHome:
             except DiskFull as e:
                 for request in core.retract():
                     request.token.set(e)
+            except InvalidArgument as e:  # a config out of turn; it was not proposed
+                for request in core.retract():
+                    request.token.set(Busy(str(e)))
             except DfsError as e:
                 await self._undecided(core, e)
             if self.core is core and core.flying:
@@ -408,6 +421,20 @@ class VolumeHome:
         for sid in sids:
             self._beats.pop(sid, None)
         return ()
+
+    async def configure(self, members: tuple[int, ...]) -> None:
+        """Make `members` the journal's; returns when that is chosen.  Raises like `commit`.
+
+        The journal then prepares at the new members, and is lost here if this node is none.
+        """
+        core, journal = self._current(), self.journal
+        if self._configuring or set(journal.members) == set(members):
+            return
+        self._configuring = True
+        try:
+            await self._run(core, Configure(journal.config_version + 1, members))
+        finally:
+            self._configuring = False
 
     # ---------------------------------------------------------------------------- housekeeping
 

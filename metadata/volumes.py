@@ -33,7 +33,7 @@ from dfs.errors import Busy, Corrupt, DfsError, Fenced, InvalidArgument
 from dfs.volume import entries
 from dfs.volume.effects import Effect
 from dfs.volume.window import Window
-from metadata.requests import Checkpoint, Close, Commit, Open, Request
+from metadata.requests import Checkpoint, Close, Commit, Configure, Open, Request
 from metadata.sessions import READ_WRITE, Control, Session
 
 if TYPE_CHECKING:
@@ -413,6 +413,9 @@ class HomeCore:
             else:
                 body = (request.covered, request.root, self.control(request.tree_bytes))
                 self._launch(formed, entries.CHECKPOINT, now, body, [(request, ())])
+        elif isinstance(request, Configure):
+            config = (request.version, request.members)
+            self._launch(formed, entries.CONFIG, now, config, [(request, ())])
         else:
             raise TypeError(f"unknown request {type(request).__name__}")
 

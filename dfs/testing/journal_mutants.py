@@ -33,6 +33,7 @@ MUTANTS = {
     "staleconfirm": "a confirm round counts for who came after it started",
     "yesman": "an acceptor confirms a ballot though it promised a higher one",
     "selfconfirm": "a confirm needs no majority",
+    "undisturbed": "an owner that re-prepares keeps its queue though another's entry came first",
 }
 
 
@@ -150,6 +151,11 @@ class _SelfConfirm(Replica):
         super()._check_confirmed()
 
 
+class _Undisturbed(Replica):
+    def rule_disturbed(self) -> bool:
+        return False
+
+
 class Mutants:
     """Replica classes by the name of their fault."""
 
@@ -168,6 +174,7 @@ class Mutants:
         "staleconfirm": _StaleConfirm,
         "yesman": _YesMan,
         "selfconfirm": _SelfConfirm,
+        "undisturbed": _Undisturbed,
     }
 
 

@@ -55,6 +55,8 @@ class _Here:
 class _Map:
     """As much of a cluster map as journals ask for; homes move when the operator says so."""
 
+    epoch = 1
+
     def __init__(self) -> None:
         self.nodes = tuple(_Here(i) for i in range(NODES))
         self.homes: dict[bytes, tuple[int, ...]] = {VOLUMES[0]: (0, 1, 2), VOLUMES[1]: (2, 3, 4)}

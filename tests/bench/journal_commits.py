@@ -30,6 +30,8 @@ HOMES = (0, 1, 2)
 class Map:
     """As much of a cluster map as journals need."""
 
+    epoch = 1
+
     def __init__(self, ports):
         self.nodes = [
             SimpleNamespace(number=i, metadata_addr=f"tcp://127.0.0.1:{p}")

@@ -119,6 +119,39 @@ def config(version, *members):
     return entries.encode(entries.CONFIG, 0, version, members)
 
 
+def disturbed(mutant, kinds):
+    """An entry waits behind a config; another's entry comes before the new members promise."""
+    b = Bench(4, (0, 1, 2), mutant)
+    b.own(0)
+    b.go({0, 1, 2})
+    b.propose(0, config(2, 0, 1, 3))
+    waiting = b.propose(0, operation(1))
+    b.replicas[0].seen = (9, 0)  # so that its next ballot is the higher one
+    b.go({0, 1}, (ACCEPT, ACK), rounds=2)
+    assert b.replicas[0].members == (0, 1, 3)
+    held, b.net = b.net, []  # that ballot is on its way
+    b.own(1)
+    b.go({1, 2})
+    b.go({1, 3})
+    b.propose(1, operation(2))
+    b.go({1, 3}, kinds)
+    assert b.replicas[1].chosen >= 2
+    assert b.replicas[3].pending or b.replicas[3].chosen == 3
+    b.net += held
+    b.go({0, 3})
+    b.go({0, 1, 3})
+    b.agree()
+    assert isinstance(b.results.get(waiting), NotHome)
+
+
+def disturbed_by_chosen(mutant):
+    disturbed(mutant, range(1, 12))
+
+
+def disturbed_by_accepted(mutant):
+    disturbed(mutant, (ACCEPT, NEED, FILL))
+
+
 def replace(mutant):
     """The old proposer's ballot is high, the fresh members start low."""
     b = Bench(5, (0, 1, 2), mutant)
@@ -292,6 +325,8 @@ def confirm_deposed(mutant):
         (confirm_round, "staleconfirm"),
         (confirm_deposed, "yesman"),
         (confirm_deposed, "selfconfirm"),
+        (disturbed_by_chosen, "undisturbed"),
+        (disturbed_by_accepted, "undisturbed"),
     ],
 )
 def test_a_rule_holds_and_its_breach_is_seen(schedule, mutant):

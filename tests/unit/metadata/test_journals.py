@@ -31,6 +31,8 @@ FIRST = genesis(HOMES)
 
 
 class Map:
+    epoch = 1
+
     def __init__(self, count):
         self.nodes = [
             SimpleNamespace(number=i, metadata_addr=f"tcp://n{i}:1") for i in range(count)
