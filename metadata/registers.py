@@ -119,7 +119,7 @@ class Registers:
         digests: Digests,
         hints: Hints | None = None,
     ) -> None:
-        """Serve the copies in `table` by `cluster_map`; the first batch has the node's state too."""
+        """Serve the copies in `table` by `cluster_map`; the first batch has its state too."""
         self._table = table
         self._number = number
         self._map = cluster_map
