@@ -35,25 +35,21 @@ def digest(key: bytes) -> bytes:
 
 def key_hash(key: bytes) -> KeyHash:
     """The same, ready to test filters with."""
-    return _place(_unpack(blake2b(key, digest_size=DIGEST_BYTES).digest()))
-
-
-def _place(fields: tuple[int, ...]) -> KeyHash:
-    a, b, c, d, e, f, g, h, n = fields
+    a, b, c, d, e, f, g, h, n = _unpack(blake2b(key, digest_size=DIGEST_BYTES).digest())
     low = _LOW
     high = _HIGH
-    return (
-        n,
-        low[a] | low[b] | low[c] | low[d] | high[e] | high[f] | high[g] | high[h],
-    )
+    return n, low[a] | low[b] | low[c] | low[d] | high[e] | high[f] | high[g] | high[h]
 
 
 def build(digests: Buffer, bits_per_key: float = BITS_PER_KEY) -> bytes:
     """Encoded filter of keys, given their digests one after the other."""
+    low = _LOW
+    high = _HIGH
     keys = len(digests) // DIGEST_BYTES
     count = max(1, ceil(keys * bits_per_key / BLOCK_BITS))
     blocks = [0] * count
-    for n, mask in map(_place, _iter_unpack(digests)):
+    for a, b, c, d, e, f, g, h, n in _iter_unpack(digests):
+        mask = low[a] | low[b] | low[c] | low[d] | high[e] | high[f] | high[g] | high[h]
         blocks[n % count] |= mask
     return b"".join([b.to_bytes(BLOCK_BYTES, "little") for b in blocks])
 

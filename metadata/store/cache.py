@@ -29,7 +29,6 @@ class BlockCache:
         if entry is None:
             entry = self._old.pop(key, None)
             if entry is None:
-                self.misses += 1
                 return None
             self._old_bytes -= entry[0]
             self._put(key, entry)
@@ -42,7 +41,8 @@ class BlockCache:
         return None if entry is None else entry[1]
 
     def put(self, key: int, size: int, block: Any) -> None:
-        """Keep a block of about `size` bytes; one over half of the budget is not kept."""
+        """Keep a block of about `size` bytes that was missing; none over half of the budget."""
+        self.misses += 1
         if size <= self._half:
             self._put(key, (size, block))
 
@@ -54,7 +54,7 @@ class BlockCache:
         self._young_bytes += entry[0]
 
     def statistics(self) -> dict[str, int]:
-        """Hits, misses, bytes held, blocks held."""
+        """Hits, misses (blocks that had to be read), bytes held, blocks held."""
         return {
             "hits": self.hits,
             "misses": self.misses,

@@ -14,7 +14,7 @@ from dfs.env import Disk
 from dfs.errors import Corrupt
 from metadata.store.losses import Loss, in_ranges
 from metadata.store.memtable import Memtable, Value
-from metadata.store.table import Meta, Table, open_table
+from metadata.store.table import Block, Meta, Table, open_table
 from metadata.store.tablewriter import write_table
 from metadata.store.wal import read_batches
 
@@ -114,15 +114,13 @@ class _Cursor:
 
     def __init__(self, disk: Disk, prefix: str, metas: list[Meta], start: bytes) -> None:
         self.skip: list[Loss] = []
-        self.keys: list[bytes] = []
-        self.values: list[Value] = []
+        self.keys: Sequence[bytes] = ()
+        self.values: Sequence[Value] = ()
         self.at = 0
         self._blocks = self._read(disk, prefix, metas, start)
 
     @staticmethod
-    def _read(
-        disk: Disk, prefix: str, metas: list[Meta], start: bytes
-    ) -> Iterator[tuple[list[bytes], list[Value]]]:
+    def _read(disk: Disk, prefix: str, metas: list[Meta], start: bytes) -> Iterator[Block]:
         for meta in metas:
             try:
                 yield from open_table(disk, prefix, meta, 0).scan(start)
@@ -195,7 +193,7 @@ def salvage_table(
             except Corrupt:
                 lost.append((*source.range_of(i), meta.name))
                 continue
-            for key, value in block.items():
+            for key, value in zip(*block, strict=True):
                 if key >= meta.first:
                     yield key, value
 

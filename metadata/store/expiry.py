@@ -25,10 +25,9 @@ def after(clock: Clock, ttl: float) -> int:
     return ceil(clock.time_ns() / 1e9 + ttl)
 
 
-def check(expires: object, key: bytes) -> int:
-    """An expiry as given by a caller, or `InvalidArgument`."""
+def check(expires: object, key: bytes) -> None:
+    """Raise `InvalidArgument` unless this is an expiry."""
     if type(expires) is not int or not 0 < expires <= MAX_EXPIRY:
         raise InvalidArgument(
             f"expiry of {key[:40]!r}: {expires!r:.40} is no number of seconds since the epoch"
         )
-    return expires

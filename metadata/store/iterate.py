@@ -42,8 +42,8 @@ class _MemtableCursor:
         self._from = bisect_left(self._all, start)
         self._to = bisect_left(self._all, end, self._from) if end else len(self._all)
         self._chunk = min(want, CHUNK)
-        self.keys: list[bytes] = []
-        self.values: list[Value] = []
+        self.keys: Sequence[bytes] = ()
+        self.values: Sequence[Value] = ()
         self.at = 0
         self.newer: list[Run] = []
 
@@ -68,8 +68,8 @@ class _RunCursor:
 
     def __init__(self, blocks: Iterator["Block"], newer: list["Run"]) -> None:
         self._blocks = blocks
-        self.keys: list[bytes] = []
-        self.values: list[Value] = []
+        self.keys: Sequence[bytes] = ()
+        self.values: Sequence[Value] = ()
         self.at = 0
         self.newer = newer
 
@@ -78,8 +78,7 @@ class _RunCursor:
             block = next(self._blocks, None)
             if block is None:
                 return False
-            self.keys = list(block)
-            self.values = list(block.values())
+            self.keys, self.values = block
             self.at = 0
         return True
 
@@ -107,11 +106,13 @@ def _blocks(
             except Corrupt as e:
                 report(run, table, e)
                 continue
-            keys = list(block)
+            keys, values = block
             if keys[0] < begin or (end and keys[-1] >= end):
-                block = {k: block[k] for k in keys if k >= begin and not (end and k >= end)}
-            if block:
-                yield block
+                a = bisect_left(keys, begin)
+                b = bisect_left(keys, end) if end else len(keys)
+                keys, values = keys[a:b], values[a:b]
+            if keys:
+                yield keys, values
 
 
 def caching(cache: BlockCache) -> Fetch:

@@ -13,12 +13,11 @@ ends the loss for that key.
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from dfs.errors import Corrupt
 from metadata.store import iterate
-from metadata.store.bloom import key_hash
 from metadata.store.cache import BlockCache
 from metadata.store.iterate import CHUNK, Item
 from metadata.store.losses import Loss
@@ -47,6 +46,9 @@ class Run:
         """Whether a lost range touches [start, end); an empty end is the end of the key space."""
         return any(a < end or not end for a, b, _ in self.lost if b > start)
 
+
+if TYPE_CHECKING:
+    from metadata.store.bloom import KeyHash
 
 OnDamage = Callable[[Run, Table, int | None, Corrupt], None]  # block index, None: the whole table
 
@@ -121,14 +123,12 @@ class Reader:
             if key in data:
                 value = data[key]
                 return self._alive(value) if isinstance(value, tuple) else value
-        hashed = None
+        hashed: list[KeyHash] = []
         for run in self.runs:
             i = bisect_right(run.first_keys, key) - 1
             if i >= 0:
                 table = run.tables[i]
-                if key <= table.meta.last:
-                    if hashed is None:
-                        hashed = key_hash(key)
+                if key <= table.last:
                     try:
                         if table.index is None:
                             self._indexes.load(table)

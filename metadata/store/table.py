@@ -17,6 +17,7 @@ epoch).  Tables without any are written as version 1.
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from dfs.errors import Corrupt, DfsError, NotFound, RemoteProtocolError, StoreFa
 from dfs.hashing import crc32
 from metadata.store import bloom
 from metadata.store.cache import BlockCache
-from metadata.store.memtable import OVERHEAD, Value
+from metadata.store.memtable import Value
 
 MAGIC = b"dfs-sst\0"
 VERSIONS = (1, 2)
@@ -38,7 +39,8 @@ FOOTER = struct.Struct("<8sI4Q3QI")  # then the crc
 FOOTER_SIZE = FOOTER.size + 4
 PLAIN, ZSTD = 0, 1
 
-Block = dict[bytes, Value]  # in key order
+Block = tuple[tuple[bytes, ...], tuple[Value, ...]]  # keys, ascending, and their values
+ENTRY = 84  # bytes of two object headers and two places in tuples
 MISSING = object()  # absent, as opposed to deleted
 
 
@@ -80,10 +82,13 @@ class FilterReads:
 
 def memory_of(block: Block) -> int:
     """Bytes of a decoded block, about."""
-    size = sum(map(len, block)) + OVERHEAD * len(block)
-    for value in block.values():
+    keys, values = block
+    size = sum(map(len, keys)) + ENTRY * len(keys)
+    with suppress(TypeError):  # nothing is deleted or expires, as in most blocks
+        return size + sum(map(len, values))  # type: ignore[arg-type]
+    for value in values:
         if value is not None:
-            size += len(value) if isinstance(value, bytes) else len(value[0])
+            size += len(value) if isinstance(value, bytes) else ENTRY + len(value[0])
     return size
 
 
@@ -91,12 +96,13 @@ class Table:
     """An open table.  The file stays readable while this object lives, even after its removal."""
 
     __slots__ = (
-        "__weakref__", "_decompressor", "_file", "base", "index", "meta", "path", "reads",
+        "__weakref__", "_decompressor", "_file", "base", "index", "last", "meta", "path", "reads",
     )  # fmt: skip
 
     def __init__(self, disk: Disk, prefix: str, meta: Meta, number: int) -> None:
         """Open the file; raises `NotFound`.  `number` is the table's own in its process's cache."""
         self.meta = meta
+        self.last = meta.last
         self.path = disk.path(f"{prefix}/{meta.name}")
         self._file = disk.open(f"{prefix}/{meta.name}")
         self._decompressor = zstandard.ZstdDecompressor()
@@ -165,7 +171,7 @@ class Table:
             keys, values = self._decode(at, index.offsets[i + 1] - at, f"block {i}")
         except Corrupt as e:
             raise Corrupt(str(e), i) from e
-        return dict(zip(keys, values, strict=True))
+        return keys, values
 
     def block_size(self, i: int) -> int:
         """Stored bytes of block `i`."""
@@ -182,23 +188,34 @@ class Table:
         end = first_keys[i + 1] if i + 1 < len(first_keys) else self.meta.last + b"\0"
         return max(first_keys[i], self.meta.first), end
 
-    def find(self, key: bytes, key_hash: bloom.KeyHash, cache: BlockCache) -> Any:
-        """The value (None: deleted) or `MISSING`; raises `Corrupt`."""
+    def find(self, key: bytes, hashed: list[bloom.KeyHash], cache: BlockCache) -> Any:
+        """The value (None: deleted) or `MISSING`; raises `Corrupt`.
+
+        The filter is asked only when it may save reading a block.  `hashed` is empty or has the
+        key's hash, and has it after the first filter was asked.  The key is not below `meta.first`.
+        """
         index = self.index or self.load()
-        blocks = index.filter
-        n, mask = key_hash
-        if blocks[n % len(blocks)] & mask != mask:
-            self.reads.negatives += 1
-            return MISSING
         i = bisect_right(index.first_keys, key) - 1
-        if i >= 0:
-            block = cache.get(self.base + i)
-            value = (self.cached_block(i, cache) if block is None else block).get(key, MISSING)
-            if value is not MISSING:
+        block: Block | None = cache.get(self.base + i)
+        if block is None:
+            if not hashed:
+                hashed.append(bloom.key_hash(key))
+            n, mask = hashed[0]
+            filters = index.filter
+            if filters[n % len(filters)] & mask != mask:
+                self.reads.negatives += 1
+                return MISSING
+            block = self.cached_block(i, cache)
+            keys, values = block
+            at = bisect_left(keys, key)
+            if at < len(keys) and keys[at] == key:
                 self.reads.hits += 1
-                return value
-        self.reads.false_positives += 1
-        return MISSING
+                return values[at]
+            self.reads.false_positives += 1
+            return MISSING
+        keys, values = block
+        at = bisect_left(keys, key)
+        return values[at] if at < len(keys) and keys[at] == key else MISSING
 
     def cached_block(self, i: int, cache: BlockCache) -> Block:
         """Block `i` by way of the cache."""
@@ -208,13 +225,11 @@ class Table:
             cache.put(self.base + i, memory_of(block), block)
         return block
 
-    def scan(self, start: bytes) -> Iterator[tuple[list[bytes], list[Value]]]:
+    def scan(self, start: bytes) -> Iterator[Block]:
         """Keys and values from `start` on, block by block, past the cache; see `block`."""
         start = max(start, self.meta.first)
         for n in range(self.first_block(start), len(self.load().first_keys)):
-            block = self.block(n)
-            keys = list(block)
-            values = list(block.values())
+            keys, values = self.block(n)
             if keys[0] < start:
                 skip = bisect_left(keys, start)
                 keys, values = keys[skip:], values[skip:]
