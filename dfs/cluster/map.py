@@ -162,8 +162,8 @@ class ClusterMap:
     ) -> "ClusterMap":
         """The next map, in which homes begin to move to where `nodes` belong.
 
-        `nodes` are all members from now on; those in `leaving` need not be among them: they get
-        weight 0 and are dropped and banned by the step that ends the transition.  A role whose
+        `nodes` are all members from now on; those in `leaving` need not be among them, get
+        weight 0, and are dropped and banned by the step that ends the transition.  A role whose
         homes stay the same is done at once.  `voters`, if given, may differ from the present ones
         by one; by default they are kept, replaced and filled up to an odd number of at most seven,
         one per epoch.  Raises `ConfigError` if a transition is under way, or naming what is wrong.
@@ -277,30 +277,30 @@ class ClusterMap:
 
     def _members(self, nodes: Iterable[Node], leaving: Row) -> tuple[Node, ...]:
         """Who is in the map of a change that begins: `nodes` and those who leave, emptied."""
-        given = [node for node in nodes if node.number not in leaving]
-        numbers = {node.number for node in given}
-        for node in self.nodes:
-            if node.number not in numbers and node.number not in leaving:
+        given = {node.number: node for node in (listed := list(nodes))}
+        for number in leaving:
+            node = given[number] if number in given else self.node(number)
+            emptied = replace(node, metadata_weight=0.0, chunk_weight=0.0)
+            listed = [x for x in listed if x.number != number] + [emptied]
+        given = {node.number: node for node in listed}
+        for before in self.nodes:
+            after = given.get(before.number)
+            if after is None:
                 raise ConfigError(
-                    f"node {node.name} is missing from the new members: remove it by name"
+                    f"node {before.name} is missing from the new members: remove it by name"
                 )
-        for node in given:
-            before = self._by_number.get(node.number)
-            if before is None:
-                continue
-            if before.node_id != node.node_id:
+            if after.node_id != before.node_id:
                 raise ConfigError(
-                    f"node number {node.number} is {before.name}, whose id cannot change: "
+                    f"node number {before.number} is {before.name}, whose id cannot change: "
                     "replace it by a new node"
                 )
             for role in ROLES:
-                if before.address(role) and not node.address(role):
+                if before.address(role) and not after.address(role):
                     raise ConfigError(
-                        f"node {node.name} cannot drop its {role} role while it is a member: "
+                        f"node {before.name} cannot drop its {role} role while it is a member: "
                         "give it weight 0, or remove it"
                     )
-        emptied = [replace(self.node(x), metadata_weight=0.0, chunk_weight=0.0) for x in leaving]
-        return _in_order([*given, *emptied])
+        return _in_order(listed)
 
     def _kept_weights(self, members: Sequence[Node]) -> tuple[Calibrated, Calibrated]:
         """The calibrated weights in proportion to the weights that members have now."""

@@ -54,12 +54,14 @@ class Placer:
     indexes, as long as node ids differ.
     """
 
-    def __init__(self, candidates: Sequence[Candidate]) -> None:
-        """Draw for every candidate; costs about 0.7 ms each."""
+    def __init__(
+        self, candidates: Sequence[Candidate], drawn: Sequence[Sequence[float]] | None = None
+    ) -> None:
+        """Draw for every candidate, about 0.7 ms each, unless `drawn` has the draws already."""
         self.candidates = tuple(candidates)
         self._live = [i for i, c in enumerate(self.candidates) if c.weight > 0]
         self._scores = {
-            i: [d / c.weight for d in draws(c.node_id)]
+            i: [d / c.weight for d in (drawn[i] if drawn else draws(c.node_id))]
             for i, c in enumerate(self.candidates)
             if c.weight > 0
         }
@@ -104,12 +106,96 @@ class Placer:
         return [self.place(partition, count) for partition in range(PARTITIONS)]
 
 
+TOLERANCE = 0.05  # a node may get this much more or less than it should before weights are bent
+_GOAL = 0.01
+_ROUNDS = 12
+
+
 def calibrate(
     candidates: Sequence[Candidate], count: int, weights: Sequence[float]
 ) -> tuple[list[tuple[int, ...]], list[float]]:
-    """A table and the weights it was made with, `weights` being those to start from."""
-    start = [c._replace(weight=w) for c, w in zip(candidates, weights, strict=True)]
-    return Placer(start).table(count), list(weights)
+    """A table of `count` choices and the weights it was made with; all weights must be > 0.
+
+    Placement starts with `weights` and bends them only if some node ends up more than `TOLERANCE`
+    away from its `achievable` share: chance (4096 partitions are a sample) and the cap of one
+    replica per node or zone push shares away from weights, the more the more weights differ.  The
+    correction is `weight *= (target / actual) ** 0.7`, a few times.
+    """
+    drawn = [draws(c.node_id) for c in candidates]
+    targets = [share * PARTITIONS for share in achievable(candidates, count)]
+
+    def attempt(weights: Sequence[float]) -> tuple[float, list[tuple[int, ...]], list[int]]:
+        bent = [c._replace(weight=w) for c, w in zip(candidates, weights, strict=True)]
+        table = Placer(bent, drawn).table(count)
+        counts = Counter(i for row in table for i in row)
+        actual = [counts[i] for i in range(len(candidates))]
+        worst = max(abs(a / t - 1) for a, t in zip(actual, targets, strict=True))
+        return worst, table, actual
+
+    first, first_table, actual = attempt(weights)
+    if first <= TOLERANCE:
+        return first_table, list(weights)
+    best, best_table, best_weights = first, first_table, list(weights)
+    total = sum(c.weight for c in candidates)
+    now = list(weights)
+    for _ in range(_ROUNDS):
+        now = [w * (t / max(a, 1)) ** 0.7 for w, t, a in zip(now, targets, actual, strict=True)]
+        now = [w * total / sum(now) for w in now]
+        worst, table, actual = attempt(now)
+        if worst < best:
+            best, best_table, best_weights = worst, table, now
+        if best <= _GOAL:
+            break
+    if first - best < _GOAL:  # not worth bending: whatever keeps shares uneven, weights do not
+        return first_table, list(weights)
+    return best_table, best_weights
+
+
+def achievable(candidates: Sequence[Candidate], count: int) -> list[float]:
+    """Replicas per partition that each candidate can get at best, given the spread over domains.
+
+    Shares follow weights as far as no zone, then rack, host and node, gets more than its turn:
+    a domain has its second replica of a partition when every other one has had its first or is
+    full.  All weights must be > 0.
+    """
+    shares = [0.0] * len(candidates)
+
+    def fill(members: list[int], copies: float, depth: int) -> None:
+        if depth == 4:
+            shares[members[0]] = copies
+            return
+        groups: dict[object, list[int]] = {}
+        for i in members:
+            c = candidates[i]
+            groups.setdefault((c.zone, c.rack, c.host, i)[depth], []).append(i)
+        lists = list(groups.values())
+        weights = [sum(candidates[i].weight for i in group) for group in lists]
+        for group, part in zip(lists, _fill(weights, list(map(len, lists)), copies), strict=True):
+            fill(group, part, depth + 1)
+
+    fill(list(range(len(candidates))), float(min(count, len(candidates))), 0)
+    return shares
+
+
+def _fill(weights: Sequence[float], sizes: Sequence[int], copies: float) -> list[float]:
+    """Divide `copies` by weight among domains that take turns and hold at most `sizes`."""
+    turn = 1
+    while sum(min(turn, size) for size in sizes) < copies - 1e-9:
+        turn += 1
+    low = [min(turn - 1, size) for size in sizes]
+    high = [min(turn, size) for size in sizes]
+
+    def at(level: float) -> list[float]:
+        return [min(max(w * level, a), b) for w, a, b in zip(weights, low, high, strict=True)]
+
+    below, above = 0.0, turn / min(weights)
+    for _ in range(100):
+        middle = (below + above) / 2
+        if sum(at(middle)) < copies:
+            below = middle
+        else:
+            above = middle
+    return at(above)
 
 
 class Balance(NamedTuple):
