@@ -277,7 +277,8 @@ class ClusterMap:
 
     def _members(self, nodes: Iterable[Node], leaving: Row) -> tuple[Node, ...]:
         """Who is in the map of a change that begins: `nodes` and those who leave, emptied."""
-        given = {node.number: node for node in (listed := list(nodes))}
+        listed = list(nodes)
+        given = {node.number: node for node in listed}
         for number in leaving:
             node = given[number] if number in given else self.node(number)
             emptied = replace(node, metadata_weight=0.0, chunk_weight=0.0)
