@@ -256,19 +256,22 @@ class Digests:
         return [(BUILT, bytes([_FORMAT, *sorted(self._built)]))]
 
     def replace_lost(self, table: int, partition: int) -> list[Op]:
-        """Store operations that make sums readable again that the store lost.
+        """Forget what is remembered of a damaged partition, and make lost sums readable: as zero.
 
-        They are what is remembered, or zero, and so wrong until `recompute` and `correct`.
+        The partition's digests are wrong from here on, until `recompute` of a newer snapshot and
+        `correct`.  The contract of `ops` holds.
         """
         result: list[Op] = []
+        total = 0
         for bucket in range(BUCKETS):
             row = bucket_row(table, partition, bucket)
+            self._cache.pop(table << 20 | partition << 8 | bucket, None)
             try:
-                self._view.get(row)
+                total += int.from_bytes(self._view.get(row) or b"", "big")
             except Corrupt:
-                self.damaged[table, partition] = None
-                known = self._cache.get(table << 20 | partition << 8 | bucket, 0)
-                result.append((row, known.to_bytes(DIGEST, "big") if known else None))
+                result.append((row, None))
+        self.damaged[table, partition] = None
+        self._totals[table][partition] = total & _MASK
         return result
 
     def correct(self, table: int, partition: int, errors: dict[int, int]) -> list[Op]:

@@ -45,6 +45,7 @@ MERGE = "m"  # row, register -> None, durable
 HINT = "h"  # row, register, target, written -> None, durable: keep it for node `target`
 MINT = "p"  # row, context, value or None -> (register, context, siblings); own node only
 PURGE = "x"  # row, BLAKE3 of the register -> whether it was that and is gone; own node only
+DISCARD = "d"  # the same for registers that have values: ghosts of what others purged
 RAW = "o"  # ops, or a function that makes them at its turn -> None; own node only, no registers
 
 Request = tuple[Any, ...]
@@ -238,8 +239,8 @@ class Registers:
             versions.decode(register)
             ops += self._hints.add(row, register, target, written)
             return None
-        if kind == PURGE:
-            return self._purge(row, request[2], before)
+        if kind in {PURGE, DISCARD}:
+            return self._purge(kind, row, request[2], before)
         raise InvalidArgument(f"no request {kind!r}; is the caller of another version?")
 
     def _current(self, row: bytes) -> bytes | None:
@@ -299,11 +300,13 @@ class Registers:
         self._set(row, old, data, before)
         return data, versions.encode_context(register[0]), len(register[1])
 
-    def _purge(self, row: bytes, wanted: bytes, before: dict[bytes, bytes | None]) -> bool:
+    def _purge(
+        self, kind: str, row: bytes, wanted: bytes, before: dict[bytes, bytes | None]
+    ) -> bool:
         old = self._current(row)
         if old is None or digest(old) != wanted:
             return False
-        if not versions.is_tombstone(versions.decode(old)):
+        if kind == PURGE and not versions.is_tombstone(versions.decode(old)):
             raise InvalidArgument(f"only tombstones are purged, and {row!r:.60} has a value")
         self._set(row, old, None, before)
         return True

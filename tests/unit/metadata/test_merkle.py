@@ -225,10 +225,12 @@ def test_lost_sums_do_not_stop_writes_and_are_rebuilt():
     put(store, digests, (rows[0], b"y"))
     with pytest.raises(Corrupt):
         drift(store, REGISTERS, 2)
+    put(store, digests, (rows[1], b"z"))  # a sum that is remembered, though it was lost
     store.apply(digests.replace_lost(REGISTERS, 2))
+    put(store, digests, (rows[2], b"y"), (rows[1], b"x"))
     store.apply(digests.correct(REGISTERS, 2, drift(store, REGISTERS, 2)))
     assert drift(store, REGISTERS, 2) == {}
-    put(store, digests, (rows[0], b"x"))
+    put(store, digests, (rows[0], b"x"), (rows[2], b"x"))
     assert digests.total(REGISTERS, 2) == right
     assert digests.drift == 0
     assert digests.damaged == {}

@@ -1,0 +1,550 @@
+"""Anti-entropy: two homes of a partition find where they differ, and exchange just that.
+
+Push-pull, as in Demers et al., "Epidemic Algorithms for Replicated Database Maintenance" (PODC
+1987), over the digests of `metadata.merkle`: totals of all shared partitions (one call), bucket
+sums of those that differ, keys with value digests of the buckets that differ, then items both ways
+in batches.  `metadata/SYNC.md` says when, and why nothing comes back from the dead this way.
+
+Sans-IO: see `metadata.steps` for the effects.  `now` is wall time in microseconds.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dfs.cluster.map import METADATA, ClusterMap
+from dfs.errors import Corrupt, InvalidArgument, NotHome, StaleEpoch
+from dfs.hashing import PARTITIONS
+from metadata.merkle import (
+    BLOBS,
+    BUCKETS,
+    DIGEST,
+    REGISTERS,
+    TABLES,
+    Digests,
+    Table,
+    bucket_of,
+    partition_of_row,
+    rows_of,
+    value_digest,
+)
+from metadata.rejoin import KEEP, PullFirst
+from metadata.steps import Call, Item, Merge, Rest, Steps
+
+BATCH_ITEMS = 256
+BATCH_BYTES = 1 << 20  # of values; a batch holds at least one item
+GROUP = 32  # partitions compared at once
+SCAN_ROWS = 2000  # looked at for one answer
+SCAN_BYTES = 8 << 20  # of values read and hashed for one answer
+FRESH = 30_000_000  # us: a younger register may be on its way to its other homes anyway
+AHEAD = 3600_000_000  # us: a register from further in the future is not called fresh
+OLDEST = 3 * 3600_000_000  # us: a push that was sent longer ago is refused
+EVERY_BUCKET = b"\xff" * (BUCKETS // 8)
+
+Key = tuple[bytes, bytes]  # row, value digest; b"" = too fresh to compare
+Want = tuple[int, bytes]  # partition, bit mask of buckets
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What an exchange did."""
+
+    partitions: int = 0  # that differed
+    pulled: int = 0
+    pushed: int = 0
+    fresh: int = 0  # rows left alone
+    errors: list[str] = field(default_factory=list)  # partitions that could not be compared
+
+    def add(self, other: "Outcome") -> None:
+        """Sum up."""
+        self.partitions += other.partitions
+        self.pulled += other.pulled
+        self.pushed += other.pushed
+        self.fresh += other.fresh
+        self.errors += other.errors
+
+
+def members(cluster: ClusterMap, partition: int) -> tuple[int, ...]:
+    """All homes of a partition that take writes now: one set, or two during a transition."""
+    sets = cluster.write_sets(METADATA, partition)
+    return sets[0] if len(sets) == 1 else tuple(dict.fromkeys(x for row in sets for x in row))
+
+
+class AntiEntropy:
+    """One node's part: answers what others ask (`handle`), and drives exchanges.
+
+    `newest` gives the hybrid logical time (microseconds) of the newest write in an encoded
+    register.
+    """
+
+    def __init__(
+        self,
+        me: int,
+        get_map: Callable[[], ClusterMap],
+        view: Table,
+        digests: Digests,
+        pull_first: PullFirst,
+        newest: Callable[[bytes], int],
+    ) -> None:
+        """Compare what `view` reads."""
+        self.me = me
+        self.get_map = get_map
+        self.view = view
+        self.digests = digests
+        self.pull_first = pull_first
+        self.newest = newest
+        self._shared: tuple[bytes, dict[int, list[int]]] = (b"", {})
+
+    # ------------------------------------------------------------------------------- who with whom
+
+    def shared(self, cluster: ClusterMap, peer: int) -> list[int]:
+        """Partitions of which both are homes; ascending."""
+        digest, found = self._shared
+        if digest != cluster.digest:
+            self._shared = cluster.digest, found
+            found.clear()
+            for partition in range(PARTITIONS):
+                row = members(cluster, partition)
+                if self.me in row:
+                    for node in row:
+                        found.setdefault(node, []).append(partition)
+        return found.get(peer, [])
+
+    def peers(self, cluster: ClusterMap) -> list[int]:
+        """Nodes with which anything is shared."""
+        self.shared(cluster, self.me)
+        return sorted(node for node in self._shared[1] if node != self.me)
+
+    def may_send(self, cluster: ClusterMap, table: int, partition: int, node: int) -> bool:
+        """Whether rows of `node` may go to others: registers only from homes of this map.
+
+        Nothing that was acknowledged lives at a former home only, but what its successors have
+        purged since may.  Blobs never change and may come from anywhere.
+        """
+        return table == BLOBS or node in members(cluster, partition)
+
+    # ------------------------------------------------------------------------------------ answering
+
+    def handle(
+        self, method: str, sender: int, epoch: int, args: tuple[Any, ...], now: int
+    ) -> Steps[tuple[Any, ...]]:
+        """Answer `sync.METHOD` of another node; see `dfs.wire.messages`."""
+        cluster = self.get_map()
+        if args[0] not in TABLES:
+            raise InvalidArgument(f"there is no table {args[0]!r}")
+        if method == "sync.totals":
+            return self._totals(cluster, sender, epoch, *args)
+        if method == "sync.buckets":
+            return self._buckets(cluster, sender, epoch, *args)
+        if method == "sync.keys":
+            return self._keys(cluster, sender, epoch, *args, now=now)
+        if method == "sync.items":
+            return self._items(cluster, sender, epoch, *args, now=now)
+        return self._push(cluster, sender, epoch, *args, now=now)
+
+    def _check(
+        self, cluster: ClusterMap, epoch: int, table: int, partition: int, sender: int
+    ) -> None:
+        """Refuse what another map's homes must not do; raises `StaleEpoch` or `NotHome`."""
+        if type(partition) is not int or not 0 <= partition < PARTITIONS:
+            raise InvalidArgument(f"there is no partition {partition!r}")
+        last = cluster.last_change(METADATA, partition)
+        if epoch < last:
+            raise StaleEpoch(
+                f"partition {partition} has other homes since epoch {last}, not {epoch}",
+                cluster.encode(),
+            )
+        homes = members(cluster, partition)
+        if table == REGISTERS and (self.me not in homes or sender not in homes):
+            raise NotHome(
+                f"nodes {self.me} and {sender} are not both homes of partition {partition} "
+                f"in epoch {cluster.epoch}",
+                homes,
+            )
+
+    def _totals(
+        self, cluster: ClusterMap, sender: int, epoch: int, table: int, packed: bytes, some: Any
+    ) -> Steps[tuple[Any, ...]]:
+        theirs = {
+            int.from_bytes(packed[i : i + 2], "big"): int.from_bytes(packed[i + 2 : i + 34], "big")
+            for i in range(0, len(packed), 34)
+        }
+        differing = []
+        for partition in self.shared(cluster, sender) if some is None else some:
+            if epoch < cluster.last_change(METADATA, partition):
+                continue
+            if self.digests.total(table, partition) != theirs.get(partition, 0):
+                differing.append(partition)
+        yield from ()
+        return (tuple(differing),)
+
+    def _buckets(
+        self, cluster: ClusterMap, sender: int, epoch: int, table: int, partitions: Sequence[int]
+    ) -> Steps[tuple[Any, ...]]:
+        found = []
+        for partition in partitions[:GROUP]:
+            self._check(cluster, epoch, table, partition, sender)
+            found.append(_pack_sums(self.digests.buckets(table, partition)))
+        waiting = tuple(self.pull_first.waiting(p) for p in partitions[:GROUP])
+        yield from ()
+        return (tuple(found), waiting)
+
+    def _keys(
+        self,
+        cluster: ClusterMap,
+        sender: int,
+        epoch: int,
+        table: int,
+        wants: Sequence[Want],
+        after: bytes,
+        until: bytes,
+        forced: bool,
+        *,
+        now: int,
+    ) -> Steps[tuple[Any, ...]]:
+        for partition, _ in wants:
+            self._check(cluster, epoch, table, partition, sender)
+        if forced:  # the caller concludes from it that we hold the rows, so they must be durable
+            yield Merge(table, ())
+        keys, cursor = self.listing(table, wants, after, until, None if forced else now)
+        return (tuple(keys), cursor)
+
+    def _items(
+        self,
+        cluster: ClusterMap,
+        sender: int,
+        epoch: int,
+        table: int,
+        rows: Sequence[bytes],
+        *,
+        now: int,
+    ) -> Steps[tuple[Any, ...]]:
+        for row in rows:
+            self._check(cluster, epoch, table, _partition(table, row), sender)
+        yield from ()
+        items, taken = self.read(table, rows, now)
+        return (tuple(items), taken)
+
+    def _push(
+        self,
+        cluster: ClusterMap,
+        sender: int,
+        epoch: int,
+        table: int,
+        items: Sequence[Item],
+        sent: int,
+        *,
+        now: int,
+    ) -> Steps[tuple[Any, ...]]:
+        if now - sent > OLDEST:
+            raise StaleEpoch(f"rows that were sent {(now - sent) // 1_000_000} s ago are refused")
+        for row, _ in items:
+            partition = _partition(table, row)
+            self._check(cluster, epoch, table, partition, sender)
+            if self.me not in members(cluster, partition):
+                raise NotHome(f"node {self.me} is no home of partition {partition}")
+        changed = yield Merge(table, items)
+        return (changed,)
+
+    # -------------------------------------------------------------------------------------- reading
+
+    def listing(
+        self, table: int, wants: Sequence[Want], after: bytes, until: bytes, now: int | None
+    ) -> tuple[list[Key], bytes]:
+        """Keys of some buckets in (after, until], ascending, and where to go on (b"" = complete).
+
+        An empty `until` is the end.  Looks at a bounded number of rows.  With `now`, fresh
+        registers have an empty digest.
+        """
+        keys: list[Key] = []
+        rows_left, bytes_left = SCAN_ROWS, SCAN_BYTES
+        for partition, mask in wants:
+            bits = int.from_bytes(mask, "big")
+            at, more = after, True
+            while more:
+                rows, more = rows_of(self.view, table, partition, at, min(256, rows_left))
+                for row, value in rows:
+                    if until and row > until:
+                        return keys, b""
+                    at = row
+                    rows_left -= 1
+                    if bits >> bucket_of(row) & 1:
+                        bytes_left -= len(value)
+                        keys.append((row, self._digest(table, row, value, now)))
+                    if rows_left <= 0 or bytes_left <= 0:
+                        return keys, b"" if row == until else row
+        return keys, b""
+
+    def _digest(self, table: int, row: bytes, value: bytes, now: int | None) -> bytes:
+        if table == REGISTERS and now is not None and self._fresh(value, now):
+            return b""
+        return value_digest(table, row, value)
+
+    def _fresh(self, register: bytes, now: int) -> bool:
+        return now - FRESH < self.newest(register) < now + AHEAD
+
+    def holds_back(self, table: int, row: bytes, value: bytes, now: int) -> bool:
+        """Whether a row must not be given away: it may be the ghost of a purged register."""
+        return (
+            table == REGISTERS
+            and self.pull_first.waiting(partition_of_row(table, row))
+            and self.newest(value) < now - KEEP
+        )
+
+    def read(self, table: int, rows: Sequence[bytes], now: int) -> tuple[list[Item], int]:
+        """A batch of items, and how many of `rows` it answers; some may be gone or held back."""
+        items: list[Item] = []
+        size = 0
+        for taken, row in enumerate(rows):
+            value = self.view.get(row)
+            if value is None or self.holds_back(table, row, value, now):
+                continue
+            size += len(value)
+            if items and (size > BATCH_BYTES or len(items) >= BATCH_ITEMS):
+                return items, taken
+            items.append((row, value))
+        return items, len(rows)
+
+    # -------------------------------------------------------------------------------------- driving
+
+    def exchange(
+        self,
+        peer: int,
+        now: int,
+        *,
+        tables: Iterable[int] = TABLES,
+        partitions: Sequence[int] | None = None,
+        forced: bool = False,
+        pull: bool = True,
+        push: bool = True,
+    ) -> Steps[Outcome]:
+        """Make this node and `peer` equal in the partitions they share (or in some of them).
+
+        `forced` does not leave out fresh registers.  Raises what calls raise; what was done until
+        then stays done.
+        """
+        cluster = self.get_map()
+        outcome = Outcome()
+        chosen = self.shared(cluster, peer) if partitions is None else partitions
+        for table in tables:
+            if not self.digests.built(table):
+                continue
+            packed = b"".join(
+                p.to_bytes(2, "big") + total.to_bytes(DIGEST, "big")
+                for p, total in zip(chosen, self.digests.totals(table, chosen), strict=True)
+                if total
+            )
+            some = None if partitions is None else tuple(partitions)
+            (differing,) = yield Call(peer, "sync.totals", (table, packed, some), cluster.epoch)
+            for i in range(0, len(differing), GROUP):
+                group = differing[i : i + GROUP]
+                run = _Exchange(self, cluster, peer, table, now, forced, pull, push)
+                outcome.add((yield from run.run(group)))
+        return outcome
+
+    def push_partition(
+        self, partition: int, to: int, now: int, *, tables: Sequence[int] = TABLES
+    ) -> Steps[Outcome]:
+        """Give a new home everything this node holds of a partition, durably.
+
+        Call it after this node has learned of the transition: what it accepts from then on goes to
+        both sets of homes by itself.  When it returns without `errors`, `to` holds all of it.
+        After a failure call it again; what is there is not sent again.
+        """
+        if any(not self.digests.built(table) for table in tables):
+            return Outcome(errors=["the digests of this node are not complete yet"])
+        outcome = yield from self.exchange(
+            to, now, tables=tables, partitions=(partition,), forced=True, pull=False
+        )
+        cluster = self.get_map()
+        for table in tables:  # what digests call equal may still be on its way to the disk there
+            yield Call(to, "sync.push", (table, (), now), cluster.epoch)
+        return outcome
+
+
+class _Exchange:
+    """One table and a few partitions that differ."""
+
+    def __init__(
+        self,
+        node: AntiEntropy,
+        cluster: ClusterMap,
+        peer: int,
+        table: int,
+        now: int,
+        forced: bool,
+        pull: bool,
+        push: bool,
+    ) -> None:
+        self.node = node
+        self.epoch = cluster.epoch
+        self.cluster = cluster
+        self.peer = peer
+        self.table = table
+        self.now = now
+        self.forced = forced
+        self.pull = pull
+        self.push = push
+        self.outcome = Outcome()
+
+    def run(self, partitions: Sequence[int]) -> Steps[Outcome]:
+        """Compare and exchange; partitions with damage on either side are named, not compared."""
+        try:
+            yield from self._compare(partitions)
+        except Corrupt as e:
+            if len(partitions) == 1:
+                self.outcome.errors.append(f"partition {partitions[0]}: {e}")
+            else:
+                for partition in partitions:
+                    yield from self.run((partition,))
+        return self.outcome
+
+    def _compare(self, partitions: Sequence[int]) -> Steps[None]:
+        node, table = self.node, self.table
+        packed, _ = yield self._call("sync.buckets", tuple(partitions))
+        pushed: list[Want] = []
+        pulled: list[Want] = []
+        for partition, sums in zip(partitions, packed, strict=True):
+            mine, theirs = node.digests.buckets(table, partition), _unpack_sums(sums)
+            mask = sum(1 << b for b in range(BUCKETS) if mine[b] != theirs[b])
+            if not mask:
+                continue
+            self.outcome.partitions += 1
+            want = partition, mask.to_bytes(BUCKETS // 8, "big")
+            if node.may_send(self.cluster, table, partition, node.me):
+                pushed.append(want)
+            else:
+                pulled.append(want)
+        if pushed:
+            yield from self._walk(tuple(pushed), self.pull, self.push)
+        if pulled and self.pull:
+            yield from self._walk(tuple(pulled), self.pull, False)
+
+    def _walk(self, wants: tuple[Want, ...], pull: bool, push: bool) -> Steps[None]:
+        """Go through the rows of both sides in step."""
+        node, table = self.node, self.table
+        now = None if self.forced else self.now
+        after = b""
+        while True:
+            mine, until = node.listing(table, wants, after, b"", now)
+            at = 0
+            while True:
+                args = wants, after, until, self.forced
+                theirs, cursor = yield self._call("sync.keys", *args)
+                end = at
+                while end < len(mine) and (not cursor or mine[end][0] <= cursor):
+                    end += 1
+                yield from self._settle(mine[at:end], theirs, pull, push)
+                at = end
+                if not cursor:
+                    break
+                after = cursor
+            if not until:
+                return
+            after = until
+
+    def _settle(
+        self, mine: Sequence[Key], theirs: Sequence[Key], pull: bool, push: bool
+    ) -> Steps[None]:
+        """Exchange what differs between two listings of the same range."""
+        ours, others = dict(mine), dict(theirs)
+        wanted: list[bytes] = []
+        offered: dict[bytes, bytes] = {}  # row -> digest of the peer's value; b"" = it has none
+        for row, digest in others.items():
+            own = ours.get(row)
+            if own == digest and digest:
+                continue
+            if not digest or own == b"":
+                self.outcome.fresh += 1
+                continue
+            wanted.append(row)
+            if own is not None:
+                offered[row] = digest
+        for row, digest in ours.items():
+            if row not in others:
+                if digest:
+                    offered[row] = b""
+                else:
+                    self.outcome.fresh += 1
+        if pull and wanted:
+            yield from self._fetch(wanted)
+        if push and offered:
+            yield from self._offer(offered)
+
+    def _fetch(self, rows: list[bytes]) -> Steps[None]:
+        """Pull rows and merge them."""
+        while rows:
+            items, taken = yield self._call("sync.items", tuple(rows[:BATCH_ITEMS]))
+            if items:
+                self.outcome.pulled += yield Merge(self.table, items)
+            yield Rest(_size(items))
+            del rows[: max(1, taken)]
+
+    def _offer(self, offered: dict[bytes, bytes]) -> Steps[None]:
+        """Push rows whose value is another than the peer's still, after what was pulled."""
+        table, view = self.table, self.node.view
+        rows = [
+            row
+            for row, digest in offered.items()
+            if (value := view.get(row)) is not None and value_digest(table, row, value) != digest
+        ]
+        while rows:
+            items, taken = self.node.read(table, rows, self.now)
+            if items:
+                (changed,) = yield self._call("sync.push", tuple(items), self.now)
+                self.outcome.pushed += changed
+                yield Rest(_size(items))
+            del rows[:taken]
+
+    def _call(self, method: str, *args: Any) -> Call:
+        return Call(self.peer, method, (self.table, *args), self.epoch)
+
+
+def _partition(table: int, row: Any) -> int:
+    try:
+        return partition_of_row(table, row)
+    except (ValueError, TypeError) as e:
+        raise InvalidArgument(str(e)) from None
+
+
+def _size(items: Sequence[Item]) -> int:
+    return sum(len(row) + len(value) for row, value in items)
+
+
+def _pack_sums(sums: Sequence[int]) -> bytes:
+    return b"".join(bytes([b]) + s.to_bytes(DIGEST, "big") for b, s in enumerate(sums) if s)
+
+
+def _unpack_sums(packed: bytes) -> list[int]:
+    sums = [0] * BUCKETS
+    for i in range(0, len(packed), 1 + DIGEST):
+        sums[packed[i]] = int.from_bytes(packed[i + 1 : i + 1 + DIGEST], "big")
+    return sums
+
+
+class _Absent(_Exchange):
+    """Finds the rows that the peer does not have, and moves nothing."""
+
+    found: dict[bytes, bytes]
+
+    def _settle(
+        self, mine: Sequence[Key], theirs: Sequence[Key], pull: bool, push: bool
+    ) -> Steps[None]:
+        has = {row for row, _ in theirs}
+        self.found.update((row, digest) for row, digest in mine if row not in has)
+        yield from ()
+
+
+def absent_at(
+    node: AntiEntropy, peer: int, partition: int, now: int
+) -> Steps[tuple[dict[bytes, bytes], bool]]:
+    """Our registers of a partition that `peer` lacks, and whether it is waiting itself."""
+    cluster = node.get_map()
+    run = _Absent(node, cluster, peer, REGISTERS, now, True, True, True)
+    run.found = {}
+    packed, (waits,) = yield run._call("sync.buckets", (partition,))
+    mine, theirs = node.digests.buckets(REGISTERS, partition), _unpack_sums(packed[0])
+    mask = sum(1 << b for b in range(BUCKETS) if mine[b] != theirs[b])
+    if mask and not waits:
+        yield from run._walk(((partition, mask.to_bytes(BUCKETS // 8, "big")),), True, True)
+    return run.found, waits

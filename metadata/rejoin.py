@@ -1,0 +1,57 @@
+"""Rejoining: a node whose registers may be too old pulls before it shows anything.
+
+A node that was restored from a backup, lost its disk, or became a home again after it was none for
+a while, lacks acknowledged writes and may hold registers whose tombstones the others have purged
+since.  Until it has compared a partition with the other homes it is *waiting* there: it takes
+merges, but answers no read, coordinates nothing, and gives away only registers that are younger
+than the grace of tombstones: those cannot have been purged.
+
+An older register that only it has is dropped, if all other homes answered and none of them is
+waiting itself.  When other homes were restored too, nothing can be told apart, and it is kept.
+`metadata.repair` does the pulling.
+"""
+
+from collections.abc import Iterable
+
+from dfs.errors import Corrupt
+from dfs.hashing import PARTITIONS
+from metadata.merkle import Op, Table
+
+ROW = b"npullfirst"  # bit map of the waiting partitions after a format byte
+_FORMAT = 1
+KEEP = 23 * 3600_000_000  # us: grace of tombstones less an hour of clock skew
+
+
+class PullFirst:
+    """Which partitions this node has to pull before it is a full home of them; persistent."""
+
+    def __init__(self, view: Table) -> None:
+        """Read the mark from the store."""
+        raw = view.get(ROW) or bytes([_FORMAT])
+        if raw[0] != _FORMAT:
+            raise Corrupt(f"the list of waiting partitions has format {raw[0]}: upgrade dfs")
+        self._bits = int.from_bytes(raw[1:], "little")
+
+    def waiting(self, partition: int) -> bool:
+        """Whether the partition was not compared with its other homes yet."""
+        return bool(self._bits >> partition & 1)
+
+    def partitions(self) -> list[int]:
+        """Those that wait; ascending."""
+        return [p for p in range(PARTITIONS) if self._bits >> p & 1] if self._bits else []
+
+    def begin(self, partitions: Iterable[int] = range(PARTITIONS)) -> list[Op]:
+        """Let partitions (all of them) wait, from now on; store the operations before serving."""
+        for partition in partitions:
+            self._bits |= 1 << partition
+        return self._ops()
+
+    def finish(self, partitions: Iterable[int]) -> list[Op]:
+        """End the waiting; also for operators who know better."""
+        for partition in partitions:
+            self._bits &= ~(1 << partition)
+        return self._ops()
+
+    def _ops(self) -> list[Op]:
+        size = (self._bits.bit_length() + 7) // 8
+        return [(ROW, bytes([_FORMAT]) + self._bits.to_bytes(size, "little"))]

@@ -1,0 +1,377 @@
+"""Exchanges between homes: equal afterwards, little is sent, and only homes give registers away."""
+
+from functools import cache
+
+import pytest
+
+from dfs.cluster.map import METADATA, ClusterMap, Node
+from dfs.errors import InvalidArgument, NotHome, StaleEpoch
+from dfs.hashing import digest
+from dfs.testing.sync_nodes import SyncNode, key_row, row_in, run
+from metadata.antientropy import FRESH, OLDEST
+from metadata.merkle import BLOBS, REGISTERS, partition_of_row
+from metadata.repair import affected, pull_partition, rebuild, repair_lost
+from metadata.steps import Call, Write
+
+NOW = 1_700_000_000_000_000
+DAY = 24 * 3600_000_000
+OLD = NOW - 3 * DAY
+
+
+def member(number, weight=1.0):
+    return Node(
+        number,
+        bytes([number]) * 16,
+        f"n{number}",
+        f"z{number}",
+        "",
+        f"h{number}",
+        f"tcp://n{number}:1",
+        f"tcp://c{number}:1",
+        weight,
+    )
+
+
+@cache
+def first_map(size=3):
+    return ClusterMap.create(bytes(16), [member(i) for i in range(1, size + 1)])
+
+
+def make(size=3, cluster=None):
+    holder = [cluster or first_map(size)]
+    nodes = {i: SyncNode(i, lambda: holder[0]) for i in range(1, size + 1)}
+    return nodes, holder
+
+
+def put(node, *names, value=b"v", now=OLD):
+    for name in names:
+        node.put(key_row(name), value, now)
+
+
+def rows(node, prefix=b"r"):
+    return {k: v for k, v in node.store.rows.items() if k.startswith(prefix)}
+
+
+def sync(nodes, a, b, **options):
+    return run(nodes, a, nodes[a].sync.exchange(b, NOW, **options), NOW)
+
+
+def names(first, count):
+    return [b"%d" % i for i in range(first, first + count)]
+
+
+def totals(node):
+    return [node.digests.totals(t, range(4096)) for t in (REGISTERS, BLOBS)]
+
+
+def blob_row(data):
+    return b"b" + digest(data)
+
+
+def test_equal_nodes_need_one_call_a_table():
+    nodes, _ = make()
+    calls = []
+    put(nodes[1], *names(0, 50))
+    sync(nodes, 1, 2)
+    run(nodes, 1, nodes[1].sync.exchange(2, NOW), NOW, calls=calls)
+    assert calls == ["sync.totals", "sync.totals"]
+
+
+def test_both_sides_get_what_they_lack():
+    nodes, _ = make()
+    put(nodes[1], *names(0, 60))
+    put(nodes[2], *names(40, 60), value=b"other")
+    put(nodes[1], b"both", value=b"one")
+    blob = blob_row(b"blob")
+    nodes[2]._put_blobs([(blob, b"blob")])
+    outcome = sync(nodes, 1, 2)
+    assert rows(nodes[1]) == rows(nodes[2])
+    assert len(rows(nodes[1])) == 101
+    assert sorted(nodes[1].values(key_row(b"50"))) == [b"other", b"v"]
+    assert nodes[1].store.get(blob) == b"blob"
+    assert totals(nodes[1]) == totals(nodes[2])
+    assert outcome.pulled == 61
+    assert outcome.pushed == 61
+    again = sync(nodes, 2, 1)
+    assert again.pulled == again.pushed == again.partitions == 0
+
+
+def test_large_partitions_go_page_by_page():
+    nodes, _ = make(3)
+    one, two = nodes[1], nodes[2]
+    for i in range(5000):
+        node = one if i % 7 else two
+        node.put(row_in(9, b"%05d" % i), b"%d" % i, OLD)
+        if i % 3 == 0:
+            (two if node is one else one).put(row_in(9, b"%05d" % i), b"else", OLD)
+    big = bytes(900_000)
+    for i in range(12):
+        two.put(row_in(9, b"big%d" % i), big, OLD)
+    sync(nodes, 1, 2)
+    assert rows(one) == rows(two)
+    assert len(rows(one)) == 5012
+    assert one.total(9) == two.total(9)
+
+
+def test_a_missing_side_of_any_shape():
+    for a, b in [(0, 3000), (3000, 0), (1, 1), (0, 0)]:
+        nodes, _ = make()
+        for node, count in ((nodes[1], a), (nodes[2], b)):
+            for i in range(count):
+                node.put(row_in(4095, b"%d" % i), b"x", OLD)
+        sync(nodes, 1, 2)
+        assert rows(nodes[1]) == rows(nodes[2])
+
+
+def test_fresh_registers_are_left_alone_unless_forced():
+    nodes, _ = make()
+    put(nodes[1], b"fresh", now=NOW - FRESH // 2)
+    put(nodes[2], b"too", now=NOW - FRESH // 2)
+    put(nodes[2], b"future", now=NOW + 2 * 3600_000_000)
+    outcome = sync(nodes, 1, 2)
+    assert outcome.fresh == 2
+    assert nodes[1].values(key_row(b"future")) == [b"v"]
+    assert nodes[2].values(key_row(b"fresh")) == []
+    assert nodes[1].values(key_row(b"too")) == []
+    sync(nodes, 1, 2, forced=True)
+    assert rows(nodes[1]) == rows(nodes[2])
+
+
+def test_directions():
+    nodes, _ = make()
+    put(nodes[1], b"one")
+    put(nodes[2], b"two")
+    sync(nodes, 1, 2, push=False)
+    assert len(rows(nodes[1])) == 2
+    assert len(rows(nodes[2])) == 1
+    put(nodes[2], b"three")
+    sync(nodes, 1, 2, pull=False)
+    assert len(rows(nodes[2])) == 2 + 1
+    assert len(rows(nodes[1])) == 2
+
+
+# -- who may
+
+
+def transition():
+    """A map of three of four nodes, its transition to all four, and the stable map after it."""
+    before = ClusterMap.create(bytes(16), [member(i, float(i < 4)) for i in range(1, 5)])
+    moving = before.begin([member(i) for i in range(1, 5)])
+    reading = moving.advance()
+    return before, moving, reading, reading.advance()
+
+
+def moved_row(moving, after):
+    """A key of a partition that node 4 takes over from node 1."""
+    for i in range(100_000):
+        row = key_row(b"%d" % i)
+        p = partition_of_row(REGISTERS, row)
+        if 1 in moving.old_homes(METADATA, p) and 1 not in after.homes(METADATA, p):
+            return row
+    raise AssertionError
+
+
+def test_new_homes_get_everything_of_a_partition():
+    before, moving, reading, after = transition()
+    nodes, holder = make(4, before)
+    row = moved_row(moving, after)
+    p = partition_of_row(REGISTERS, row)
+    nodes[1].put(row, b"v", NOW - 1)  # fresh
+    blob = next(b for i in range(10**6) if partition_of_row(BLOBS, blob_row(b := b"%d" % i)) == p)
+    nodes[1]._put_blobs([(blob_row(blob), blob)])
+    holder[0] = moving
+    outcome = run(nodes, 1, nodes[1].sync.push_partition(p, 4, NOW), NOW)
+    assert outcome.pushed == 2
+    assert outcome.errors == []
+    assert nodes[4].values(row) == [b"v"]
+    assert nodes[4].store.get(blob_row(blob)) == blob
+    calls = []
+    outcome = run(nodes, 1, nodes[1].sync.push_partition(p, 4, NOW), NOW, calls=calls)
+    assert outcome.pushed == 0
+    assert calls == ["sync.totals"] * 2 + ["sync.push"] * 2  # the pushes are barriers
+    assert reading.epoch < after.epoch
+
+
+def test_former_homes_give_blobs_away_but_no_registers():
+    before, moving, _, after = transition()
+    nodes, holder = make(4, before)
+    row = moved_row(moving, after)
+    p = partition_of_row(REGISTERS, row)
+    nodes[1].put(row, b"v", OLD)
+    blob = next(b for i in range(10**6) if partition_of_row(BLOBS, blob_row(b := b"%d" % i)) == p)
+    nodes[1]._put_blobs([(blob_row(blob), blob)])
+    holder[0] = after
+    assert p not in nodes[1].sync.shared(after, 4)
+    outcome = run(nodes, 1, nodes[1].sync.push_partition(p, 4, NOW, tables=(BLOBS,)), NOW)
+    assert outcome.pushed == 1
+    assert nodes[4].store.get(blob_row(blob)) == blob
+    with pytest.raises(NotHome, match="not both homes"):
+        run(nodes, 1, nodes[1].sync.push_partition(p, 4, NOW), NOW)
+    value = nodes[1].store.get(row)
+    for sender, receiver, method, args in [
+        (1, 4, "sync.push", (REGISTERS, ((row, value),), NOW)),
+        (4, 1, "sync.items", (REGISTERS, (row,))),
+        (4, 1, "sync.keys", (REGISTERS, ((p, b"\xff" * 32),), b"", b"", True)),
+        (4, 1, "sync.buckets", (REGISTERS, (p,))),
+    ]:
+        with pytest.raises(NotHome):
+            run(
+                nodes, receiver, nodes[receiver].answer(method, sender, after.epoch, args, NOW), NOW
+            )
+    # who still acts on the old map is told
+    args = (REGISTERS, ((row, value),), NOW)
+    with pytest.raises(StaleEpoch) as error:
+        run(nodes, 4, nodes[4].answer("sync.push", 1, before.epoch, args, NOW), NOW)
+    assert ClusterMap.decode(error.value.details[0]).epoch == after.epoch
+    assert nodes[4].values(row) == []
+    # and nobody pushes blobs to a node that is no home of them
+    args = (BLOBS, ((blob_row(blob), blob),), NOW)
+    with pytest.raises(NotHome, match="no home"):
+        run(nodes, 1, nodes[1].answer("sync.push", 4, after.epoch, args, NOW), NOW)
+
+
+def test_late_pushes_and_nonsense_are_refused():
+    nodes, holder = make()
+    put(nodes[1], b"a")
+    ((row, value),) = rows(nodes[1]).items()
+    args = (REGISTERS, ((row, value),), NOW - OLDEST - 1)
+    with pytest.raises(StaleEpoch, match="s ago"):
+        run(nodes, 2, nodes[2].answer("sync.push", 1, holder[0].epoch, args, NOW), NOW)
+    for method, args in [
+        ("sync.push", (REGISTERS, ((b"nrow", b"x"),), NOW)),
+        ("sync.push", (BLOBS, ((row, value),), NOW)),
+        ("sync.items", (REGISTERS, (7,))),
+        ("sync.buckets", (REGISTERS, (4096,))),
+        ("sync.totals", (2, b"", None)),
+    ]:
+        with pytest.raises(InvalidArgument):
+            run(nodes, 2, nodes[2].answer(method, 1, holder[0].epoch, args, NOW), NOW)
+
+
+# -- rejoining
+
+
+def rejoin(nodes, number, *, down=()):
+    node = nodes[number]
+    complete = []
+    for partition in node.pull_first.partitions():
+        if run(nodes, number, pull_partition(node.sync, partition, NOW), NOW, down=down):
+            node.store.apply(node.pull_first.finish([partition]))
+            complete.append(partition)
+    return complete
+
+
+def test_a_waiting_node_pulls_and_gives_nothing_old_away():
+    nodes, _ = make()
+    ghost, kept, young = key_row(b"ghost"), key_row(b"kept"), key_row(b"young")
+    partitions = sorted({partition_of_row(REGISTERS, r) for r in (ghost, kept, young)})
+    nodes[1].put(ghost, b"g", OLD)
+    nodes[1].put(young, b"y", NOW - DAY // 2)
+    for n in (2, 3):
+        nodes[n].put(kept, b"k", OLD)
+    nodes[1].store.apply(nodes[1].pull_first.begin(partitions))
+    assert all(nodes[1].pull_first.waiting(p) for p in partitions)
+    for a, b in ((2, 1), (3, 1), (1, 2)):
+        sync(nodes, a, b)
+    assert nodes[2].values(ghost) == []  # it may have been deleted and purged there
+    assert nodes[2].values(young) == [b"y"]  # it cannot
+    again = SyncNode(1, nodes[1].get_map, rows=nodes[1].store.rows)  # the mark is persistent
+    nodes[1] = again
+    assert again.pull_first.partitions() == partitions
+    assert rejoin(nodes, 1, down=[3]) == []  # N - W + 1 others must answer
+    assert rejoin(nodes, 1) == partitions
+    assert again.pull_first.partitions() == []
+    assert again.values(ghost) == []
+    assert again.values(young) == [b"y"]
+    assert set(again.values(kept)) == {b"k"}
+    sync(nodes, 1, 2)
+    sync(nodes, 1, 3)
+    assert totals(nodes[1]) == totals(nodes[2]) == totals(nodes[3])
+
+
+def test_when_all_were_restored_nothing_is_dropped():
+    nodes, _ = make()
+    row = key_row(b"only")
+    p = partition_of_row(REGISTERS, row)
+    nodes[1].put(row, b"v", OLD)
+    for node in nodes.values():
+        node.store.apply(node.pull_first.begin([p]))
+    for number in nodes:
+        assert rejoin(nodes, number) == [p]
+    sync(nodes, 1, 2)
+    sync(nodes, 1, 3)
+    assert nodes[2].values(row) == nodes[3].values(row) == [b"v"]
+
+
+# -- damage
+
+
+def test_lost_rows_are_pulled_under_a_new_name():
+    nodes, _ = make()
+    put(nodes[1], *names(0, 400))
+    for data in names(0, 200):
+        nodes[1]._put_blobs([(blob_row(data), data)])
+    for n in (2, 3):
+        sync(nodes, 1, n)
+    node, before = nodes[1], dict(nodes[1].store.rows)
+    node.store.lose(b"b\x40", b"m\x00\x02")
+    node.store.lose(b"r\x03", b"r\x05")
+    node.store.lose(b"nboot", b"nbooz")
+    renamed = []
+
+    def rename():
+        renamed.append(set(node.pull_first.partitions()))
+        yield Write(())
+
+    losses = list(node.store.lost)
+    clipped = []
+
+    def accept(first, last):
+        clipped.append((first, last))
+        node.store.lost = [x for x in node.store.lost if x[0] == b"nboot"]
+
+    steps = repair_lost(node.sync, node.pull_first, losses, lost_registers=rename, accept=accept)
+    assert run(nodes, 1, steps, NOW) is True
+    assert renamed == [set()]  # before anything waits or reads as absent
+    assert clipped[0] == (b"b\x40", b"c")
+    assert (b"nboot", b"nbooz", "damaged") in node.store.lost
+    waiting = node.pull_first.partitions()
+    assert set(range(0x300, 0x500)) <= set(waiting)
+    for table in (REGISTERS, BLOBS):
+        for p in affected(losses, table):
+            run(nodes, 1, rebuild(lambda _: node.store, table, p, damaged=True), NOW)
+    assert rejoin(nodes, 1) == waiting
+    sync(nodes, 1, 2)
+    data = (b"r", b"b", b"m")
+    assert {k: v for k, v in node.store.rows.items() if k[:1] in data} == {
+        k: v for k, v in before.items() if k[:1] in data
+    }
+    assert node.digests.drift == 0
+
+
+def test_damage_is_not_absence():
+    nodes, _ = make()
+    put(nodes[1], *names(0, 300))
+    sync(nodes, 1, 2)
+    put(nodes[1], *names(300, 100))
+    put(nodes[2], *names(400, 100))
+    nodes[2].store.lose(b"r\x03", b"r\x05")
+    outcome = sync(nodes, 1, 2)
+    assert outcome.errors
+    assert all(e.startswith("partition ") for e in outcome.errors)
+    intact = {k: v for k, v in rows(nodes[1]).items() if not b"r\x03" <= k < b"r\x05"}
+    assert {k: v for k, v in rows(nodes[2]).items() if not b"r\x03" <= k < b"r\x05"} == intact
+    assert len(intact) > 300
+
+
+def test_push_partition_needs_complete_digests():
+    nodes, _ = make()
+    nodes[1].digests._built.discard(BLOBS)
+    steps = nodes[1].sync.push_partition(5, 2, NOW)
+    with pytest.raises(StopIteration) as stop:
+        next(steps)
+    assert stop.value.value.errors
+    effects = nodes[1].sync.exchange(2, NOW)
+    first = next(effects)
+    assert isinstance(first, Call)
+    assert first.args[0] == REGISTERS
