@@ -9,9 +9,9 @@ Every method that takes `now` (monotonic seconds) returns the effects to carry o
                                            it is newer, call `on_map` with it
 
 The driver calls `tick` when `next_tick` is reached, keeps `wall_us` at the wall clock (in
-microseconds; a few seconds old is fine), tells with `observe` how long nodes take to answer, and gives up on a
-request after `ATTEMPT` seconds by answering it with an error.  A request for the own node (MINT
-among them) goes to its `Registers`; its answer comes when it is durable.
+microseconds; a few seconds old is fine), tells with `observe` how long nodes take to answer, and
+gives up on a request after `ATTEMPT` seconds by answering it with an error.  A request for the own
+node (MINT among them) goes to its `Registers`; its answer comes when it is durable.
 
 A resent put (`Options.request`) is the same write: while it is under way its answer goes to both,
 afterwards it is repeated from memory, and after a failure the identical register is sent again.

@@ -1,9 +1,10 @@
 """The serving side: accepts connections and answers their requests.
 
 A handler that is a plain function is answered inline, and all answers to one batch of requests
-leave in one system call; a coroutine runs in a task of the server, not of the connection, so that
-work once begun ends even if the caller goes away.  Whatever is wrong with one connection closes
-that connection, with a logged reason, and touches no other.
+leave in one system call; so do those of `Deferred`s that are answered in one turn; a coroutine runs
+in a task of the server, not of the connection, so that work once begun ends even if the caller goes
+away.  Whatever is wrong with one connection closes that connection, with a logged reason, and
+touches no other.
 
 Limits: bytes of large requests in memory (`budget`), tasks per connection, bytes of answers that
 the peer does not fetch (its next requests then stay in its own kernel).  A large request without
@@ -14,11 +15,12 @@ import errno
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 
 import trio
 
 from dfs.clock import Clock
-from dfs.env import Context, Handler, Reply
+from dfs.env import Context, Deferred, Handler, Reply
 from dfs.errors import Busy, DfsError, LocalProtocolError, UnknownMethod, to_wire
 from dfs.rpc.budget import Budget, Share
 from dfs.rpc.client import FEW, first_error
@@ -196,16 +198,38 @@ class _Session:
                 if wanted:
                     self._reply(stream, priority, method, made)
             elif self._tasks >= TASK_LIMIT:
-                made.close()  # type: ignore[attr-defined]  # what is no tuple is a coroutine
+                if not isinstance(made, Deferred):
+                    made.close()  # type: ignore[attr-defined]  # what is neither is a coroutine
                 busy = Busy(f"{self._tasks} requests of this connection are under way; try again")
                 self._refuse(wanted, stream, priority, method, busy)
             else:
                 self._tasks += 1
                 taken, charge = charge, 0
+                if isinstance(made, Deferred):
+                    made.bind(partial(self._settle, wanted, stream, priority, method, taken))
+                    continue
                 self._nursery.start_soon(
                     self._finish, made, wanted, stream, priority, method, taken
                 )
         self._uncharge(charge)
+
+    def _settle(
+        self,
+        wanted: bool,
+        stream: int,
+        priority: int,
+        method: str,
+        charge: int,
+        answer: Reply | Exception,
+    ) -> None:
+        """Somebody answered a `Deferred`; many are answered in one turn, so others send it."""
+        if isinstance(answer, Exception):
+            self._refuse(wanted, stream, priority, method, answer)
+        elif wanted:
+            self._reply(stream, priority, method, answer)
+        self._tasks -= 1
+        self._uncharge(charge)
+        self._channel.wake()
 
     async def _finish(
         self,

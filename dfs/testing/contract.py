@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.lowlevel
 
-from dfs.env import Buffer, Buffers, Context, Endpoint, Handler, Priority, Reply
+from dfs.env import Buffer, Buffers, Context, Deferred, Endpoint, Handler, Priority, Reply
 from dfs.errors import (
     ConfigError,
     Corrupt,
@@ -58,12 +58,28 @@ async def _refuse_later(context: Context, args: tuple[Any, ...], data: memoryvie
     raise Corrupt("bad bytes", b"id", 7)
 
 
+def _deferred(context: Context, args: tuple[Any, ...], data: memoryview) -> Deferred:
+    answer = Deferred()
+    soon = trio.lowlevel.current_trio_token().run_sync_soon
+    if args[0] == "now":
+        answer.answer((args, b"data"))
+    elif args[0] == "later":
+        soon(answer.answer, (args, b"data"))
+    else:
+        soon(answer.answer, Corrupt("bad bytes", b"id", 7))
+    answer.answer(((), b"")) if args[0] == "now" else soon(
+        answer.answer, ((), b"")
+    )  # not the first
+    return answer
+
+
 HANDLERS: dict[str, Handler] = {
     "echo": _echo,
     "describe": _describe,
     "refuse": _refuse,
     "later": _later,
     "refuse_later": _refuse_later,
+    "deferred": _deferred,
 }
 
 
@@ -175,6 +191,18 @@ class RpcContract:
             assert corrupt.value.details == (b"id", 7)
             with pytest.raises(UnknownMethod):
                 await world.client.call(to, "nonsense", timeout=5)
+            nursery.cancel_scope.cancel()
+
+    async def test_deferred_answers(self) -> None:
+        """The first answer that somebody gives reaches the caller, errors too."""
+        async with self.world() as world, trio.open_nursery() as nursery:
+            to = await self.start(nursery, world)
+            for when in ("now", "later"):
+                result, data = await world.client.call(to, "deferred", (when, 1), timeout=5)
+                assert (result, bytes(data)) == ((when, 1), b"data")
+            with pytest.raises(Corrupt, match="bad bytes") as corrupt:
+                await world.client.call(to, "deferred", ("refuse",), timeout=5)
+            assert corrupt.value.details == (b"id", 7)
             nursery.cancel_scope.cancel()
 
     async def test_unencodable_values_are_the_callers_fault(self) -> None:

@@ -29,7 +29,7 @@ from outcome import Error, Value
 
 from dfs.clock import Clock
 from dfs.codec import pack, unpack
-from dfs.env import Buffer, Buffers, Context, Handler, Priority, Reply
+from dfs.env import Buffer, Buffers, Context, Deferred, Handler, Priority, Reply
 from dfs.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -428,10 +428,20 @@ class SimEndpoint:
         except Exception as e:
             self._refuse(source, stream, method, e)
             return
-        if inspect.isawaitable(made):
+        if isinstance(made, Deferred):
+            made.bind(lambda answer: self._settle(source, stream, method, answer))
+        elif inspect.isawaitable(made):
             nursery.start_soon(self._finish, source, stream, method, made)
         else:
             self._reply(source, stream, method, made)
+
+    def _settle(
+        self, source: "SimEndpoint", stream: int, method: str, answer: Reply | Exception
+    ) -> None:
+        if isinstance(answer, Exception):
+            self._refuse(source, stream, method, answer)
+        else:
+            self._reply(source, stream, method, answer)
 
     async def _finish(
         self, source: "SimEndpoint", stream: int, method: str, made: Awaitable[Reply]
