@@ -307,13 +307,17 @@ class ClusterMap:
         """The calibrated weights in proportion to the weights that members have now."""
         kept: list[Calibrated] = []
         for role, weights in zip(ROLES, self.calibrated, strict=True):
-            factors = {number: w / self.node(number).weight(role) for number, w in weights}
+            bent = dict(weights)
+
+            def weight(node: Node, role: str = role, bent: dict[int, float] = bent) -> float:
+                now = node.weight(role)
+                if node.number not in bent:
+                    return now
+                before = self.node(node.number).weight(role)
+                return bent[node.number] * (1.0 if now == before else now / before)
+
             usable = [node for node in members if node.weight(role) > 0]
-            kept.append(
-                tuple((x.number, x.weight(role) * factors.get(x.number, 1.0)) for x in usable)
-                if factors
-                else ()
-            )
+            kept.append(tuple((node.number, weight(node)) for node in usable) if bent else ())
         return kept[0], kept[1]
 
     # ----------------------------------------------------------------------------------- bytes
