@@ -4,14 +4,21 @@ Every hash is verified on the way in and on the way out.  A blob whose stored by
 reported, removed, and answered as absent: the reader takes another replica and may put it again.
 Puts of blobs that are held cost a look-up; they are acknowledged only when the held copy is
 durable, like any other put.
+
+A blob and its share of the digests (`metadata.merkle`) change in one batch.  The digests ask for
+one writer at a time, so a lock is held until a batch is in the store's log, not until it is on the
+disk.
 """
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
+
+import trio
 
 from dfs.env import Buffer, Context, Handler, Reply
 from dfs.errors import Corrupt, InvalidArgument
 from dfs.hashing import DIGEST_SIZE, digest
+from metadata.merkle import BLOBS, Digests, Op, partition_of_row
 from metadata.store.engine import Store
 from metadata.store.options import MAX_VALUE
 
@@ -24,9 +31,11 @@ REPLY = 48 << 20  # bytes of data in one answer
 class Blobs:
     """Serves `blob.*` from a store; also the node's own way to its blobs."""
 
-    def __init__(self, store: Store) -> None:
-        """Keep blobs in `store` under `PREFIX`."""
+    def __init__(self, store: Store, digests: Digests | None = None) -> None:
+        """Keep blobs in `store` under `PREFIX`, and `digests` of them."""
         self._store = store
+        self._digests = digests
+        self._writing = trio.Lock()
         self._bad: dict[bytes, None] = {}  # answered as absent until removed or put again
         self.errors: list[str] = []
         self.corrupt = 0  # bad copies met so far
@@ -63,34 +72,79 @@ class Blobs:
         return hashes
 
     async def _store_all(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
-        ops: list[tuple[bytes, bytes | None]] = []
+        missing: list[tuple[bytes, bytes | None]] = []
         size = 0
         for blob_hash, data in blobs:
             self.puts += 1
             if self.get(blob_hash) is not None:
                 self.held += 1
                 continue
-            ops.append((PREFIX + blob_hash, data))
+            missing.append((blob_hash, data))
             size += len(data)
             if size >= BATCH:
-                await self._write(ops)
-                ops, size = [], 0
-        if ops:
-            await self._write(ops)
+                await self._write(missing)
+                missing, size = [], 0
+        if missing:
+            await self._write(missing)
         await self._store.sync()  # the held ones may be on their way only
 
-    async def _write(self, ops: list[tuple[bytes, bytes | None]]) -> None:
-        await self._store.batch(ops, sync=False)
-        for key, _ in ops:
-            self._bad.pop(key[len(PREFIX) :], None)
+    async def merge(self, rows: Sequence[tuple[bytes, bytes]]) -> int:
+        """Store rows (`PREFIX` + hash, blob) from a peer durably; returns how many were new.
+
+        Raises `Corrupt` when one does not match its hash; none is stored then.
+        """
+        for row, data in rows:
+            if row[:1] != PREFIX or digest(data) != row[1:]:
+                raise Corrupt(f"blob {row[1:9].hex()} arrived with other bytes")
+        held = self.held
+        await self._store_all([(row[1:], data) for row, data in rows])
+        return len(rows) - (self.held - held)
+
+    async def _write(self, blobs: Sequence[tuple[bytes, bytes | None]]) -> None:
+        """Put blobs, or remove them (None), and return when reads see it."""
+        async with self._writing:
+            ops: list[Op] = [(PREFIX + blob_hash, data) for blob_hash, data in blobs]
+            ops += self._digest_ops(ops)
+            await self._batch(ops)
+            for blob_hash, _ in blobs:
+                self._bad.pop(blob_hash, None)
+
+    def _digest_ops(self, ops: Sequence[Op]) -> list[Op]:
+        if self._digests is None:
+            return []
+        changes = {}
+        for row, data in ops:  # a bad copy that is replaced was counted under its name already
+            had = self._holds(row)
+            changes[row] = (BLOBS, partition_of_row(BLOBS, row), row, b"" if had else None, data)
+        return self._digests.ops(list(changes.values()))
+
+    def _holds(self, row: bytes) -> bool:
+        """Whether there is a row, good or bad; a lost one was counted, too."""
+        try:
+            return self._store.get(row) is not None
+        except Corrupt:
+            return True
+
+    async def _batch(self, ops: list[Op]) -> None:
+        try:
+            await self._store.batch(ops, sync=False)
+        except BaseException:
+            if self._digests is not None:
+                self._digests.reload(ops)
+            raise
+
+    async def change_digests(self, make: Callable[[], list[Op]]) -> None:
+        """Make and store operations on the digests of blobs, in turn with their writes; durable."""
+        async with self._writing:
+            await self._batch(make())
+        await self._store.sync()
 
     async def remove_bad(self) -> int:
         """Remove the bad copies met so far from the store; returns how many."""
         bad = list(self._bad)
         if bad:
-            await self._store.batch([(PREFIX + h, None) for h in bad])
-            for h in bad:
-                self._bad.pop(h, None)
+            await self._write([(h, None) for h in bad])
+            await self._store.sync()
         return len(bad)
 
     def _report(self, text: str) -> None:

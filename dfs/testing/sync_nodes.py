@@ -193,6 +193,9 @@ class SyncNode:
         there = [self.store.get(row) is not None for row, _ in effect.items]
         kind = DISCARD if effect.ghosts else PURGE
         replies = self.write([(kind, row, wanted) for row, wanted in effect.items], now)
+        for reply in replies:
+            if isinstance(reply, DfsError):
+                raise reply
         return [not was or reply is True for was, reply in zip(there, replies, strict=True)]
 
     def _put_blobs(self, items: Sequence[tuple[bytes, bytes]]) -> int:

@@ -1,46 +1,16 @@
 """Exchanges between homes: equal afterwards, little is sent, and only homes give registers away."""
 
-from functools import cache
-
 import pytest
 
-from dfs.cluster.map import METADATA, ClusterMap, Node
+from dfs.cluster.map import ClusterMap
 from dfs.errors import InvalidArgument, NotHome, StaleEpoch
 from dfs.hashing import digest
+from dfs.testing.sync_maps import DAY, NOW, OLD, make, moved_row, transition
 from dfs.testing.sync_nodes import SyncNode, key_row, row_in, run
 from metadata.antientropy import FRESH, OLDEST
 from metadata.merkle import BLOBS, REGISTERS, partition_of_row
 from metadata.repair import affected, pull_partition, rebuild, repair_lost
 from metadata.steps import Call, Write
-
-NOW = 1_700_000_000_000_000
-DAY = 24 * 3600_000_000
-OLD = NOW - 3 * DAY
-
-
-def member(number, weight=1.0):
-    return Node(
-        number,
-        bytes([number]) * 16,
-        f"n{number}",
-        f"z{number}",
-        "",
-        f"h{number}",
-        f"tcp://n{number}:1",
-        f"tcp://c{number}:1",
-        weight,
-    )
-
-
-@cache
-def first_map(size=3):
-    return ClusterMap.create(bytes(16), [member(i) for i in range(1, size + 1)])
-
-
-def make(size=3, cluster=None):
-    holder = [cluster or first_map(size)]
-    nodes = {i: SyncNode(i, lambda: holder[0]) for i in range(1, size + 1)}
-    return nodes, holder
 
 
 def put(node, *names, value=b"v", now=OLD):
@@ -151,24 +121,6 @@ def test_directions():
 
 
 # -- who may
-
-
-def transition():
-    """A map of three of four nodes, its transition to all four, and the stable map after it."""
-    before = ClusterMap.create(bytes(16), [member(i, float(i < 4)) for i in range(1, 5)])
-    moving = before.begin([member(i) for i in range(1, 5)])
-    reading = moving.advance()
-    return before, moving, reading, reading.advance()
-
-
-def moved_row(moving, after):
-    """A key of a partition that node 4 takes over from node 1."""
-    for i in range(100_000):
-        row = key_row(b"%d" % i)
-        p = partition_of_row(REGISTERS, row)
-        if 1 in moving.old_homes(METADATA, p) and 1 not in after.homes(METADATA, p):
-            return row
-    raise AssertionError
 
 
 def test_new_homes_get_everything_of_a_partition():

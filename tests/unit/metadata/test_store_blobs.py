@@ -12,6 +12,7 @@ from dfs.hashing import digest
 from dfs.testing.disk import SimDisk
 from dfs.testing.processes import SimProcesses
 from metadata.blobs import PREFIX, REPLY, Blobs
+from metadata.merkle import BLOBS, Digests, partition_of_row, recompute
 from metadata.store.engine import Store
 
 CONTEXT = Context("test", 0, 0.0, 0)
@@ -174,3 +175,80 @@ async def test_answers_are_bounded():
     (h,) = await blobs.put([value])
     with pytest.raises(InvalidArgument, match="ask for fewer"):
         await call(blobs, "blob.get", ((h,) * (REPLY // len(value) + 1),))
+
+
+async def digested(env):
+    store = await Store.open(env)
+    digests = Digests(store)
+    digests.load()
+    return store, digests, Blobs(store, digests)
+
+
+def drift_of(store, partition):
+    steps = recompute(store, BLOBS, partition)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as e:
+            return e.value
+
+
+def check_digests(store, digests, partitions=range(4096)):
+    for partition in partitions:
+        assert drift_of(store, partition) == {}
+        total = sum(digests.buckets(BLOBS, partition)) % 2**256
+        assert digests.total(BLOBS, partition) == total
+
+
+async def test_digests_follow_whatever_happens_to_blobs():
+    env = make_env()
+    store, digests, blobs = await digested(env)
+    values = [b"value %d" % i for i in range(40)]
+    await put(blobs, *values, values[0])
+    async with trio.open_nursery() as nursery:
+        for i in range(10):
+            nursery.start_soon(blobs.put, [b"more %d" % j for j in range(i, i + 5)])
+    check_digests(store, digests)
+    before = digests.totals(BLOBS, range(4096))
+    # a bad copy is removed, another one is replaced
+    for value in values[:2]:
+        await store.batch([(PREFIX + digest(value), b"evil")])
+    await put(blobs, values[0])
+    assert digests.totals(BLOBS, range(4096)) == before
+    await call(blobs, "blob.get", ((digest(values[1]),),))
+    assert digests.totals(BLOBS, range(4096)) != before
+    check_digests(store, digests)
+    await put(blobs, values[1])
+    assert digests.totals(BLOBS, range(4096)) == before
+    env.disk.full = True
+    with pytest.raises(DiskFull):
+        await put(blobs, b"no room")
+    env.disk.full = False
+    assert digests.totals(BLOBS, range(4096)) == before
+    check_digests(store, digests)
+
+
+async def test_digests_survive_power_loss():
+    used = {partition_of_row(BLOBS, PREFIX + digest(b"%d" % i)) for i in range(25)}
+    for seed in range(20):
+        env = make_env(seed)
+        _, _, blobs = await digested(env)
+        with trio.move_on_after(Random(seed).random() * 0.008):
+            async with trio.open_nursery() as nursery:
+                for i in range(20):
+                    nursery.start_soon(blobs.put, [b"%d" % j for j in range(i, i + 3)])
+        env.disk.crash()
+        store, digests, _ = await digested(env)
+        check_digests(store, digests, used)
+
+
+async def test_blobs_of_a_peer_are_verified():
+    _, digests, blobs = await digested(make_env())
+    rows = [(PREFIX + digest(b"%d" % i), b"%d" % i) for i in range(3)]
+    assert await blobs.merge(rows[:2]) == 2
+    assert await blobs.merge(rows) == 1
+    before = digests.totals(BLOBS, range(4096))
+    with pytest.raises(Corrupt, match="other bytes"):
+        await blobs.merge([(PREFIX + digest(b"new"), b"new"), (rows[0][0], b"evil")])
+    assert blobs.get(digest(b"new")) is None
+    assert digests.totals(BLOBS, range(4096)) == before
