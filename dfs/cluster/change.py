@@ -66,7 +66,7 @@ class Spread:
     shared_rack: int
     shared_host: int
     moved: float  # replicas that move, as a share of all
-    ideal: float  # the least share that has to move to get the new numbers
+    ideal: float  # the share that would have to move for everybody to get exactly the new share
 
 
 @dataclass(frozen=True, slots=True)

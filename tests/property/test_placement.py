@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfs.cluster import placement
-from dfs.cluster.placement import Candidate, Placer, balance
+from dfs.cluster.placement import TOLERANCE, Candidate, Placer, achievable, balance, calibrate
 from dfs.hashing import PARTITIONS, digest
 
 PROBES = range(0, PARTITIONS, 61)  # enough partitions for laws that hold for each of them
@@ -126,3 +126,79 @@ def test_a_zone_that_dies_leaves_the_other_replicas_where_they_are():
     for a, b in zip(before, after, strict=True):
         kept = [i for i in ids(nodes, a) if i in {c.node_id for c in left}]
         assert set(kept) <= set(ids(left, b))
+
+
+# ---------------------------------------------------------------------------------- calibration
+
+
+def uneven():
+    return [node(0, "z0", weight=5.0)] + [node(i, f"z{i}") for i in range(1, 10)]
+
+
+def worst(nodes, table):
+    counts = Counter(i for row in table for i in row)
+    shares = achievable(nodes, len(table[0]))
+    return max(abs(counts[i] / (share * PARTITIONS) - 1) for i, share in enumerate(shares))
+
+
+@settings(max_examples=100, deadline=None)
+@given(clusters, st.integers(1, 5))
+def test_achievable_shares_add_up_and_nobody_gets_more_than_its_turn(nodes, count):
+    live = [c for c in nodes if c.weight > 0]
+    if not live:
+        return
+    shares = achievable(live, count)
+    assert sum(shares) == pytest.approx(min(count, len(live)))
+    assert all(-1e-9 <= share <= 1 + 1e-9 for share in shares)
+    zones = Counter()
+    for c, share in zip(live, shares, strict=True):
+        zones[c.zone] += share
+    if len(zones) >= count:
+        assert all(share <= 1 + 1e-9 for share in zones.values())
+
+
+def test_achievable_shares_by_hand():
+    assert achievable(uneven(), 2) == pytest.approx([10 / 14] + [2 / 14] * 9)
+    # a zone of one node holds a copy of everything if there are as many zones as copies
+    zones = [node(0, "a"), node(1, "b"), node(2, "b", weight=3.0), node(3, "c"), node(4, "c")]
+    assert achievable(zones, 3) == pytest.approx([1, 0.25, 0.75, 0.5, 0.5])
+    # a node that weighs too much holds a copy of everything, the others share the rest
+    heavy = [node(0, "a", weight=9.0), node(1, "a"), node(2, "a"), node(3, "a")]
+    assert achievable(heavy, 2) == pytest.approx([1, 1 / 3, 1 / 3, 1 / 3])
+
+
+def test_uneven_weights_are_calibrated():
+    nodes = uneven()
+    assert worst(nodes, Placer(nodes).table(2)) > 0.12
+    table, weights = calibrate(nodes, 2, [c.weight for c in nodes])
+    assert worst(nodes, table) < 0.02
+    assert (table, weights) == calibrate(nodes, 2, [c.weight for c in nodes])
+    # what was found stands: it is where the next change starts from
+    assert calibrate(nodes, 2, weights) == (table, weights)
+
+
+def test_even_weights_are_left_alone():
+    nodes = cluster(12, 3)
+    table, weights = calibrate(nodes, 3, [1.0] * 12)
+    assert weights == [1.0] * 12
+    assert table == Placer(nodes).table(3)
+    assert worst(nodes, table) <= TOLERANCE
+
+
+def test_calibrated_weights_do_not_depend_on_the_order_of_the_candidates():
+    nodes = uneven()
+    table, weights = calibrate(nodes, 2, [c.weight for c in nodes])
+    back = nodes[::-1]
+    other, others = calibrate(back, 2, [c.weight for c in back])
+    assert others[::-1] == pytest.approx(weights)
+    assert [ids(back, row) for row in other] == [ids(nodes, row) for row in table]
+
+
+def test_a_node_added_to_calibrated_ones_moves_little():
+    nodes = uneven()
+    table, weights = calibrate(nodes, 2, [c.weight for c in nodes])
+    more = [*nodes, node(99, "z99")]
+    after, _ = calibrate(more, 2, [*weights, 1.0])
+    moved = sum(len(set(b) - set(a)) for a, b in zip(table, after, strict=True))
+    assert moved / (PARTITIONS * 2) <= 1.3 / 15
+    assert worst(more, after) <= TOLERANCE
