@@ -44,7 +44,7 @@ class _Hasty(Membership):
 
 class _Endless(Membership):
     def rule_limit(self) -> int:
-        return 1_000_000
+        return 1000
 
 
 class _Mute(Membership):

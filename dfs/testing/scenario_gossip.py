@@ -218,7 +218,7 @@ def halves(world: World) -> None:
     """Two halves lose each other and meet again without help."""
     living = world.living()
     world.random.shuffle(living)
-    at = world.random.randint(1, len(living) // 2)
+    at = world.random.randint(max(1, len(living) // 4), len(living) // 2)
     one, other = living[:at], living[at:]
     world.excused = world.may_suspect = None
     both = world.random.random() < 0.7
@@ -227,7 +227,8 @@ def halves(world: World) -> None:
             world.sim.cut.add((a, b))
             if both:
                 world.sim.cut.add((b, a))
-    world.pass_time(world.detection() + 60.0)  # who misses many answers probes more slowly
+    # who misses many answers takes itself for slow and probes every 9 s
+    world.pass_time(world.detection() + 20.0 + 9.0 * len(other) / at)
     if both:
         for number in other:
             status = world.process(one[0]).core.status(key_of(number))
