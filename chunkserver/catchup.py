@@ -1,27 +1,39 @@
-"""Catching up: this server gets the chunks it should have, and hands on those it should not.
+"""Catching up: this server gets the chunks it should have.
 
-Clients send every chunk to all N homes, but return when W have it.  A home that was down, or slow,
-or full, lacks chunks that others hold; a fallback that stood in for it holds chunks that are not
-its own.  Every few minutes, and soon after a start, this worker
+Clients send every chunk to all N homes, but return when W have it: a home that was down, or slow,
+or full, lacks chunks that others hold.  And when homes move, a new home has nothing at all.  Every
+few minutes, soon after a start and at once when the map changes, this worker compares summaries
+(count and sum of ids per partition, 80 KiB) with every other server, lists the partitions that
+differ and that are its own, and pulls what it lacks.
 
-- compares summaries (count and sum of ids per partition, 80 KiB) with every other server, lists the
-  partitions that differ and that are its own, and pulls what it lacks;
-- pushes chunks whose partition belongs to others to the homes that lack them, and drops its copy
-  when every home holds one durably.
+While homes move from A to B, a new home in B also has to know when it has *everything*, because the
+transition ends by that.  It does when, of N - W + 1 members of A, it holds all they list, and each
+listed after it had refused writes older than the partition's last change (`chunk.fence`): every
+write of earlier epochs has a copy at one of them.  A member with a bad copy to repair does not
+count for its partition, since it cannot list what it lacks.  `complete` is what is known; a restart
+forgets it, and finding out again is one round.
 
-It never deletes because something is absent elsewhere, and never copies what the collector
-condemned after the copy was last touched; a copy keeps its stamp.
+Nothing is deleted here because it is absent elsewhere, nothing is copied that the collector
+condemned after the copy was last touched, and a copy keeps its stamp.  Pulling is limited to 64
+MiB/s, more when much is to be moved.
 """
 
-from chunkserver.index import different_partitions
+from collections.abc import Iterable
+
+from chunkserver.index import SUMMARY, different_partitions
 from chunkserver.peers import Peers
 from chunkserver.segments import Segments
+from dfs.cluster.joint import bitmap
+from dfs.cluster.map import CHUNK, ClusterMap
 from dfs.env import Env
-from dfs.errors import DfsError, NotFound
+from dfs.errors import DfsError, DiskFull, NoQuorum, NotFound
 from dfs.hashing import PARTITIONS, partition_of
+from dfs.pace import Bandwidth
 from dfs.workers import Worker
 
 PAGE = 1000
+MOVE_RATE = 64 << 20  # bytes/s
+TYPICAL = 256 << 10  # bytes of a chunk, for a server that has none to tell
 
 
 class CatchUp(Worker):
@@ -37,41 +49,127 @@ class CatchUp(Worker):
         *,
         interval: float = 180.0,
         first: float = 2.0,
+        rate: float = MOVE_RATE,
     ) -> None:
-        """Compare `store` with `peers`."""
+        """Compare `store` with `peers`; `rate` in bytes a second."""
         super().__init__(env, interval, first=first)
         self._store = store
         self._peers = peers
-        self.pulled = self.pushed = self.handed_over = 0
+        self.bandwidth = Bandwidth(rate)
+        self.pulled = 0
+        self.waiting = 0  # chunks that others have more of, as of their last summaries
+        # partition -> (its last change, members of A all of whose chunks are here durably)
+        self._sources: dict[int, tuple[int, set[int]]] = {}
+
+    # -------------------------------------------------------------------------------- transitions
+
+    def complete(self) -> tuple[int, bytes]:
+        """(epoch, bitmap of the partitions that moved here and are here completely)."""
+        m = self._peers.map()
+        return m.epoch, bitmap(p for p in self._incoming(m) if self._is_complete(m, p))
+
+    def incomplete(self) -> int:
+        """How many partitions that move here are not here completely."""
+        m = self._peers.map()
+        return sum(not self._is_complete(m, p) for p in self._incoming(m))
+
+    def _incoming(self, m: ClusterMap) -> list[int]:
+        me = self._peers.number
+        return [
+            p
+            for p in m.changed(CHUNK)
+            if me in m.homes(CHUNK, p) and me not in m.old_homes(CHUNK, p)
+        ]
+
+    def _is_complete(self, m: ClusterMap, partition: int) -> bool:
+        change, sources = self._sources.get(partition, (0, set()))
+        return change == m.last_change(CHUNK, partition) and len(sources) >= self.enough(m)
+
+    def enough(self, m: ClusterMap) -> int:
+        """Members of A of which every W, the copies of a write, have one."""
+        return m.params.n - m.params.w + 1
+
+    def _has_all_of(self, number: int, fenced: int, partitions: Iterable[int]) -> None:
+        """Everything that a member of A listed after its fence is here durably."""
+        m = self._peers.map()
+        for p in partitions:
+            change = m.last_change(CHUNK, p)
+            if number in m.old_homes(CHUNK, p) and self.fence_counts(fenced, change):
+                known = self._sources.get(p)
+                if known is None or known[0] != change:
+                    self._sources[p] = known = (change, set())
+                known[1].add(number)
+
+    def fence_counts(self, fenced: int, change: int) -> bool:
+        """Whether a listing made behind the fence misses no write from before the change."""
+        return fenced >= change
+
+    # ------------------------------------------------------------------------------------- rounds
 
     async def run_once(self) -> int:
-        """Pull what we lack, push what is not ours; returns the chunks moved."""
-        before = self.pulled + self.pushed
+        """Pull what we lack; returns the chunks pulled."""
+        before = self.pulled
         problems: list[str] = []
-        for number in self._peers.numbers():
+        numbers = self._peers.numbers()
+        # Everybody begins elsewhere: new homes must not all pull from the same server.
+        start = sum(n < self._peers.number for n in numbers)
+        for number in numbers[start:] + numbers[:start]:
             try:
                 await self._pull_from(number)
+            except DiskFull as e:
+                problems.append(str(e))
+                break
             except DfsError as e:
                 problems.append(f"node {number}: {e}")
-        problems += await self._push_foreign()
-        self.last_error = "; ".join(problems[:3])
-        moved = self.pulled + self.pushed - before
-        self.progress = (
-            f"{self.pulled} pulled, {self.pushed} pushed, {self.handed_over} handed over in all"
-        )
-        return moved
+        if problems or self.last_error:
+            self.last_error = "; ".join(problems[:3])
+        self._forget()
+        self.progress = f"{self.pulled} chunks pulled in all"
+        if left := self.incomplete():
+            self.progress += f"; {left} partitions that move here are not complete"
+            self._interval = 15.0
+        else:
+            self._interval = 180.0
+        return self.pulled - before
+
+    def _forget(self) -> None:
+        """Drop what is known about transitions that are over."""
+        m = self._peers.map()
+        moving = set(m.changed(CHUNK))
+        for p in [p for p in self._sources if p not in moving]:
+            del self._sources[p]
 
     async def _pull_from(self, number: int) -> None:
         peers, store = self._peers, self._store
-        _, theirs = await peers.call(number, "chunk.summary")
-        differing = different_partitions(store.index.summary(), bytes(theirs))
+        m = peers.map()
+        wanted = [p for p in self._incoming(m) if number in m.old_homes(CHUNK, p)]
+        wanted = [p for p in wanted if not self._is_complete(m, p)]
+        fenced = 0
+        if wanted:
+            (fenced, doubtful), _ = await peers.call(number, "chunk.fence", (m.epoch,))
+            wanted = [p for p in wanted if p not in doubtful]
+        _, data = await peers.call(number, "chunk.summary")
+        ours, theirs = store.index.summary(), bytes(data)
+        differing = different_partitions(ours, theirs)
         mine = [p for p in differing if peers.is_home(p)]
+        lacking = {p: _count(theirs, p) - _count(ours, p) for p in mine}
+        self.waiting = sum(n for n in lacking.values() if n > 0)
+        typical = store.index.stored_bytes // len(store.index) if len(store.index) else TYPICAL
+        done = set(wanted).difference(differing)
         for i, partition in enumerate(mine):
             self.progress = f"node {number}: partition {i + 1} of {len(mine)}"
+            self.fraction = i / len(mine)
+            whole = True
             for chunk_id, stamp in await self._list(number, partition):
                 if not store.held(chunk_id) and not store.condemned(chunk_id, stamp):
-                    await self._pull(number, chunk_id)
+                    size = await self._pull(number, chunk_id)
+                    whole = whole and size > 0
+                    await self.rest(size=size, queue=self.waiting, backlog=self.waiting * typical)
+            self.waiting -= max(0, lacking[partition])
+            if whole:
+                done.add(partition)
         await store.sync()
+        self._has_all_of(number, fenced, done.intersection(wanted))
 
     async def _list(self, number: int, partition: int) -> list[tuple[bytes, int]]:
         """Ids and stamps of a partition at a peer."""
@@ -88,40 +186,29 @@ class CatchUp(Worker):
                 return found
             after = page[-1][0]
 
-    async def _pull(self, number: int, chunk_id: bytes) -> None:
+    async def _pull(self, number: int, chunk_id: bytes) -> int:
+        """Get one chunk; its bytes (at least 1), 0 if no good copy can be had now."""
+        peers, store = self._peers, self._store
         try:
-            copy = await self._peers.fetch(chunk_id, [number])
+            try:
+                copy = await peers.fetch(chunk_id, [number])
+            except (NotFound, NoQuorum):  # bad, or set aside since it was listed: ask everybody
+                copy = await peers.fetch(chunk_id)
         except NotFound:
-            return  # deleted since it was listed
-        store = self._store
+            return 1  # deleted since it was listed
+        except NoQuorum as e:
+            self.last_error = str(e)
+            return 0
         if not store.condemned(chunk_id, copy.stamp):
             size = len(copy.data)
-            if await store.put(chunk_id, [copy.data], size, copy.plain, copy.stamp):
+            if await store.put(chunk_id, [copy.data], size, copy.plain, copy.stamp, moved=True):
                 self.pulled += 1
+                self.did(1, size)
+        return max(1, len(copy.data))
 
-    async def _push_foreign(self) -> list[str]:
-        problems: list[str] = []
-        for partition in range(PARTITIONS):
-            if self._peers.is_home(partition):
-                continue
-            entries = self._store.index.partition(partition)
-            done: list[bytes] = []
-            for chunk_id, entry in entries:
-                try:
-                    for home in self._peers.homes(partition):
-                        await self._push(home, chunk_id, entry.stamp)
-                except DfsError as e:
-                    problems.append(f"push to the homes of partition {partition}: {e}")
-                    break
-                done.append(chunk_id)
-            await self._store.drop(done)
-            self.handed_over += len(done)
-        return problems
 
-    async def _push(self, home: int, chunk_id: bytes, stamp: int) -> None:
-        """Return when `home` holds the chunk durably."""
-        ((held,),), _ = await self._peers.call(home, "chunk.touch", ((chunk_id,), stamp))
-        if not held:
-            _, buffers = await self._store.read(chunk_id)
-            await self._peers.call(home, "chunk.put", (chunk_id, True, stamp, True), buffers)
-            self.pushed += 1
+def _count(summary: bytes, partition: int) -> int:
+    """How many chunks of a partition a summary tells of."""
+    if len(summary) != SUMMARY.size * PARTITIONS:
+        return 0
+    return int(SUMMARY.unpack_from(summary, partition * SUMMARY.size)[0])

@@ -91,6 +91,10 @@ class Index:
         part = self._parts[p]
         return [(i, part[i]) for i in sorted(part)]
 
+    def count(self, p: int) -> int:
+        """Number of chunks of one partition."""
+        return len(self._parts[p])
+
     def __iter__(self) -> Iterator[bytes]:
         """All ids, in order; adding and removing meanwhile is fine and may be missed."""
         for part in self._parts:

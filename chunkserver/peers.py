@@ -7,7 +7,7 @@ from dfs.chunks import format as chunks
 from dfs.cluster.map import CHUNK, ClusterMap
 from dfs.env import Buffer, Buffers, Env, Priority
 from dfs.errors import Corrupt, DfsError, NoQuorum, NotFound
-from dfs.hashing import partition_of
+from dfs.hashing import PARTITIONS, partition_of
 
 TIMEOUT = 10.0
 
@@ -33,6 +33,19 @@ class Peers:
         self._env = env
         self.number = number
         self._get_map = get_map
+        self._flags = (0, b"")  # epoch, flags
+
+    def map(self) -> ClusterMap:
+        """The newest map known here."""
+        return self._get_map()
+
+    def mine(self) -> bytes:
+        """A flag per partition: 1 if we are a home of it."""
+        m = self._get_map()
+        if self._flags[0] != m.epoch:
+            flags = bytes(self.number in m.homes(CHUNK, p) for p in range(PARTITIONS))
+            self._flags = (m.epoch, flags)
+        return self._flags[1]
 
     def homes(self, partition: int) -> tuple[int, ...]:
         """The homes of a partition, perhaps with ourselves among them."""

@@ -27,6 +27,7 @@ from dfs.chunks import format as chunks
 from dfs.env import Buffer, Disk, DiskFile, Env
 from dfs.errors import Corrupt, DiskFull, NotFound, StoreFailed
 from dfs.groupsync import GroupSync
+from dfs.limits import DiskWatch, Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,18 @@ class StoreOptions:
     """Sizes and limits of a chunk store."""
 
     segment_size: int = 1 << 30  # a segment ends before it grows over this
-    full: float = 0.95  # puts are refused when this part of the disk is used ...
-    reserve: int = 256 << 20  # ... or fewer bytes are free; deletes and compaction need room
+    near: float = 85.0  # per cent of the disk, see `dfs.limits`: a warning,
+    backfill: float = 90.0  # nothing from other servers,
+    full: float = 95.0  # no puts ...
+    reserve: int = 256 << 20  # ... nor with fewer bytes free; deletes and compaction need room
     hint_every: int = 64 << 20  # synced bytes after which the active segment gets a new hint
     inline: int = 80 << 10  # appends up to this size are written without a thread
     remember: int = 72 * 3600 * 10**9  # ns for which verdicts of the collector are known
+
+    @property
+    def limits(self) -> Limits:
+        """Of the disk."""
+        return Limits(self.near, self.backfill, self.full, self.reserve)
 
 
 class _Write(NamedTuple):
@@ -67,6 +75,7 @@ class Segments:
         self._reaping = trio.Lock()  # who unlinks segments
         self._group = GroupSync(env.disk, self._active_file)
         self.index: Index = ledger.index
+        self.room = DiskWatch(options.limits, env.disk.usage, env.disk.path())
         self.quarantine = Quarantine(env.disk)
         self.recovery = found
         self.failed = ""  # why writes are refused
@@ -111,14 +120,25 @@ class Segments:
         return self._ledger.condemned(chunk_id, stamp)
 
     async def put(
-        self, chunk_id: bytes, buffers: Sequence[Buffer], size: int, plain: int, stamp: int
+        self,
+        chunk_id: bytes,
+        buffers: Sequence[Buffer],
+        size: int,
+        plain: int,
+        stamp: int,
+        *,
+        moved: bool = False,
     ) -> bool:
         """Append a verified encoded chunk of `size` bytes; False if it was held (and is touched).
 
+        `moved`: others could keep it instead, so that a disk which is nearly full refuses it.
         Raises `DiskFull` naming the disk and what is free, `StoreFailed`.
         """
         if self.index.get(chunk_id) is None:
-            self._check_room(size)
+            if moved:
+                self.room.check_move(size)
+            else:
+                self.room.check_write(size)
         write = _Write(PUT, chunk_id, plain, stamp, buffers, size)
         new = await self._append([write])
         self._puts += new
@@ -132,10 +152,14 @@ class Segments:
         await self._append([_Write(TOUCH, chunk_id, 0, stamp)])
         return self.index.get(chunk_id) is not None
 
-    async def touch(self, chunk_ids: Iterable[bytes], stamp: int) -> list[bool]:
-        """Renew the stamps of chunks, durably; False for those that are not here."""
+    async def touch(self, chunk_ids: Iterable[bytes], stamps: int | Sequence[int]) -> list[bool]:
+        """Renew the stamps of chunks, durably; False for those that are not here.
+
+        `stamps`: one for all, or one for each.
+        """
         ids = list(chunk_ids)
-        await self._append([_Write(TOUCH, i, 0, stamp) for i in ids])
+        each = [stamps] * len(ids) if isinstance(stamps, int) else stamps
+        await self._append([_Write(TOUCH, i, 0, s) for i, s in zip(ids, each, strict=True)])
         await self.sync()
         self._touches += len(ids)
         return [self.index.get(i) is not None for i in ids]
@@ -206,15 +230,6 @@ class Segments:
     def _check_failed(self) -> None:
         if self.failed:
             raise StoreFailed(f"the chunk store accepts no writes any more: {self.failed}")
-
-    def _check_room(self, size: int) -> None:
-        total, free = self._disk.usage()
-        options = self._options
-        if total - free + size >= options.full * total or free - size < options.reserve:
-            raise DiskFull(
-                f"{self._disk.path()}: {free} of {total} bytes free, under the reserve; "
-                "delete data or add capacity"
-            )
 
     async def _append(self, writes: list[_Write]) -> int:
         """Write records in one append and account for them; returns how many were new chunks."""

@@ -2,8 +2,10 @@
 
 A put is verified completely, every block, before anything of it is stored or acknowledged; a get is
 not verified here, because the reader does it and knows what to do about it.  Requests carry the map
-epoch the caller acted on; one that is older than the partition's last change is refused, so that no
-caller counts a node towards a quorum of homes that it is no longer.
+epoch the caller acted on; a write that is older than the partition's last change is refused, so
+that no caller counts a node towards a quorum of homes that it is no longer.  A chunk never changes,
+so what is here is given to readers of any epoch; only to say "absent" to a reader with an old map
+would mislead it, and it is given the map instead.
 """
 
 import logging
@@ -13,6 +15,7 @@ from typing import Any
 import trio
 
 from chunkserver.catchup import CatchUp
+from chunkserver.handover import HandOver
 from chunkserver.peers import Peers
 from chunkserver.repair import Repair
 from chunkserver.scrub import Scrub
@@ -20,8 +23,9 @@ from chunkserver.segments import Segments, StoreOptions
 from dfs.chunks import format as chunks
 from dfs.cluster.map import CHUNK, ClusterMap
 from dfs.env import Context, Env, Handler, Reply
-from dfs.errors import Corrupt, DfsError, InvalidArgument, NotFound, StaleEpoch, StoreFailed
+from dfs.errors import Corrupt, DfsError, InvalidArgument, NotFound, StoreFailed
 from dfs.hashing import DIGEST_SIZE, PARTITIONS, partition_of
+from dfs.rpc.mapkeeper import MapKeeper, stale
 from dfs.workers import Worker, lines
 from dfs.workers import handlers as worker_handlers
 
@@ -61,6 +65,7 @@ class ChunkNode:
         self.repair: Repair
         self.scrub: Scrub
         self.catch_up: CatchUp
+        self.hand_over: HandOver
         self.workers: tuple[Worker, ...] = ()
 
     async def run(
@@ -76,7 +81,8 @@ class ChunkNode:
         self.repair = Repair(env, store, self.peers)
         self.scrub = Scrub(env, store, self.bad)
         self.catch_up = CatchUp(env, store, self.peers)
-        self.workers = (self.repair, self.catch_up, self.scrub)
+        self.hand_over = HandOver(env, store, self.peers)
+        self.workers = (self.repair, self.catch_up, self.hand_over, self.scrub)
         for text in store.recovery.notes:
             log.info("recovery: %s", text)
         for text in store.recovery.errors:
@@ -90,20 +96,51 @@ class ChunkNode:
             self.repair.add(chunk_id, reason)
         for chunk_id in sorted(store.quarantine.ids):
             self.repair.add(chunk_id, "quarantined earlier")
+        unsubscribe = self._follow_map()
         try:
             async with trio.open_nursery() as nursery:
                 for worker in self.workers:
                     nursery.start_soon(worker.run)
                 await env.rpc.serve(address, self.handlers(), started=task_status.started)
         finally:
+            unsubscribe()
             with trio.move_on_after(10, shield=True):
                 try:
                     await store.close()
                 except DfsError as e:  # the next start verifies more, nothing else
                     log.warning("the store was not closed cleanly: %s", e)
 
+    def _follow_map(self) -> Callable[[], None]:
+        """Begin to move chunks as soon as homes do; returns what ends it."""
+        keeper = self._get_map
+        if not isinstance(keeper, MapKeeper):
+            return lambda: None
+
+        def changed(_old: ClusterMap, _new: ClusterMap) -> None:
+            self.catch_up.wake()
+            self.hand_over.wake()
+
+        return keeper.subscribe(changed)
+
     def handlers(self) -> dict[str, Handler]:
         """Every method of a chunkserver; see `dfs.wire.messages`."""
+        keeper = self._get_map
+        if not isinstance(keeper, MapKeeper):
+            return self._handlers()
+
+        def one(args: tuple[Any, ...]) -> list[int]:
+            return [_partition(args[0])]
+
+        def many(args: tuple[Any, ...]) -> list[int]:
+            return [_partition(i) for i in args[0]]
+
+        methods = self._handlers()
+        for name, partitions in (("put", one), ("touch", many), ("delete", many)):
+            method = f"chunk.{name}"
+            methods[method] = keeper.guard(methods[method], partitions, role=CHUNK)
+        return methods
+
+    def _handlers(self) -> dict[str, Handler]:
         return {
             "ping": self._ping,
             "map.get": self._map,
@@ -117,6 +154,8 @@ class ChunkNode:
             "chunk.list": self._list,
             "chunk.summary": self._summary,
             "chunk.delete": self._delete,
+            "chunk.fence": self._fence,
+            "chunk.progress": self._progress,
         }
 
     # ------------------------------------------------------------------------------------- chunks
@@ -126,12 +165,15 @@ class ChunkNode:
         self._check(ctx, chunk_id)
         stamp = self._stamp(stamp)
         store = self.store
-        if more and more[0] and store.condemned(chunk_id, stamp):
+        copy = bool(more and more[0])
+        if copy and store.condemned(chunk_id, stamp):
             return (False, self.boot), b""  # a copy of garbage: as good as stored
         new = False
         if not await store.renew(chunk_id, stamp):
             header = await self._verify(chunk_id, data)
-            new = await store.put(chunk_id, [data], len(data), header.length, stamp)
+            # whom it is not home to, a nearly full disk leaves to the next fallback
+            moved = copy or not self.peers.is_home(partition_of(chunk_id))
+            new = await store.put(chunk_id, [data], len(data), header.length, stamp, moved=moved)
         if durable:
             await store.sync()
         if chunk_id in store.quarantine.ids:
@@ -145,10 +187,13 @@ class ChunkNode:
         return await self._env.disk.run(chunks.verify, data, chunk_id)
 
     async def _touch(self, ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
-        ids, stamp = args
+        ids, stamp, *more = args
         for chunk_id in ids:
             self._check(ctx, chunk_id)
-        return (tuple(await self.store.touch(ids, self._stamp(stamp))),), b""
+        if more and len(more[0]) != len(ids):
+            raise InvalidArgument(f"{len(more[0])} stamps for {len(ids)} chunks")
+        stamps = [self._stamp(s) for s in more[0]] if more else self._stamp(stamp)
+        return (tuple(await self.store.touch(ids, stamps)),), b""
 
     async def _sync(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
         await self.store.sync()
@@ -156,10 +201,13 @@ class ChunkNode:
 
     async def _get(self, ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
         chunk_id, first, count = args
-        self._check(ctx, chunk_id)
+        partition = _partition(chunk_id)
         entry = self.store.index.get(chunk_id)
         try:
             plain, buffers = await self.store.read(chunk_id, first, count)
+        except NotFound:
+            self._check_epoch(ctx, partition)
+            raise
         except Corrupt as e:
             await self.bad(chunk_id, str(e))
             raise
@@ -214,18 +262,30 @@ class ChunkNode:
             return
         self.repair.add(chunk_id, reason)
 
+    async def _fence(self, _ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
+        """What is listed after the answer has every write of epochs before it."""
+        (epoch,) = args
+        keeper = self._get_map
+        fenced = keeper().epoch
+        if isinstance(keeper, MapKeeper):
+            if epoch > fenced:
+                await keeper.catch_up(epoch)
+            fenced = keeper.fenced
+        doubtful = sorted({partition_of(chunk_id) for chunk_id in self.repair.queue})
+        return (fenced, tuple(doubtful)), b""
+
+    def _progress(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
+        return self.catch_up.complete(), b""
+
     def _check(self, ctx: Context, chunk_id: Any) -> None:
-        if not isinstance(chunk_id, bytes) or len(chunk_id) != DIGEST_SIZE:
-            raise InvalidArgument("a chunk id has 32 bytes")
-        if ctx.epoch:
-            node_map = self._get_map()
-            changed = node_map.last_change(CHUNK, partition_of(chunk_id))
+        self._check_epoch(ctx, _partition(chunk_id))
+
+    def _check_epoch(self, ctx: Context, partition: int) -> None:
+        node_map = self._get_map()
+        if ctx.epoch and ctx.epoch < node_map.epoch:
+            changed = node_map.last_change(CHUNK, partition)
             if ctx.epoch < changed:
-                raise StaleEpoch(
-                    f"epoch {ctx.epoch} is older than the partition's last change in {changed}; "
-                    "fetch the map",
-                    node_map.epoch,
-                )
+                raise stale(node_map, ctx.epoch, changed)
 
     def _stamp(self, stamp: Any) -> int:
         now = self._env.clock.time_ns()
@@ -246,6 +306,10 @@ class ChunkNode:
     def _status(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
         return (self.status(),), b""
 
+    def to_move(self) -> int:
+        """Chunks that are not where they belong, as far as this server is concerned."""
+        return self.hand_over.foreign() + self.catch_up.waiting
+
     def status(self) -> dict[str, Any]:
         """The fields of `node.status`."""
         total, free = self._env.disk.usage()
@@ -265,12 +329,21 @@ class ChunkNode:
             "uptime": self._env.clock.monotonic() - self._started,
             "disk_total": total,
             "disk_free": free,
+            "disk_level": store.room.level().label,
             "used": store.index.stored_bytes,
             "errors": tuple(errors),
             "workers": lines(self.workers),
             "chunks": len(store.index),
             "chunk_bytes": store.index.stored_bytes,
+            "to_move": self.to_move(),
+            "incomplete": self.catch_up.incomplete(),
             "quarantined": len(store.quarantine.ids),
             "repair_queue": len(self.repair.queue),
             "store": store.statistics(),
         }
+
+
+def _partition(chunk_id: Any) -> int:
+    if not isinstance(chunk_id, bytes) or len(chunk_id) != DIGEST_SIZE:
+        raise InvalidArgument("a chunk id has 32 bytes")
+    return partition_of(chunk_id)

@@ -22,7 +22,7 @@ from typing import Any
 import trio
 
 from dfs.chunks import format as chunks
-from dfs.client.chunkread import ChunkReader
+from dfs.client.chunkread import ChunkReader, learn_map
 from dfs.clock import Clock
 from dfs.cluster.map import CHUNK, ClusterMap
 from dfs.env import Buffer, Priority, Rpc
@@ -58,8 +58,8 @@ class _Put:
     """One chunk on its way: who has it, who failed, who is next."""
 
     __slots__ = (
-        "acks", "buffers", "changed", "chunk_id", "client", "durable", "errors", "next", "open",
-        "preference", "size", "stamp", "wanted",
+        "acks", "buffers", "changed", "chunk_id", "client", "durable", "epoch", "errors", "next",
+        "open", "outdated", "preference", "size", "stamp", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -77,16 +77,22 @@ class _Put:
         self.next = 0
         self.preference: tuple[int, ...] = ()
         self.wanted = 0
+        self.epoch = 0
+        self.outdated = False  # a newer map arrived with a refusal
         self.changed = trio.Event()
 
     def start(self) -> None:
-        """Send to all the homes of the newest map."""
+        """Send to all the homes of the newest map, but those that have it already."""
         cluster = self.client.get_map()
+        self.epoch = cluster.epoch
         self.preference = tuple(cluster.preference(CHUNK, partition_of(self.chunk_id)))
         self.wanted = self.client.quorum(cluster)
         self.next = 0
         self.errors.clear()
-        for _ in range(min(cluster.n, len(self.preference))):
+        homes = self.preference[: cluster.n]
+        # Copies that stand in for others do not count towards another set of homes.
+        self.acks = {node: boot for node, boot in self.acks.items() if node in homes}
+        for _ in range(len(homes) - len(self.acks)):
             self.send_next()
 
     def send_next(self) -> bool:
@@ -100,7 +106,7 @@ class _Put:
                 return False
             node = self.preference[self.next]
             self.next += 1
-            if self.client.has_room(node):
+            if node not in self.acks and self.client.has_room(node):
                 break
         self.open += 1
         self.client.sent(node, self.size)
@@ -129,13 +135,16 @@ class _Put:
         self.client.sent(node, -self.size)
         if isinstance(answer, DfsError):
             self.errors[node] = answer
-            if len(self.acks) + self.open < self.client.get_map().n:
+            learn_map(self.client.get_map, answer)
+            if self.epoch < self.client.get_map().epoch and isinstance(answer, StaleEpoch):
+                self.outdated = True  # nobody stands in for a home that is none: start again
+            elif len(self.acks) + self.open < self.client.get_map().n:
                 self.send_next()
         else:
             self.acks[node] = answer[0][1]
         if not self.open:
             self.client.put_ended(self)
-        if self.enough() or not self.open:
+        if self.enough() or not self.open or self.outdated:
             self.changed.set()
 
     def enough(self) -> bool:
@@ -270,15 +279,18 @@ class ChunkClient:
                 break
             if self.clock.monotonic() >= deadline:
                 raise put.error("timed out")
-            if put.open:
+            if put.open and not put.outdated:
                 put.send_next()  # somebody is silent: let another stand in
                 continue
             old = [e for e in put.errors.values() if isinstance(e, StaleEpoch)]
             if not old or stale >= 10:
                 raise old[0] if old else put.error("not written")
             stale += 1
-            await trio.sleep(0.1 * stale)  # whoever owns our map is fetching a newer one
-            self._in_flight += put.size
+            if not put.outdated:
+                await trio.sleep(0.1 * stale)  # whoever owns our map is fetching a newer one
+            put.outdated = False
+            if not put.open:
+                self._in_flight += put.size
             put.start()
 
     def put_ended(self, put: _Put) -> None:
@@ -410,7 +422,9 @@ class ChunkClient:
         def answered(asked: list[bytes], answer: tuple[Any, Buffer] | DfsError) -> None:
             nonlocal left
             left -= 1
-            if not isinstance(answer, DfsError):
+            if isinstance(answer, DfsError):
+                learn_map(self.get_map, answer)
+            else:
                 for chunk_id, yes in zip(asked, answer[0][0], strict=True):
                     held[chunk_id] += yes
             if not left:

@@ -4,6 +4,10 @@ Order: the chunkserver of our own host, then the homes by how fast they answered
 chance, so that load spreads and a slow one is tried again), then every other node of the preference
 list.  A server that is silent for long is not given up: the next one is asked as well and the first
 good answer wins.  A bad answer is reported to the server that gave it, which checks its copy.
+
+While homes move, the preference list has the new homes first and then the old ones, so one of the W
+copies is among the first 2N.  A server whose map is newer and that lacks the chunk says so with its
+map: then everybody in it is asked, those that were absent before included.
 """
 
 from collections import deque
@@ -18,8 +22,17 @@ from dfs.chunks import format as chunks
 from dfs.clock import Clock
 from dfs.cluster.map import CHUNK, ClusterMap
 from dfs.env import Buffer, Priority, Rpc
-from dfs.errors import Corrupt, DeadlineExceeded, DfsError, InvalidArgument, NoQuorum, NotFound
+from dfs.errors import (
+    Corrupt,
+    DeadlineExceeded,
+    DfsError,
+    InvalidArgument,
+    NoQuorum,
+    NotFound,
+    StaleEpoch,
+)
 from dfs.hashing import partition_of
+from dfs.rpc.mapkeeper import MapKeeper
 
 TIMEOUT = 30.0
 HEDGE_LOW, HEDGE_HIGH = 0.1, 2.0  # seconds of silence before another server is asked as well
@@ -111,8 +124,10 @@ class ChunkReader:
                 timeout=max(0.1, deadline - now),
                 on_reply=partial(answered, node, now),
                 priority=Priority.BULK,
+                epoch=cluster.epoch,
             )
 
+        epoch = self._get_map().epoch
         ask()
         while True:
             while answers:
@@ -127,6 +142,10 @@ class ChunkReader:
                     failures[node] = e
                     if isinstance(e, Corrupt):
                         self._bad(node, chunk_id)
+                    learn_map(self._get_map, e)
+                    if not candidates and self._get_map().epoch > epoch:
+                        epoch = self._get_map().epoch
+                        candidates += (n for n in self.order(chunk_id) if n not in waiting)
                     if candidates:
                         ask()
                 else:
@@ -160,7 +179,7 @@ class ChunkReader:
 
     def _learn(self, node: int, sent: float, answer: tuple[Any, Buffer] | DfsError) -> None:
         now = self._clock.monotonic()
-        if isinstance(answer, DfsError) and not isinstance(answer, NotFound):
+        if isinstance(answer, DfsError) and not isinstance(answer, NotFound | StaleEpoch):
             self._avoid[node] = now + AVOID
             return
         old = self._latency.get(node)
@@ -175,6 +194,11 @@ class ChunkReader:
             "hedges": self._hedges,
             "corrupt": self._corrupt,
         }
+
+
+def learn_map(get_map: Callable[[], ClusterMap], error: DfsError) -> bool:
+    """Take the map that came with a `StaleEpoch`, where maps are kept; whether it was newer."""
+    return isinstance(get_map, MapKeeper) and get_map.learn(error)
 
 
 def _failure(chunk_id: bytes, failures: dict[int, DfsError]) -> DfsError:

@@ -85,6 +85,10 @@ class ChunkCluster:
         self.options = options or StoreOptions(segment_size=1 << 20, reserve=0, hint_every=1 << 16)
         self._scopes: dict[int, trio.CancelScope] = {}
 
+    def map_source(self, number: int, env: Env) -> Callable[[], ClusterMap]:
+        """Where a node has its map from."""
+        return lambda: self.map
+
     async def start(self, number: int) -> ChunkNode:
         """Start (or restart) a node on its disk; returns when it serves."""
         env = Env(
@@ -94,7 +98,7 @@ class ChunkCluster:
             processes=SimProcesses(self.random),
             random=self.random,
         )
-        node = self.node_class(env, number, lambda: self.map, options=self.options)
+        node = self.node_class(env, number, self.map_source(number, env), options=self.options)
         await self.nursery.start(self._run, node, number)
         self.nodes[number] = node
         return node

@@ -189,6 +189,7 @@ class _Scenario:
         node = await self.cluster.start(number)
         if self.mutant == "no-catch-up":
             node.catch_up.run_once = _idle  # type: ignore[method-assign]
+            node.hand_over.run_once = _idle  # type: ignore[method-assign]
 
     # --------------------------------------------------------------------------------- workload
 

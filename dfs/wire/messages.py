@@ -9,6 +9,9 @@ Every node (both roles)
     ping()                               -> (role, node_number, node_id, map_epoch)
     map.get()                            -> (map_bytes,)
     node.status()                        -> (map of str -> value)   # see `STATUS_FIELDS`
+    node.workers()                       -> ((map of str -> value, ...),)   # background loops, see `dfs.workers.STATUS`
+    node.steer(worker, "run"|"pause"|"resume") -> (map of str -> value,)    # its status then
+        errors: NotFound, InvalidArgument
 
 Metadata node: blobs (immutable, content-addressed; design.md section 4)
     blob.put(((hash, length), ...)) data=the blobs, one after the other
@@ -54,7 +57,8 @@ Chunkserver (design.md section 8).  An encoded chunk is `dfs.chunks.format`: hea
         copy=True: from another server, not from a writer; ignored if the collector condemned the
         chunk at or after `stamp`.
         errors: Corrupt, DiskFull, StaleEpoch
-    chunk.touch((chunk_id, ...), stamp)  -> ((bool, ...),)          # a put without bytes: True = held, durable, stamp renewed
+    chunk.touch((chunk_id, ...), stamp, stamps=absent) -> ((bool, ...),)  # a put without bytes: True = held, durable, stamp renewed
+        stamps: one for each chunk, in place of `stamp`.
     chunk.sync()                         -> (boot,)                      # all puts acknowledged before are durable after
         boot: random number of this run of the server.  A sync whose boot differs from a put's proves
         nothing about that put (the server restarted in between): the client puts it again.
@@ -65,10 +69,16 @@ Chunkserver (design.md section 8).  An encoded chunk is `dfs.chunks.format`: hea
     chunk.summary()                      -> (4096,)                 data=(count u32, sum of id[:16] mod 2**128) a partition
     chunk.delete((chunk_id, ...), before=0) -> ()                   # tombstones; used by GC only
         before: stamp; chunks put or touched at or after it stay.  0 = all of them go.
+    chunk.fence(epoch)                   -> (fenced, (partition, ...))
+        gets the map of `epoch`; no write judged by a map older than `fenced` is under way any more.
+        partitions: those of which a chunk here awaits repair.
+    chunk.progress()                     -> (epoch, complete)       # fields of `dfs.cluster.joint.ChunkProgress`
 """
 
 STATUS_FIELDS = """Fields of `node.status`, all optional but the first four:
 role "metadata"|"chunkserver", number, name, map_epoch, uptime (s), disk_total, disk_free, used (bytes),
 version, errors: ((text, count), ...) that an operator should see (corrupt copies, quarantined tables),
 workers: ((name, state, progress, last error), ...), volumes: ((volume, seq, owner), ...),
-chunks, chunk_bytes, quarantined (counts)."""
+chunks, chunk_bytes, quarantined (counts), disk_level "ok"|"near"|"backfill"|"full" (see `dfs.limits`),
+to_move (chunks that are not where they belong), incomplete (partitions that move here and lack some),
+metrics (HOST:PORT of the HTTP server of metrics, if there is one)."""

@@ -89,7 +89,14 @@ async def test_every_answer_has_the_form_of_the_catalogue():
         assert (await call("chunk.summary"))[1] == node.store.index.summary()
         (status,), _ = await call("node.status")
         assert (status["chunks"], status["errors"], status["quarantined"]) == (1, (), 0)
-        assert {w[0] for w in status["workers"]} == {"repair", "catch-up", "scrub"}
+        assert {w[0] for w in status["workers"]} == {"repair", "catch-up", "hand-over", "scrub"}
+        assert (await call("chunk.touch", (chunk_id, bytes(32)), 0, (5, 6)))[0] == ((True, False),)
+        assert (await call("chunk.fence", 1))[0] == (1, ())
+        assert (await call("chunk.progress"))[0] == (1, bytes(512))
+        (workers,), _ = await call("node.workers")
+        assert [w["name"] for w in workers] == [w[0] for w in status["workers"]]
+        (paused,), _ = await call("node.steer", "scrub", "pause")
+        assert paused["state"] == "paused"
         assert (await call("chunk.delete", (chunk_id,), 5))[0] == ()  # touched at 5: it stays
         assert node.store.held(chunk_id)
         assert (await call("chunk.delete", (chunk_id,)))[0] == ()
@@ -132,10 +139,16 @@ async def test_a_stale_epoch_is_refused():
 
         real = cluster.map
         cluster.map = Changed()
-        for method, args in (("chunk.put", (False, 1)), ("chunk.get", (0, -1))):
-            with pytest.raises(StaleEpoch):
-                await call(method, chunk_id, *args, data=raw, epoch=1)
+        with pytest.raises(StaleEpoch) as caught:
+            await call("chunk.put", chunk_id, False, 1, data=raw, epoch=1)
+        assert caught.value.details == (real.encode(),)  # the caller needs nobody else for it
+        assert (await call("chunk.get", chunk_id, 0, -1, epoch=1))[1] == raw  # it cannot be wrong
         await call("chunk.put", chunk_id, False, 1, data=raw, epoch=2)
+        await call("chunk.delete", (chunk_id,))
+        with pytest.raises(StaleEpoch):  # but it may be where an old map does not lead
+            await call("chunk.get", chunk_id, 0, -1, epoch=1)
+        with pytest.raises(NotFound):
+            await call("chunk.get", chunk_id, 0, -1, epoch=2)
 
 
 async def test_a_bad_copy_is_never_returned_and_heals():
@@ -216,9 +229,9 @@ async def test_a_home_that_was_down_catches_up_and_the_fallback_hands_over():
             homes = cluster.map.homes(CHUNK, partition_of(chunk_id))
             holders = {i for i, n in cluster.nodes.items() if n.store.held(chunk_id)}
             assert holders == set(homes)
-        moved = node.catch_up.pulled + sum(n.catch_up.pushed for n in cluster.nodes.values())
+        moved = node.catch_up.pulled + sum(n.hand_over.pushed for n in cluster.nodes.values())
         assert moved >= 10
-        assert sum(n.catch_up.handed_over for n in cluster.nodes.values()) == 10
+        assert sum(n.hand_over.handed_over for n in cluster.nodes.values()) == 10
 
 
 async def test_catch_up_copies_nothing_that_was_condemned():

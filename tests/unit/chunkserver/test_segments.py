@@ -387,7 +387,10 @@ async def test_concurrent_puts_syncs_and_deletes_agree_with_recovery(kit):
 @pytest.mark.realtime
 async def test_on_a_real_disk(tmp_path):
     disk = RealDisk(tmp_path)
-    kit = Kit(environment(disk), StoreOptions(segment_size=3 << 20, reserve=0, full=1.0))
+    kit = Kit(
+        environment(disk),
+        StoreOptions(segment_size=3 << 20, reserve=0, near=100, backfill=100, full=100),
+    )
     store = await kit.open()
     ids = [await kit.put(500_000) for _ in range(12)] + [await kit.put(100) for _ in range(5)]
     await store.sync()
