@@ -21,13 +21,12 @@ from metadata.store.memtable import Memtable, Value
 
 if TYPE_CHECKING:
     from metadata.store.reader import Run
-    from metadata.store.table import Block, Index, Table
+    from metadata.store.table import Block, Table
 
 CHUNK = 256  # keys of a memtable at hand
 
 Item = tuple[bytes, bytes]
 Report = Callable[["Run", "Table", Corrupt], Corrupt]
-Load = Callable[["Table"], "Index"]
 Fetch = Callable[["Table", int], "Block"]
 
 
@@ -84,7 +83,7 @@ class _RunCursor:
 
 
 def _blocks(
-    run: "Run", start: bytes, end: bytes, fetch: Fetch, load: Load, report: Report
+    run: "Run", start: bytes, end: bytes, fetch: Fetch, report: Report
 ) -> Iterator["Block"]:
     """Blocks of a run with keys in [start, end), the first and last cut; bad ones are reported."""
     for table in run.tables[max(0, bisect_right(run.first_keys, start) - 1) :]:
@@ -93,7 +92,7 @@ def _blocks(
         if table.meta.last < start:
             continue
         try:
-            first_keys = load(table).first_keys
+            first_keys = table.load().first_keys
         except Corrupt as e:
             report(run, table, e)
             continue
@@ -137,7 +136,6 @@ def stretches(
     end: bytes,
     *,
     fetch: Fetch,
-    load: Load,
     report: Report,
     now: int,
     want: int = CHUNK,
@@ -156,7 +154,7 @@ def stretches(
         return errors[-1]
 
     cursors: list[_MemtableCursor | _RunCursor] = [
-        _RunCursor(_blocks(run, start, end, fetch, load, tell), list(runs[:i]))
+        _RunCursor(_blocks(run, start, end, fetch, tell), list(runs[:i]))
         for i, run in enumerate(runs)
     ]
     cursors.reverse()  # oldest first: later updates of a dict win

@@ -15,7 +15,7 @@ class StoreOptions:
 
     memtable_bytes: int = 8 << 20  # keys, values and overhead before a memtable is frozen
     max_frozen: int = 4  # frozen memtables that may wait for their flush before writers wait
-    block_bytes: int = 16 << 10  # plain size at which a table's block ends
+    block_bytes: int = 8 << 10  # plain size at which a table's block ends
     table_bytes: int = 32 << 20  # file size at which a compaction starts another table
     fanout: int = 4  # runs of one level that are merged into one of the next
     max_runs: int = 24  # runs at which writers wait for compaction

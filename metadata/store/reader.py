@@ -23,7 +23,7 @@ from metadata.store.iterate import CHUNK, Item
 from metadata.store.losses import Loss
 from metadata.store.manifest import RunMeta
 from metadata.store.memtable import Memtable
-from metadata.store.table import MISSING, Index, Table
+from metadata.store.table import MISSING, Table
 
 
 class Run:
@@ -67,20 +67,16 @@ class IndexBudget:
         self._loaded: dict[ref[Table], int] = {}
         self.bytes = 0
 
-    def load(self, table: Table) -> Index:
-        """Load a table's index, and drop others'; raises `Corrupt`."""
-        if table.index is not None:
-            return table.index
-        index = table.load()
-        self._loaded[ref(table, self._gone)] = index.size
-        self.bytes += index.size
+    def loaded(self, table: Table, size: int) -> None:
+        """Count the index of a table, and drop others'; it is the table's `on_load`."""
+        self._loaded[ref(table, self._gone)] = size
+        self.bytes += size
         while self.bytes > self._budget and len(self._loaded) > 1:
             oldest = next(iter(self._loaded))
             other = oldest()
             self._gone(oldest)
             if other is not None:
                 other.index = None
-        return index
 
     def _gone(self, table: "ref[Table]") -> None:
         self.bytes -= self._loaded.pop(table, 0)
@@ -94,14 +90,13 @@ class IndexBudget:
 class Reader:
     """Point reads and scans over sources, newest first."""
 
-    __slots__ = ("_cache", "_damaged", "_indexes", "_now", "memtables", "runs")
+    __slots__ = ("_cache", "_damaged", "_now", "memtables", "runs")
 
     def __init__(
         self,
         memtables: Sequence[Memtable],
         runs: Sequence[Run],
         cache: BlockCache,
-        indexes: IndexBudget,
         damaged: OnDamage,
         now: Callable[[], int],
     ) -> None:
@@ -112,7 +107,6 @@ class Reader:
         self.memtables = tuple(memtables)
         self.runs = tuple(runs)
         self._cache = cache
-        self._indexes = indexes
         self._damaged = damaged
         self._now = now
 
@@ -130,8 +124,6 @@ class Reader:
                 table = run.tables[i]
                 if key <= table.last:
                     try:
-                        if table.index is None:
-                            self._indexes.load(table)
                         value = table.find(key, hashed, self._cache)
                     except Corrupt as e:
                         raise self._report(run, table, e) from e
@@ -185,7 +177,6 @@ class Reader:
             start,
             end,
             fetch=(iterate.caching if keep else iterate.passing)(self._cache),
-            load=self._indexes.load,
             report=self._report,
             now=self._now(),
             want=want,

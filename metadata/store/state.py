@@ -57,7 +57,7 @@ class State:
         self._copy: tuple[ref[Memtable], ref[Memtable], int] | None = None  # the last copy, of what
         self._lock = trio.Lock()
         self._work = trio.Event()
-        self._count_reads()
+        self._count()
         self.reader = self._reader()
         for name, why in loaded.missing:
             self.quarantine(name, why)
@@ -68,14 +68,15 @@ class State:
 
     def _reader(self) -> Reader:
         memtables = (self.memtable, *self.frozen)
-        return Reader(memtables, self.runs, self.cache, self.indexes, self.on_damage, self.now)
+        return Reader(memtables, self.runs, self.cache, self.on_damage, self.now)
 
-    def _count_reads(self) -> None:
-        """Let tables count their reads for the level they are in."""
+    def _count(self) -> None:
+        """Let tables count their reads for the level they are in, and their indexes here."""
         for run in self.runs:
             reads = self.reads.setdefault(run.level, FilterReads())
             for table in run.tables:
                 table.reads = reads
+                table.on_load = self.indexes.loaded
 
     def refresh(self) -> None:
         """Read from the present memtables and runs from now on, and look for work."""
@@ -95,7 +96,7 @@ class State:
             )
         memtables = (self._copied(), *self.frozen)
         now = self.now()
-        return Reader(memtables, self.runs, self.cache, self.indexes, self.on_damage, lambda: now)
+        return Reader(memtables, self.runs, self.cache, self.on_damage, lambda: now)
 
     def _copied(self) -> Memtable:
         """A copy of the memtable, the last one if nothing was written since."""
@@ -195,7 +196,7 @@ class State:
                 raise
             # No await from here on: readers see all of the change or nothing.
             self.runs = runs
-            self._count_reads()
+            self._count()
             self.first_segment, self.first_base = first, base
             if flushed is not None:
                 self.frozen.remove(flushed)

@@ -16,7 +16,7 @@ epoch).  Tables without any are written as version 1.
 
 import struct
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import copy
 from typing import Any, NamedTuple
@@ -96,7 +96,8 @@ class Table:
     """An open table.  The file stays readable while this object lives, even after its removal."""
 
     __slots__ = (
-        "__weakref__", "_decompressor", "_file", "base", "index", "last", "meta", "path", "reads",
+        "__weakref__", "_decompressor", "_file", "base", "index", "last", "meta", "on_load",
+        "path", "reads",
     )  # fmt: skip
 
     def __init__(self, disk: Disk, prefix: str, meta: Meta, number: int) -> None:
@@ -109,6 +110,7 @@ class Table:
         self.base = number << 32  # block i has the cache key `base + i`
         self.index: Index | None = None
         self.reads = FilterReads()
+        self.on_load: Callable[[Table, int], None] | None = None  # told the bytes of an index
 
     def cut(self, first: bytes) -> "Table":
         """The same file, without the keys below `first`."""
@@ -119,9 +121,12 @@ class Table:
 
     def load(self) -> Index:
         """Read index and filter if they are not in memory; raises `Corrupt`."""
-        if self.index is None:
-            self.index = self._load()
-        return self.index
+        index = self.index
+        if index is None:
+            index = self.index = self._load()
+            if self.on_load is not None:
+                self.on_load(self, index.size)
+        return index
 
     def _load(self) -> Index:
         size = self.meta.size
@@ -172,11 +177,6 @@ class Table:
         except Corrupt as e:
             raise Corrupt(str(e), i) from e
         return keys, values
-
-    def block_size(self, i: int) -> int:
-        """Stored bytes of block `i`."""
-        offsets = self.load().offsets
-        return offsets[i + 1] - offsets[i]
 
     def first_block(self, key: bytes) -> int:
         """The block that would hold a key."""

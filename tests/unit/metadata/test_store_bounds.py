@@ -64,6 +64,8 @@ async def test_memory_stays_within_the_budget_whatever_the_size():
         assert memory["total"] <= memory["budget"] == options.memory_bytes
         assert memory["cache"] <= options.cache_bytes
         assert memory["memtables"] <= options.memtable_bytes * (options.max_frozen + 2)
+        tables = [t for r in store._state.runs for t in r.tables]
+        assert memory["indexes"] == sum(t.index.size for t in tables if t.index is not None)
         assert memory["indexes"] <= options.index_bytes + 20_000  # always the one in use
 
     random = Random(1)
@@ -73,6 +75,8 @@ async def test_memory_stays_within_the_budget_whatever_the_size():
             keys = [b"%012d" % random.randrange(10**12) for _ in range(25)]
             await store.batch([(k, random.randbytes(200)) for k in keys])
             store.get(random.choice(keys))
+            if n % 100 == 0:
+                assert sum(1 for _ in store.iterate()) > 25 * n * 0.99
             if n % 20 == 0:
                 look()
                 store.scan(b"", after=random.choice(keys), limit=300)
