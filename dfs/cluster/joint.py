@@ -22,7 +22,9 @@ of an older epoch: a journal that is born after the reports would be missed.
 Chunks are immutable and read from B, then A: their side is done when each new member of B has
 everything of the partition.
 
-None of it needs more than quorums: one dead member of A blocks nothing.
+None of it needs more than quorums: one dead member of A blocks nothing, unless W = 1 or R = 1 asks
+for all N.  The W copies are those on homes: a write that counted hints on other nodes (PW < W) is
+promised no more during a transition than at any other time, until its hints have arrived.
 """
 
 from collections import Counter

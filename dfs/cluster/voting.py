@@ -17,8 +17,8 @@ def wanted_voters(
 ) -> tuple[int, ...]:
     """Who should vote: present voters that stay, filled up to an odd count of at most seven.
 
-    Nodes of weight 0 and leaving nodes vote only if nobody else can.  New voters are taken from
-    the zone with the fewest voters, then by number.
+    Nodes of weight 0 vote only if nobody else can, leaving nodes never.  New voters, last in the
+    result, are taken from the zone with the fewest voters, then by number.
     """
     able = [x for x in members if x.weight(METADATA) > 0 and x.number not in leaving]
     if not able:
@@ -32,7 +32,7 @@ def wanted_voters(
         rest = [x for x in rest if x is not best]
         zones[best.zone] += 1
         chosen.append(best.number)
-    return tuple(sorted(chosen))
+    return tuple(chosen)
 
 
 def next_voters(
