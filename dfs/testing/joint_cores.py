@@ -222,7 +222,7 @@ class World:
             return
         replica = self.replicas[x]
         replica.epoch = max(replica.epoch, op.epoch)  # a newer request: fetch its map first
-        last_change = self.maps[replica.epoch].last_change(METADATA, PARTITION)
+        last_change = self.rule_last_change(self.maps[replica.epoch])
         stale = self.maps[op.epoch].epoch < last_change
         if stale and self.rule_refuses(op.write):
             return
@@ -359,7 +359,7 @@ class World:
     def _serves(self, x: int, epoch: int, *, write: bool = False) -> bool:
         """Whether node x would answer a request of that epoch."""
         known = self.maps[max(epoch, self.replicas[x].epoch)]
-        stale = self.maps[epoch].epoch < known.last_change(METADATA, PARTITION)
+        stale = self.maps[epoch].epoch < self.rule_last_change(known)
         return not (stale and self.rule_refuses(write))
 
     def _finish(self) -> None:
@@ -412,6 +412,10 @@ class World:
     def rule_read_homes(self, m: ClusterMap) -> Row:
         """Where a client reads."""
         return m.read_homes(METADATA, PARTITION)
+
+    def rule_last_change(self, m: ClusterMap) -> int:
+        """The epoch of which a request must be at least."""
+        return m.last_change(METADATA, PARTITION)
 
     def rule_refuses(self, write: bool) -> bool:
         """Whether a node refuses a request older than the last change."""

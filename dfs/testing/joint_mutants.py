@@ -68,6 +68,17 @@ class _NoReaderFence(World):
         return write
 
 
+class _Begun(World):
+    def rule_last_change(self, m: ClusterMap) -> int:
+        return min(m.last_change(METADATA, PARTITION), self.maps[1].epoch)
+
+
+class _NotBegun(World):
+    def rule_last_change(self, m: ClusterMap) -> int:
+        last = m.last_change(METADATA, PARTITION)
+        return 1 if last == self.maps[1].epoch else last
+
+
 class _EarlyPush(World):
     def rule_push_counts(self, epoch: int) -> bool:
         return True
@@ -174,6 +185,20 @@ MUTANTS: dict[str, Mutant] = {
         "stale read",
     ),
     "m3": ("stale requests count", _NoFence, RULES, ("overlapping",), "M3 a stale request counted"),
+    "begun": (
+        "the last change does not move with the second phase",
+        _Begun,
+        RULES,
+        ("disjoint", "overlapping"),
+        "stale read",
+    ),
+    "notbegun": (
+        "the last change does not move with the first phase",
+        _NotBegun,
+        RULES,
+        ("disjoint",),
+        "write lost",
+    ),
     "earlypush": (
         "pushes from before the fence count",
         _EarlyPush,
