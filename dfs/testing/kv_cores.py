@@ -1,0 +1,497 @@
+"""Registers under a random scheduler: no tasks, no disks, no clocks, thousands of faults.
+
+Each `dfs.testing.kv_node.Node` drives the real coordinator, replica, anti-entropy, hints, purging
+and digests; the map is a chain of real maps whose transitions advance by the real thresholds on
+real reports.  Clients put, delete and get a few keys, resend, and follow contexts; faults of every
+kind go on meanwhile; then they stop and everything must be equal, durable and readable.  What is
+checked is in `dfs.testing.kv_oracle`, and here:
+
+    copies      an acknowledged write is durable on W nodes of every set of homes, PW of them homes
+    answers     every operation that a living coordinator began ends by its deadline
+    digests     equal copies have equal digests, and those are what a recomputation gives
+    converged   without faults all homes come to hold the same bytes, and quorums answer
+    actors      a version vector has no more actors than ever were homes of its partition
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import inf
+from random import Random
+from typing import Any
+
+from dfs.cluster.joint import missing_for_phase_2, missing_for_stable
+from dfs.cluster.map import METADATA, ClusterMap
+from dfs.errors import DfsError, NotHome, Unreachable
+from dfs.testing.kv_clients import Client, Operation
+from dfs.testing.kv_maps import CHAINS, PARTITIONS, chain, keys_of
+from dfs.testing.kv_mutants import Classes
+from dfs.testing.kv_network import Network, Scheduler, Weather
+from dfs.testing.kv_node import Node, Process
+from dfs.testing.kv_oracle import Oracle, ViolationError, Write
+from metadata import actors, antientropy, rejoin, versions
+from metadata.antientropy import members
+from metadata.coordinator import MEMORY_AGE
+from metadata.merkle import REGISTERS, recompute
+from metadata.registers import row_of
+
+CALM = 400.0  # seconds without faults, in which all must converge
+LIMIT = 60_000  # events of a schedule
+ROUNDS = 60  # of repair without faults
+
+
+@contextmanager
+def small_world() -> Iterator[None]:
+    """Let the modules that walk through all partitions see as many as the simulation uses."""
+    modules: tuple[Any, ...] = (actors, antientropy, rejoin)
+    before = [m.PARTITIONS for m in modules]
+    for m in modules:
+        m.PARTITIONS = PARTITIONS
+    try:
+        yield
+    finally:
+        for m, count in zip(modules, before, strict=True):
+            m.PARTITIONS = count
+
+
+class World:
+    """Nodes, network, clients, operator and weather of one schedule."""
+
+    def __init__(self, seed: int, mutant: str | None = None) -> None:
+        """Choose the weather."""
+        self.random = random = Random(seed)  # noqa: S311 - a schedule, not a secret
+        self.seed = seed
+        self.mutant = mutant
+        self.classes = Classes(mutant)
+        self.partitions = PARTITIONS
+        self.chain = chain(seed % CHAINS)
+        self.scheduler = Scheduler(random)
+        self.network = Network(self.scheduler, Weather.random(random), self.deliver)
+        self.oracle = Oracle()
+        self.calm = False
+        self.sync_time = random.choice((0.001, 0.02, 0.2))
+        self.p_crash_at_write = random.choice((0.0, 0.0, 0.003, 0.02))
+        self.committed = 1
+        self.reports: dict[int, Any] = {}
+        self.changing = random.random() < 0.75
+        self.amnesia = random.random() < 0.4
+        self.aging = random.random() < 0.3  # days pass
+        self._calls = 0
+        self._waiting: dict[int, list[Callable[[], None]]] = {}
+        hot = random.sample(self.chain.hot, 2)
+        self._used = (*hot, random.choice(self.chain.cold))
+        self.rows = [row_of(0, key) for p in self._used for key in keys_of(p, 2)][: 2 + seed % 4]
+        first = self.chain.at(1)
+        self.nodes = {
+            n.number: Node(self, n.number, first) for n in first.nodes if n.metadata_addr
+        }
+        for node in self.nodes.values():
+            node.start()
+        self.clients = [Client(self, i) for i in range(random.choice((2, 3, 5)))]
+        self.operations: dict[Any, Operation] = {}
+        self.writes: dict[bytes, Write] = {}  # by request id
+        self.ended = self.failed = self.changes = self.crashes = self.restores = 0
+
+    # --------------------------------------------------------------------------------- messages
+
+    def deliver(self, source: int, target: int, message: Any) -> None:
+        """A message arrives at a node or a client."""
+        if target < 0:
+            self.clients[-1 - target].answered(source, message)
+            return
+        node = self.nodes.get(target)
+        process = node.process if node is not None else None
+        if process is None:
+            if message[0] == "?" and self.random.random() < 0.7:
+                self.network.send(target, source, ("!", message[1], Unreachable("nobody there")))
+            elif message[0] == "kv":
+                self.network.send(target, source, (message[1], Unreachable("nobody there")))
+            return
+        if message[0] == "kv":
+            _, token, operation, epoch = message
+            if epoch > process.map.epoch:
+                process.adopt(self.chain.at(epoch))
+            process.begin(operation, token)
+        else:
+            process.receive(source, message)
+
+    def leaving(self, request: Any) -> None:
+        """Registers in a message are known elsewhere from now on."""
+        if request[0] in ("m", "h"):
+            self.oracle.exposed(request[1], request[2])
+        elif request[0] == "call" and request[1]:
+            for part in request[1]:
+                self._expose(part)
+        elif request[0] == "reply" and isinstance(request[1], tuple):
+            for part in request[1]:
+                self._expose(part)
+
+    def _expose(self, part: Any) -> None:
+        if isinstance(part, tuple | list) and part and isinstance(part[0], tuple):
+            for item in part:
+                if len(item) >= 2 and isinstance(item[0], bytes) and item[0][:1] == b"r":
+                    if isinstance(item[1], bytes) and item[1][:1] == versions.FORMAT:
+                        if len(item[1]) != 32:
+                            self.oracle.exposed(item[0], item[1])
+
+    def next_call(self) -> int:
+        """A number for a call, never used before."""
+        self._calls += 1
+        return self._calls
+
+    def when_continued(self, number: int, fn: Callable[[], None]) -> None:
+        """Do it when the stopped node goes on."""
+        self._waiting.setdefault(number, []).append(fn)
+
+    def carry_on(self, number: int) -> None:
+        """SIGCONT."""
+        if not self.network.stopped(number):
+            return
+        self.network.carry_on(number)
+        process = self.nodes[number].process
+        if process is not None:
+            process.late = True
+        for fn in self._waiting.pop(number, ()):
+            self.scheduler.after(0.0, fn)
+
+    def map_of(self, data: bytes) -> ClusterMap:
+        """The map of these bytes, without decoding them."""
+        for m in self.chain.maps:
+            if m.digest == data[-32:]:
+                return m
+        raise ViolationError("maps: a map that nobody made")
+
+    def crash_at_write(self) -> bool:
+        """Whether a node dies at this very write."""
+        if self.calm or self.random.random() >= self.p_crash_at_write:
+            return False
+        self.crashes += 1
+        return True
+
+    def used(self, partition: int) -> bool:
+        """Whether any key of the schedule is in the partition."""
+        return partition in self._used
+
+    # -------------------------------------------------------------------------------- operations
+
+    def minted(self, process: Process, write: bytes, context: bytes, reply: Any) -> None:
+        """A replica minted a dot for the write of that request id."""
+        found = self.writes[write]
+        partition = int.from_bytes(found.row[1:3], "big")
+        actor = process.registers.actors.actor(partition)
+        if actor is None:
+            raise ViolationError(f"actors: node {process.number} minted as nobody")
+        now = self.scheduler.now
+        if now - process.wrote.get(write, -inf) < MEMORY_AGE - 100.0:
+            raise ViolationError(f"resend: write {found.number} was minted twice by one node")
+        process.wrote[write] = now
+        if found.sees:
+            self.oracle.seen(found, versions.decode_context(context))
+        self.oracle.minted(found, actor, dict(self.oracle.decode(reply[0])[0])[actor])
+
+    def done(self, process: Process, token: Any, result: Any, deadline: float) -> None:
+        """A coordinator has an answer."""
+        operation = self.operations[token[0]]
+        if self.scheduler.now > deadline + 0.1 and not process.late:
+            raise ViolationError(f"answers: operation {token} ended {self.scheduler.now - deadline} s late")
+        if operation.write is not None and not isinstance(result, DfsError):
+            self._check_copies(process.map, operation)
+        self.answer(process, token, result)
+
+    def answer(self, process: Process, token: Any, result: Any) -> None:
+        """Tell the client, whom the message may never reach."""
+        self.network.send(process.number, -1 - token[0][0], (token, result))
+
+    def orphaned(self, token: Any) -> None:
+        """The coordinator of an operation died."""
+
+    def forgot(self, number: int) -> None:
+        """A node lost part of what it durably had."""
+        for history in self.oracle.rows.values():
+            for dot in history.dots.values():
+                if number in dot.homes:
+                    dot.homes.discard(number)
+                    dot.lost.add(number)
+
+    def _check_copies(self, m: ClusterMap, operation: Operation) -> None:
+        wanted = operation.wanted(m)
+        write = operation.write
+        if wanted is None or write is None:
+            return
+        total, homes = wanted
+        history = self.oracle.history(operation.row)
+        partition = int.from_bytes(operation.row[1:3], "big")
+        for row in m.write_sets(METADATA, partition):
+            best = (-1, -1)
+            for name in sorted(write.dots):
+                dot = history.dots[name]
+                held = sum(n in dot.homes or n in dot.lost for n in row)
+                hinted = len(dot.hints - set(row))
+                best = max(best, (held, hinted))
+            if best[0] < homes or best[0] + best[1] < total:
+                raise ViolationError(
+                    f"copies: write {write.number} was acknowledged with {best} copies on homes "
+                    f"{row} and as hints, {total} and {homes} on homes are needed"
+                )
+
+    # ------------------------------------------------------------------------------------ faults
+
+    def run(self) -> None:
+        """Faults, then calm; raises `ViolationError`."""
+        with self.classes.patched(), small_world():
+            random = self.random
+            for client in self.clients:
+                client.begin()
+            for _ in range(random.choice((30, 50, 80))):
+                self._fault()
+                self.scheduler.run(
+                    self.scheduler.now + random.random() * random.choice((0.2, 1.0, 3.0)), LIMIT
+                )
+                self._housekeeping()
+            self._settle()
+
+    def _fault(self) -> None:
+        random = self.random
+        x = random.random()
+        numbers = list(self.nodes)
+        some = random.choice(numbers)
+        node = self.nodes[some]
+        if x < 0.12:
+            self.network.heal()
+            if random.random() < 0.6:
+                side = {n: random.random() < 0.5 for n in numbers}
+                pairs = [(a, b) for a in numbers for b in numbers if side[a] != side[b]]
+                if random.random() < 0.3:
+                    pairs = [(a, b) for a, b in pairs if side[a]]  # one way
+                self.network.cut(pairs)
+        elif x < 0.18:
+            self.network.cut((random.choice(numbers), random.choice(numbers)) for _ in range(4))
+        elif x < 0.26:
+            self.crashes += 1
+            node.crash()
+        elif x < 0.45:
+            for n in numbers:
+                if random.random() < 0.7:
+                    self.nodes[n].start()
+        elif x < 0.49:
+            self.network.stop(some)
+        elif x < 0.60:
+            for n in numbers:
+                if random.random() < 0.7:
+                    self.carry_on(n)
+        elif x < 0.63:
+            node.store.full = not node.store.full
+        elif x < 0.66:
+            node.skew = random.uniform(-1800.0, 1800.0)
+        elif x < 0.70 and self.amnesia:
+            self._restore(node)
+        elif x < 0.72 and self.aging:
+            self.scheduler.jump(random.choice((600.0, 4 * 3600.0, 30 * 3600.0, 80 * 3600.0)))
+            for other in self.nodes.values():
+                if other.process is not None:
+                    other.process.late = True
+
+    def _restore(self, node: Node) -> None:
+        """An old state comes back, or is kept for later."""
+        if node.backup is None:
+            if not node.store.dirty:
+                node.backup = (node.store.rows(), node.saved_map)
+            return
+        if any(n.waits() for n in self.nodes.values()):
+            return  # two at once are more than any quorum forgives
+        self.restores += 1
+        node.crash()
+        node.restore()
+        if self.random.random() < 0.7:
+            node.start()
+
+    def _housekeeping(self) -> None:
+        random = self.random
+        numbers = list(self.nodes)
+        for _ in range(2):
+            process = self.nodes[random.choice(numbers)].process
+            if process is None or self.network.stopped(process.number):
+                continue
+            x = random.random()
+            if x < 0.3:
+                peers = [n for n in process.anti.peers(process.map) if n in self.nodes]
+                if peers:
+                    process.exchange(random.choice(peers))
+            elif x < 0.5:
+                process.deliver_hints()
+            elif x < 0.55:
+                process.expire_hints()
+            elif x < 0.65:
+                process.prepare(random.choice(self._used))
+                process.purge()
+            elif x < 0.75:
+                process.pull()
+            elif x < 0.8:
+                process.discard()
+            else:
+                process.push()
+        for number in numbers:
+            process = self.nodes[number].process
+            if process is not None and random.random() < 0.3:
+                process.pull()
+        if self.changing:
+            self._operator()
+
+    def _operator(self) -> None:
+        random = self.random
+        m = self.chain.at(self.committed)
+        if random.random() < 0.4:  # news of the map
+            number = random.choice(list(self.nodes))
+            process = self.nodes[number].process
+            if process is not None and not self.network.stopped(number):
+                process.adopt(m)
+                process.push()
+        if self.committed == len(self.chain.maps):
+            return
+        phase = m.phase(METADATA)
+        if not phase:
+            if random.random() < 0.08 or self.calm:
+                self._commit()
+                self.changes += 1
+            return
+        for number, node in self.nodes.items():
+            process = node.process
+            if process is not None and not self.network.stopped(number) and random.random() < 0.3:
+                self.reports[number] = process.report()
+                process.push()
+        lacking = missing_for_phase_2 if phase == 1 else missing_for_stable
+        if not lacking(m, self.reports, self.classes.rules):
+            self._commit()
+
+    def _commit(self) -> None:
+        """The voters agreed on the next map."""
+        self.committed += 1
+        m = self.chain.at(self.committed)
+        present = [n.number for n in m.nodes if n.metadata_addr]
+        for number in present:
+            if number not in self.nodes:
+                self.nodes[number] = Node(self, number, m)
+                self.nodes[number].start()
+        for number in [n for n in self.nodes if n not in present]:
+            self.nodes[number].crash()  # banned: what it still has to say is nobody's business
+            del self.nodes[number]
+            self.reports.pop(number, None)
+        for number in self.random.sample(list(self.nodes), 2):
+            process = self.nodes[number].process
+            if process is not None and not self.network.stopped(number):
+                process.adopt(m)
+
+    # -------------------------------------------------------------------------------------- calm
+
+    def _settle(self) -> None:
+        self.calm = self.network.calm = True
+        self.network.heal()
+        for number, node in self.nodes.items():
+            node.store.full = False
+            self.carry_on(number)
+            node.start()
+        self.scheduler.run(self.scheduler.now + 70.0, LIMIT * 2)
+        for client in self.clients:
+            client.stop()
+        self.scheduler.run(self.scheduler.now + 70.0, LIMIT * 2)
+        for node in self.nodes.values():
+            if node.process is not None and node.process.tokens:
+                raise ViolationError(f"answers: {list(node.process.tokens)} never ended")
+        stable = None
+        for _ in range(ROUNDS):
+            self._repair_round()
+            if stable is None and self.chain.at(self.committed).phase(METADATA) == 0:
+                self.changing = False
+            if not self.chain.at(self.committed).phase(METADATA):
+                why = self._differing()
+                if not why:
+                    break
+            else:
+                self._operator()
+                why = f"phase {self.chain.at(self.committed).phase(METADATA)} is not left"
+        else:
+            raise ViolationError(f"converged: {why}")
+        self._verify()
+
+    def _repair_round(self) -> None:
+        m = self.chain.at(self.committed)
+        numbers = sorted({n for p in self._used for n in members(m, p)})
+        numbers += [n for n in self.nodes if n not in numbers][:3]
+        for number in numbers:
+            process = self.nodes[number].process
+            if process is None:
+                raise AssertionError("a node died in the calm")
+            process.adopt(m)
+            process.deliver_hints()
+            process.pull()
+            process.push()
+            peers = process.anti.peers(m)
+            if peers:
+                process.exchange(self.random.choice(peers))
+            self.reports[number] = process.report()
+        self.scheduler.run(self.scheduler.now + 31.0, LIMIT * 3)
+
+    def _differing(self) -> str:
+        m = self.chain.at(self.committed)
+        for row in self.rows:
+            homes = m.homes(METADATA, int.from_bytes(row[1:3], "big"))
+            if len({self.nodes[n].store.get(row) for n in homes}) > 1:
+                return f"{row!r} differs between homes {homes}"
+            for n in homes:
+                process = self.nodes[n].process
+                if process is None or process.pull_first.waiting(int.from_bytes(row[1:3], "big")):
+                    return f"node {n} still waits"
+        return ""
+
+    def _verify(self) -> None:
+        m = self.chain.at(self.committed)
+        for row in self.rows:
+            partition = int.from_bytes(row[1:3], "big")
+            homes = m.homes(METADATA, partition)
+            data = self.nodes[homes[0]].store.get(row)
+            register = self.oracle.decode(data) if data else versions.EMPTY
+            self.oracle.final(row, register)
+            if data and versions.encode(register) != data:
+                raise ViolationError(f"canonical: {row!r} has other bytes than its value")
+            totals = set()
+            for n in homes:
+                process = self.nodes[n].process
+                if process is not None:
+                    totals.add(process.digests.total(REGISTERS, partition))
+            if len(totals) > 1:
+                raise ViolationError(f"digests: partition {partition} differs while its rows agree")
+            if len(register[0]) > len(self.nodes) * 2 + self.changes * 3 + 3 * self.restores + 6:
+                raise ViolationError(f"actors: {row!r} has {len(register[0])} actors")
+        for node in self.nodes.values():
+            for partition in self._used:
+                steps = recompute(node.store, REGISTERS, partition)
+                try:
+                    while True:
+                        next(steps)
+                except StopIteration as e:
+                    if e.value:
+                        raise ViolationError(
+                            f"digests: those of node {node.number} drifted"
+                        ) from None
+        self._read_all()
+
+    def _read_all(self) -> None:
+        """At the end every quorum read succeeds and knows all."""
+        client = self.clients[0]
+        wanted = len(self.rows)
+        for row in self.rows:
+            client.last_read(row)
+        self.scheduler.run(self.scheduler.now + 30.0, LIMIT * 3)
+        if client.read_back != wanted:
+            raise ViolationError(f"liveness: {client.read_back} of {wanted} reads succeeded")
+
+
+def run_cores(seed: int, mutant: str | None = None) -> World:
+    """One schedule; raises `ViolationError`."""
+    world = World.__new__(World)
+    with Classes(mutant).patched(), small_world():
+        world.__init__(seed, mutant)  # type: ignore[misc]  # nodes start in the small world
+    world.run()
+    return world
+
+
+__all__ = ["NotHome", "ViolationError", "World", "run_cores"]

@@ -1,0 +1,690 @@
+"""A node of the register simulation: the real state machines, in a shell of events instead of tasks.
+
+The shell carries out what `Coordinator`, `Registers` and the generators of anti-entropy, hints and
+purging ask for, and decides nothing: one writer with a group commit, requests to other nodes that
+are answered, lost or given up on, a durable map, a crash that takes everything volatile with it.
+"""
+
+from collections.abc import Callable, Sequence
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+from dfs.cluster.joint import Progress, bitmap
+from dfs.cluster.map import METADATA, ClusterMap
+from dfs.errors import Busy, DeadlineExceeded, DfsError, NotHome, Unreachable
+from dfs.testing.kv_store import DictStore, Op
+from metadata import hints as hintfile
+from metadata import merkle, registers, steps, versions
+from metadata.antientropy import members
+from metadata.coordinator import ATTEMPT, DONE, OFFER, SEND
+from metadata.merkle import REGISTERS
+from metadata.quorum import Options
+from metadata.rejoin import PullFirst
+from metadata.repair import pull_partition
+
+if TYPE_CHECKING:
+    from dfs.testing.kv_cores import World
+
+Callback = Callable[[Any], None]
+BASE_US = 1_700_000_000_000_000  # what clocks show at time 0 of a schedule
+SUSPECTED = 5.0  # seconds for which a node that did not answer counts as down
+BACKGROUND = 60.0  # seconds a call of a background protocol is waited for
+
+
+class Node:
+    """A data directory, and the process on it while there is one."""
+
+    def __init__(self, world: "World", number: int, cluster_map: ClusterMap) -> None:
+        """A fresh disk; not started."""
+        self.world = world
+        self.number = number
+        self.store = DictStore()
+        self.saved_map = cluster_map
+        self.skew = world.random.uniform(-1800.0, 1800.0)
+        self.process: Process | None = None
+        self.backup: tuple[dict[bytes, bytes], ClusterMap] | None = None
+        self.restored = False
+        self.pushed: dict[int, dict[int, None]] = {}  # durable claims: member of B -> partitions
+        self.pushed_in = 0  # the transition (epoch of its phase 1) that they are about
+
+    def wall_us(self) -> int:
+        """What its clock shows."""
+        return BASE_US + int((self.world.scheduler.now + self.skew) * 1e6)
+
+    def start(self) -> None:
+        """Start a process on what the disk holds."""
+        if self.process is None:
+            self.process = Process(self)
+
+    def crash(self) -> None:
+        """Lose power, or be killed: what was not synced may be gone."""
+        if self.process is None:
+            return
+        self.process.die()
+        self.process = None
+        self.world.network.forget(self.number)
+        self.store.crash(self.world.random)
+
+    def waits(self) -> bool:
+        """Whether it lacks what it once had."""
+        if self.process is None:
+            return self.restored
+        return bool(self.process.pull_first.partitions())
+
+    def restore(self) -> None:
+        """Come back on an old copy of the disk; the boot counters notice that."""
+        assert self.process is None  # noqa: S101 - the caller crashed it
+        if self.backup is not None:
+            rows, self.saved_map = self.backup
+            self.store = DictStore(rows)
+            self.restored = True
+            self.pushed, self.pushed_in = {}, 0
+            self.world.forgot(self.number)
+
+
+class _HintsNow:
+    """The hints as a replica sees them, which does not know what time it is."""
+
+    def __init__(self, node: Node, hints: hintfile.Hints) -> None:
+        self.node = node
+        self.hints = hints
+
+    def add(self, row: bytes, register: bytes, target: int, written: int) -> list[Op]:
+        return self.hints.add(row, register, target, written, self.node.wall_us())
+
+    def find(self, row: bytes) -> Sequence[bytes]:
+        return self.hints.find(row)
+
+
+class Process:
+    """What a crash destroys."""
+
+    def __init__(self, node: Node) -> None:
+        """Recover from the disk."""
+        world = node.world
+        self.node, self.world, self.number = node, world, node.number
+        self.alive = True
+        self.late = False  # time has jumped: deadlines are met late
+        store, classes = node.store, world.classes
+        self.map = node.saved_map
+        self.digests = classes.digests(store)
+        self.digests.load()
+        self.hints = classes.hints(self.number, self.get_map, store, lambda: 1 << 24)
+        self.pull_first = PullFirst(store)
+        self.registers = classes.registers(
+            store,
+            self.number,
+            self.map,
+            digests=self.digests,
+            hints=_HintsNow(node, self.hints),
+        )
+        self.coordinator = classes.coordinator(self.number, self.map, is_up=self.is_up)
+        self.coordinator.wall_us = node.wall_us()
+        self.anti = classes.antientropy(
+            self.number,
+            self.get_map,
+            store,
+            self.digests,
+            self.pull_first,
+            lambda data: versions.newest_hlc(world.oracle.decode(data)),
+        )
+        self.tombstones = classes.tombstones(
+            self.number,
+            self.get_map,
+            store,
+            self.pull_first,
+            newest=lambda data: versions.newest_hlc(world.oracle.decode(data)),
+            is_tombstone=lambda data: versions.is_tombstone(world.oracle.decode(data)),
+            alive=self.is_up,
+        )
+        self.wrote: dict[bytes, float] = {}  # when it minted for which request id
+        self.suspects: dict[int, float] = {}
+        self.calls: dict[int, Callback] = {}
+        self.answered: dict[tuple[int, int], Any] = {}
+        self.queue: list[tuple[int, Any, Callback, bytes]] = []
+        self.writing = False
+        self.outgoing: dict[int, list[tuple[int, Any, Any]]] = {}
+        self.flushing = False
+        self.tick_at = inf
+        self.tokens: dict[Any, float] = {}  # answers that clients wait for, and their deadlines
+        self.busy: dict[str, int] = {}  # background work under way
+        first: list[Op] = []
+        if not self.digests.built(REGISTERS):
+            for table in merkle.TABLES:
+                first = self.digests.mark_built(table)
+        if node.restored:
+            if world.mutant != "amnesia":
+                self.registers.actors.renew()
+            first += self.pull_first.begin(range(world.partitions))
+            node.restored = False
+        # durable before anything is served, as a node's start is
+        ops, _ = self.registers.apply(node.wall_us(), [(self.map.epoch, ("o", first))])
+        full, store.full = store.full, False
+        store.batch(ops)
+        store.sync()
+        store.full = full
+        self.registers.settle()
+
+    # -------------------------------------------------------------------------------- the basics
+
+    def get_map(self) -> ClusterMap:
+        """The map of this process."""
+        return self.map
+
+    def die(self) -> None:
+        """Nothing that was under way goes on."""
+        self.alive = False
+        for token in self.tokens:
+            self.world.orphaned(token)
+
+    def is_up(self, number: int) -> bool:
+        """What failed to answer lately counts as down."""
+        return self.suspects.get(number, -1.0) < self.world.scheduler.now
+
+    def adopt(self, cluster_map: ClusterMap) -> None:
+        """Learn a newer map: durable first, then used."""
+        old = self.map
+        if cluster_map.epoch <= old.epoch:
+            return
+        self.node.saved_map = self.map = cluster_map
+        self.registers.follow(cluster_map)
+        self._gained(old, cluster_map)
+        self.do(self.coordinator.on_map(self.world.scheduler.now, cluster_map))
+
+    def _gained(self, old: ClusterMap, new: ClusterMap) -> None:
+        """A partition that comes back to a node with old rows is pulled before it is shown."""
+        back = []
+        for partition in range(self.world.partitions):
+            if self.number in members(new, partition) and self.number not in members(
+                old, partition
+            ):
+                if merkle.rows_of(self.node.store, REGISTERS, partition)[0]:
+                    back.append(partition)
+        if back and self.world.mutant != "regained_rows":
+            self.enqueue(("o", self.pull_first.begin(back)), lambda _: None)
+
+    # -------------------------------------------------------------------------------- the writer
+
+    def enqueue(
+        self, request: Any, callback: Callback, epoch: int | None = None, write: bytes = b""
+    ) -> None:
+        """Get in line for the next batch; `write` is the id of the write that mints."""
+        epoch = self.map.epoch if epoch is None else epoch
+        self.queue.append((epoch, request, callback, write))
+        if not self.writing:
+            self.writing = True
+            self.world.scheduler.after(0.0, self._write)
+
+    def _write(self) -> None:
+        if not self.alive:
+            return
+        if self.world.network.stopped(self.number):
+            self.world.when_continued(self.number, self._write)
+            return
+        work, self.queue = self.queue, []
+        node, store = self.node, self.node.store
+        ops, replies = self.registers.apply(node.wall_us(), [item[:2] for item in work])
+        try:
+            store.batch(ops)
+        except DfsError as e:
+            self.registers.abandon(ops)
+            self._next_batch()
+            for item in work:
+                item[2](e)
+            return
+        for (_, request, _, write), reply in zip(work, replies, strict=True):
+            if request[0] == "p" and not isinstance(reply, DfsError):
+                self.world.minted(self, write, request[2], reply)
+        world = self.world
+        if world.crash_at_write():
+            node.crash()
+            return
+        if world.mutant == "hasty":
+            for item, reply in zip(work, replies, strict=True):
+                item[2](reply)
+        delay = world.random.random() * world.sync_time if not world.calm else 0.001
+        world.scheduler.after(delay, lambda: self._durable(ops, work, replies))
+
+    def _durable(self, ops: Sequence[Op], work: Sequence[Any], replies: Sequence[Any]) -> None:
+        if not self.alive:
+            return
+        world = self.world
+        if world.network.stopped(self.number):
+            world.when_continued(self.number, lambda: self._durable(ops, work, replies))
+            return
+        self.node.store.sync()
+        self.registers.settle()
+        for key, value in ops:
+            if value is None:
+                continue
+            if key[:1] == b"r":
+                world.oracle.durable(key, value, self.number, hint=False)
+            elif key[:1] == b"h":
+                hint = hintfile.decode(key, value)
+                world.oracle.durable(hint.row, hint.register, self.number, hint=True)
+        if world.crash_at_write():
+            self.node.crash()
+            return
+        self._next_batch()
+        if world.mutant != "hasty":
+            for item, reply in zip(work, replies, strict=True):
+                item[2](reply)
+
+    def _next_batch(self) -> None:
+        self.writing = bool(self.queue)
+        if self.writing:
+            self.world.scheduler.after(0.0, self._write)
+
+    def local(self, epoch: int, request: Any, callback: Callback, write: bytes = b"") -> None:
+        """A request for this node's replica: a read at once if it can be, all else in line."""
+        if request[0] == "g":
+            try:
+                if self.pull_first.waiting(registers.partition_of_row(request[1])):
+                    raise NotHome(f"node {self.number} has to pull this partition first")
+                found = self.registers.read(epoch, request[1])
+            except DfsError as e:
+                callback(e)
+                return
+            if found is not None:
+                callback(found)
+                return
+        self.enqueue(request, callback, epoch, write)
+
+    # ------------------------------------------------------------------------------- coordinating
+
+    def begin(self, operation: Any, token: Any) -> None:
+        """A client asks."""
+        token = (*token, self.world.next_call())  # what the network doubles is a resend
+        now = self.world.scheduler.now
+        self.coordinator.wall_us = self.node.wall_us()
+        deadline = now + operation.patience
+        try:
+            if self.pull_first.waiting(registers.partition_of_row(operation.row)):
+                raise NotHome(f"node {self.number} has to pull this partition first")
+            options = Options(operation.options)
+            self.tokens[token] = deadline
+            if operation.write is None:
+                out = self.coordinator.start_get(now, token, operation.row, options, deadline)
+            else:
+                out = self.coordinator.start_put(
+                    now,
+                    token,
+                    operation.row,
+                    operation.context,
+                    operation.write.value,
+                    options,
+                    deadline,
+                )
+        except DfsError as e:
+            self.tokens.pop(token, None)
+            self.world.answer(self, token, e)
+            return
+        self.do(out)
+
+    def do(self, effects: Sequence[Any]) -> None:
+        """Carry out what the coordinator wants."""
+        for effect in effects:
+            if effect[0] == SEND:
+                _, node, epoch, request, ticket = effect
+                self.outgoing.setdefault(node, []).append((epoch, request, ticket))
+                if not self.flushing:
+                    self.flushing = True
+                    self.world.scheduler.after(0.0, self._flush)
+            elif effect[0] == DONE:
+                _, token, result = effect
+                deadline = self.tokens.pop(token)
+                self.world.done(self, token, result, deadline)
+            elif effect[0] == OFFER:
+                self.adopt(self.world.map_of(effect[1]))
+        due = self.coordinator.next_tick()
+        if due < self.tick_at:
+            self.tick_at = due
+            self.world.scheduler.after(max(0.0, due - self.world.scheduler.now), self._tick)
+
+    def _tick(self) -> None:
+        if not self.alive:
+            return
+        if self.world.network.stopped(self.number):
+            self.world.when_continued(self.number, self._tick)
+            return
+        now = self.world.scheduler.now
+        if now + 1e-9 < self.tick_at:
+            return
+        self.tick_at = inf
+        self.coordinator.wall_us = self.node.wall_us()
+        self.do(self.coordinator.tick(now + 1e-9))
+
+    def _flush(self) -> None:
+        self.flushing = False
+        if not self.alive:
+            return
+        outgoing, self.outgoing = self.outgoing, {}
+        for node, requests in outgoing.items():
+            if node == self.number:
+                for epoch, request, ticket in requests:
+                    write = ticket[0].options.request
+                    self.local(epoch, request, lambda r, t=ticket: self._replied(t, r), write)  # type: ignore[misc]  # mypy: defaults of lambdas
+                continue
+            by_epoch: dict[int, list[tuple[Any, Any]]] = {}
+            for epoch, request, ticket in requests:
+                self.world.leaving(request)
+                by_epoch.setdefault(epoch, []).append((request, ticket))
+            for epoch, group in by_epoch.items():
+                self._send_batch(node, epoch, group)
+
+    def _send_batch(self, node: int, epoch: int, group: list[tuple[Any, Any]]) -> None:
+        began = self.world.scheduler.now
+
+        def replied(reply: Any) -> None:
+            if isinstance(reply, DfsError):
+                for _, ticket in group:
+                    self._replied(ticket, reply)
+                return
+            self.coordinator.observe(node, self.world.scheduler.now - began)
+            for (_, ticket), one in zip(group, reply, strict=True):
+                self._replied(ticket, one)
+
+        self.call(node, epoch, "reg.batch", tuple(r for r, _ in group), replied, ATTEMPT)
+
+    def _replied(self, ticket: Any, reply: Any) -> None:
+        if self.alive:
+            self.do(self.coordinator.on_reply(self.world.scheduler.now, ticket, reply))
+
+    # ------------------------------------------------------------------------------------- calls
+
+    def call(
+        self, node: int, epoch: int, method: str, args: Any, callback: Callback, timeout: float
+    ) -> None:
+        """Ask another node; `callback` gets its answer or an error, once."""
+        world = self.world
+        number = world.next_call()
+        self.calls[number] = callback
+        world.network.send(self.number, node, ("?", number, epoch, method, args))
+        world.scheduler.after(timeout, lambda: self._timeout(number, node))
+
+    def _timeout(self, number: int, node: int) -> None:
+        if not self.alive or number not in self.calls:
+            return
+        if self.world.network.stopped(self.number):
+            self.world.when_continued(self.number, lambda: self._timeout(number, node))
+            return
+        self.suspects[node] = self.world.scheduler.now + SUSPECTED
+        self.calls.pop(number)(DeadlineExceeded("no answer in time"))
+
+    def receive(self, source: int, message: Any) -> None:
+        """A message arrives."""
+        if message[0] == "!":
+            callback = self.calls.pop(message[1], None)
+            if callback is not None:
+                if isinstance(message[2], Unreachable):
+                    self.suspects[source] = self.world.scheduler.now + SUSPECTED
+                else:
+                    self.suspects.pop(source, None)
+                callback(message[2])
+            return
+        _, number, epoch, method, args = message
+        if epoch > self.map.epoch:
+            if self.world.random.random() < 0.1 and not self.world.calm:
+                self._reply(source, number, Busy("the newer map cannot be had"))
+                return
+            self.adopt(self.world.chain.at(epoch))
+        if method == "reg.batch":
+            self._batch(source, number, epoch, args)
+        else:
+            self._protocol(source, number, epoch, method, args)
+
+    def _batch(self, source: int, number: int, epoch: int, requests: Sequence[Any]) -> None:
+        replies: list[Any] = [None] * len(requests)
+        left = len(requests)
+
+        def one(i: int, reply: Any) -> None:
+            nonlocal left
+            replies[i] = reply
+            left -= 1
+            if not left:
+                self._reply(source, number, tuple(replies))
+
+        for i, request in enumerate(requests):
+            self.local(epoch, request, lambda r, i=i: one(i, r))  # type: ignore[misc]  # mypy: defaults of lambdas
+
+    def _protocol(self, source: int, number: int, epoch: int, method: str, args: Any) -> None:
+        now = self.node.wall_us()
+        try:
+            if method.startswith("sync."):
+                todo: Any = self.anti.handle(method, source, epoch, args, now)
+            elif method == "hints.deliver":
+                todo = self.hints.handle(source, epoch, *args, now)
+            else:
+                todo = self.tombstones.handle(method, source, epoch, args)
+        except DfsError as e:
+            self._reply(source, number, e)
+            return
+        self.run(todo, lambda result: self._reply(source, number, result))
+
+    def _reply(self, source: int, number: int, reply: Any) -> None:
+        if self.alive:
+            self.world.leaving(("reply", reply))
+            self.world.network.send(self.number, source, ("!", number, reply))
+
+    # -------------------------------------------------------------------------------- generators
+
+    def run(self, todo: Any, callback: Callback) -> None:
+        """Drive a protocol; `callback` gets its result, or the error it ended with."""
+
+        def go_on(result: Any) -> None:
+            if not self.alive:
+                return
+            if self.world.network.stopped(self.number):
+                self.world.when_continued(self.number, lambda: go_on(result))
+                return
+            try:
+                effect = todo.throw(result) if isinstance(result, DfsError) else todo.send(result)
+            except StopIteration as e:
+                callback(e.value)
+                return
+            except DfsError as e:
+                callback(e)
+                return
+            self._perform(effect, go_on)
+
+        go_on(None)
+
+    def _perform(self, effect: Any, go_on: Callback) -> None:
+        if isinstance(effect, steps.Call):
+            if effect.node == self.number:
+                raise AssertionError(f"a protocol calls its own node: {effect!r}")
+            self.world.leaving(("call", effect.args))
+            self.call(effect.node, effect.epoch, effect.method, effect.args, go_on, BACKGROUND)
+        elif isinstance(effect, steps.Merge):
+            self._merge(effect, go_on)
+        elif isinstance(effect, steps.Purge):
+            self._purge(effect, go_on)
+        elif isinstance(effect, steps.Write):
+            self.enqueue(("o", tuple(effect.ops)), go_on)
+        elif isinstance(effect, steps.Correct):
+            table, partition, errors = effect.table, effect.partition, effect.errors
+            self.enqueue(
+                ("o", lambda: self.digests.correct(table, partition, errors or {})), go_on
+            )
+        elif isinstance(effect, steps.Rest):
+            self.world.scheduler.after(0.001, lambda: go_on(None))
+        else:
+            raise AssertionError(f"no such effect: {effect!r}")
+
+    def _all(self, requests: Sequence[Any], go_on: Callback, conclude: Callback) -> None:
+        """Enqueue requests together; `conclude` with their replies, `go_on` with the first error."""
+        left = len(requests)
+        replies: list[Any] = [None] * left
+
+        def one(i: int, reply: Any) -> None:
+            nonlocal left
+            replies[i] = reply
+            left -= 1
+            if not left:
+                errors = [r for r in replies if isinstance(r, DfsError)]
+                go_on(errors[0]) if errors else conclude(replies)
+
+        for i, request in enumerate(requests):
+            self.enqueue(request, lambda r, i=i: one(i, r))  # type: ignore[misc]  # mypy: defaults of lambdas
+
+    def _merge(self, effect: steps.Merge, go_on: Callback) -> None:
+        if effect.table != REGISTERS or not effect.items:
+            self.enqueue(("o", ()), go_on)
+            return
+        before = [self.node.store.get(row) for row, _ in effect.items]
+
+        def conclude(_: Any) -> None:
+            after = [self.node.store.get(row) for row, _ in effect.items]
+            go_on(sum(a != b for a, b in zip(before, after, strict=True)))
+
+        self._all([("m", row, data) for row, data in effect.items], go_on, conclude)
+
+    def _purge(self, effect: steps.Purge, go_on: Callback) -> None:
+        held = {row: self.node.store.get(row) for row, _ in effect.items}
+
+        def conclude(replies: Any) -> None:
+            gone = []
+            for (row, _), reply in zip(effect.items, replies, strict=True):
+                data = held[row]
+                if reply and data is not None:
+                    self.world.oracle.purge(row, data)
+                gone.append(bool(reply) or self.node.store.get(row) is None)
+            go_on(tuple(gone))
+
+        self._all([("x", row, digest) for row, digest in effect.items], go_on, conclude)
+
+    # -------------------------------------------------------------------------------- background
+
+    def background(self, kind: str, todo: Callable[[], Any], callback: Callback) -> None:
+        """Drive a protocol of this node, at most one of a kind at a time."""
+        if self.busy.get(kind):
+            return
+        self.busy[kind] = 1
+
+        def ended(result: Any) -> None:
+            self.busy[kind] = 0
+            callback(result)
+
+        self.run(todo(), ended)
+
+    def exchange(self, peer: int) -> None:
+        """Anti-entropy with another node."""
+        began = self.node.wall_us()
+
+        def ended(result: Any) -> None:
+            if not isinstance(result, DfsError):
+                ops = self.hints.cleaned(peer, began)
+                if ops:
+                    self.enqueue(("o", ops), lambda _: None)
+
+        self.background("exchange", lambda: self.anti.exchange(peer, began), ended)
+
+    def deliver_hints(self) -> None:
+        """Hand over what is kept for others."""
+        waiting = self.hints.waiting()
+        if waiting:
+            target = self.world.random.choice(waiting)
+            now = self.node.wall_us()
+            self.background("hints", lambda: self.hints.deliver(target, now), lambda _: None)
+
+    def expire_hints(self) -> None:
+        """Drop what is kept for too long."""
+        now = self.node.wall_us()
+        self.background("hints", lambda: self.hints.expire(now), lambda _: None)
+
+    def prepare(self, partition: int) -> None:
+        """First half of a purge."""
+        now = self.node.wall_us()
+        self.background("tomb", lambda: self.tombstones.prepare(partition, now), lambda _: None)
+
+    def purge(self) -> None:
+        """Second half."""
+        now = self.node.wall_us()
+        self.background("tomb", lambda: self.tombstones.purge(now), lambda _: None)
+
+    def pull(self) -> None:
+        """Catch up where this node has to before it is shown."""
+        waiting = [p for p in self.pull_first.partitions() if p < self.world.partitions]
+        mine = [p for p in waiting if self.number in members(self.map, p)]
+        others = [p for p in waiting if p not in mine]
+        if others:
+            self.enqueue(("o", self.pull_first.finish(others)), lambda _: None)
+        if not mine:
+            return
+        partition = self.world.random.choice(mine)
+        if not self.world.used(partition):
+            self.enqueue(("o", self.pull_first.finish([partition])), lambda _: None)
+            return
+
+        def ended(result: Any) -> None:
+            if result is True:
+                self.enqueue(("o", self.pull_first.finish([partition])), lambda _: None)
+
+        now = self.node.wall_us()
+        self.background("pull", lambda: pull_partition(self.anti, partition, now), ended)
+
+    # --------------------------------------------------------------------------- changes of homes
+
+    def push(self) -> None:
+        """Give a new home what it lacks, during a transition."""
+        m = self.map
+        if m.phase(METADATA) == 0:
+            return
+        node = self.node
+        if node.pushed_in != self._transition():
+            node.pushed, node.pushed_in = {}, self._transition()
+        todo = []
+        for partition in m.changed(METADATA):
+            if self.number in m.old_homes(METADATA, partition):
+                for b in m.homes(METADATA, partition):
+                    if b != self.number and partition not in node.pushed.get(b, {}):
+                        todo.append((partition, b))
+        quiet = [x for x in todo if not self.world.used(x[0])]
+        for partition, b in quiet:  # nothing to push
+            node.pushed.setdefault(b, {})[partition] = None
+        todo = [x for x in todo if self.world.used(x[0])]
+        if not todo:
+            return
+        partition, b = self.world.random.choice(todo)
+        began = self._transition()
+
+        def ended(result: Any) -> None:
+            if not isinstance(result, DfsError) and not result.errors:
+                if self.node.pushed_in == began:
+                    self.node.pushed.setdefault(b, {})[partition] = None
+
+        now = node.wall_us()
+        self.background(
+            "push", lambda: self.anti.push_partition(partition, b, now), ended
+        )
+
+    def _transition(self) -> int:
+        """Names the transition under way: the epoch in which it began."""
+        return self.map.epoch - (self.map.phase(METADATA) - 1)
+
+    def report(self) -> Progress:
+        """What this node vouches for."""
+        node = self.node
+        pushed = {}
+        if self.map.phase(METADATA) and node.pushed_in == self._transition():
+            pushed = {b: bitmap(ps) for b, ps in node.pushed.items()}
+        return Progress(self.map.epoch, pushed)
+
+    def discard(self) -> None:
+        """An ex-home lets go of what it is no home of, in a stable map."""
+        m = self.map
+        if m.phase(METADATA):
+            return
+        for partition in range(self.world.partitions):
+            if self.number in m.homes(METADATA, partition) or not self.world.used(partition):
+                continue
+            if merkle.rows_of(self.node.store, REGISTERS, partition)[0]:
+                self.enqueue(("o", lambda p=partition: self._drop(p)), lambda _: None)  # type: ignore[misc]  # mypy: defaults of lambdas
+
+    def _drop(self, partition: int) -> list[Op]:
+        if self.number in members(self.map, partition):
+            return []
+        rows = merkle.rows_of(self.node.store, REGISTERS, partition)[0]
+        changes = [(REGISTERS, partition, row, value, None) for row, value in rows]
+        gone: list[Op] = [(row, None) for row, _ in rows]
+        return gone + self.digests.ops(changes)
