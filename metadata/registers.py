@@ -157,6 +157,21 @@ class Registers:
         self._fence(epoch, partition)
         return self._answer(row, self._table.get(row))
 
+    @property
+    def unsettled(self) -> bool:
+        """Whether a batch is under way, so that the store may show what is not durable."""
+        return bool(self._unsettled)
+
+    def scan(
+        self, epoch: int, partition: int, prefix: bytes, after: bytes, limit: int
+    ) -> list[tuple[bytes, bytes]]:
+        """Up to `limit` rows of a partition with the prefix after `after`, deleted ones too.
+
+        Raises `StaleEpoch`, `Corrupt`.  Ask `unsettled` first.
+        """
+        self._fence(epoch, partition)
+        return self._table.scan(prefix, after, limit)
+
     def _answer(self, row: bytes, found: bytes | None) -> bytes:
         kept = self._hints.find(row)
         if not kept:
