@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import SystemRandom
 from typing import NoReturn, Protocol
@@ -29,7 +30,9 @@ from dfs.disk import RealDisk
 from dfs.env import Env
 from dfs.errors import ConfigError, DfsError
 from dfs.memory import tune_allocator
+from dfs.metrics import MetricsServer, Page, measure_disk, measure_rpc, parse_listen
 from dfs.rpc.endpoint import RpcEndpoint
+from dfs.rpc.mapkeeper import MapKeeper
 from dfs.rpc.processes import WorkerProcesses
 
 log = logging.getLogger(__name__)
@@ -44,8 +47,18 @@ class Service(Protocol):
         """Serve until cancelled; report the bound address once it serves."""
         ...
 
+    metrics_address: str  # HOST:PORT of our metrics, for `node.status`; set once they are served
 
-MakeService = Callable[[Env, int, Callable[[], ClusterMap]], Service]
+    def measure(self, page: Page) -> None:
+        """Write the numbers of now into a page of metrics."""
+        ...
+
+    def health(self) -> str:
+        """Why the node cannot do its work; "" if it can."""
+        ...
+
+
+MakeService = Callable[[Env, int, MapKeeper], Service]
 
 
 def main(role: str, make: MakeService, argv: list[str] | None = None) -> NoReturn:
@@ -75,6 +88,7 @@ def _run(role: str, make: MakeService, args: argparse.Namespace) -> None:
         node = cluster.node(marker.number)
         address = args.listen or node.address(role)
         check_address(address, insecure=args.insecure_listen_any)
+        metrics = parse_listen(args.metrics) if args.metrics else None
         _raise_file_limit()
         tune_allocator()
         log.info(
@@ -84,7 +98,7 @@ def _run(role: str, make: MakeService, args: argparse.Namespace) -> None:
             marker.cluster_id,
             cluster.epoch,
         )
-        service = _Service(role, make, marker.number, address, args.insecure_listen_any)
+        service = _Service(role, make, marker.number, address, args.insecure_listen_any, metrics)
         trio.run(service.run, disk, cluster)
     finally:
         disk.close()
@@ -99,6 +113,7 @@ class _Service:
     number: int
     address: str
     insecure: bool
+    metrics: tuple[str, int] | None
 
     async def run(self, disk: RealDisk, cluster: ClusterMap) -> None:
         clock, random = SystemClock(), SystemRandom()
@@ -107,19 +122,47 @@ class _Service:
             name=f"{cluster.node(self.number).name}/{self.role}",
             clock=clock,
             random=random,
-            epoch=lambda: cluster.epoch,
+            epoch=lambda: keeper.current.epoch,
             insecure=self.insecure,
+        )
+        keeper = MapKeeper(
+            cluster,
+            save=lambda data: disk.write_atomic("map", data),
+            rpc=endpoint,
+            clock=clock,
+            random=random,
+            own=self.address,
         )
         async with WorkerProcesses() as processes:
             env = Env(clock, disk, endpoint, processes, random)
-            service = self.make(env, self.number, lambda: cluster)
+            service = self.make(env, self.number, keeper)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
                 await nursery.start(endpoint.run)
+                nursery.start_soon(keeper.poll)
+                nursery.start_soon(_stop_when_removed, keeper, cluster.node(self.number).node_id)
                 bound = await nursery.start(service.run, self.address)
+                if self.metrics is not None:
+                    server = MetricsServer(partial(_measure, service, env, disk), service.health)
+                    service.metrics_address = await nursery.start(server.run, *self.metrics)
+                    log.info("metrics at http://%s/metrics", server.address)
                 _tune_gc()
                 log.info("serving %s", bound)
         log.info("stopped")
+
+
+async def _stop_when_removed(keeper: MapKeeper, node_id: bytes) -> None:
+    """Raise `ConfigError` once the map says that this node is no member any more."""
+    while True:
+        check_not_removed(keeper.current, node_id)
+        await keeper.wait_for(keeper.current.epoch + 1)
+
+
+def _measure(service: Service, env: Env, disk: RealDisk, page: Page) -> None:
+    service.measure(page)
+    measure_disk(page, disk.usage(), disk.statistics())
+    if isinstance(env.rpc, RpcEndpoint):
+        measure_rpc(page, env.rpc.statistics())
 
 
 async def _cancel_on_signal(scope: trio.CancelScope) -> None:
@@ -154,6 +197,7 @@ def load_map(disk: RealDisk, seed: Path | None, marker: Marker) -> ClusterMap:
             f"{own} and {seed} are different maps of epoch {newest.epoch}: "
             "find out which one the other nodes have and remove the other"
         )
+    check_not_removed(newest, bytes.fromhex(marker.node_id))
     node = newest.node(marker.number)
     if node.node_id.hex() != marker.node_id:
         raise ConfigError(
@@ -165,6 +209,17 @@ def load_map(disk: RealDisk, seed: Path | None, marker: Marker) -> ClusterMap:
     if not own.exists() or own.read_bytes() != newest.encode():
         disk.write_atomic("map", newest.encode())
     return newest
+
+
+def check_not_removed(cluster: ClusterMap, node_id: bytes) -> None:
+    """Raise `ConfigError` if the map bans the node."""
+    for number, banned in cluster.banned:
+        if banned == node_id:
+            raise ConfigError(
+                f"node {number} (id {node_id.hex()}) was removed from the cluster in epoch "
+                f"{cluster.epoch} or before, for ever: its data directory is not needed any more. "
+                "To use the machine again, format an empty directory and add it as a new node"
+            )
 
 
 def check_address(address: str, *, insecure: bool) -> None:
@@ -208,6 +263,11 @@ def _arguments(role: str, argv: list[str] | None) -> argparse.Namespace:
         "--insecure-listen-any",
         action="store_true",
         help="allow an address that is not loopback, although nothing asks for credentials",
+    )
+    parser.add_argument(
+        "--metrics",
+        metavar="[HOST:]PORT",
+        help="serve numbers for Prometheus and /healthz here (without HOST: loopback only)",
     )
     parser.add_argument(
         "--log-level", default="info", choices=["debug", "info", "warning", "error"]

@@ -8,17 +8,28 @@ a part must not go on answering for it.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import trio
 
 from dfs.cluster.map import METADATA, ClusterMap
 from dfs.env import Context, Env, Handler, Reply
+from dfs.limits import DiskWatch, Level, Limits
+from dfs.metrics import Page, measure_limit
 from dfs.rpc.blobs import BlobClient
+from dfs.rpc.mapkeeper import MapKeeper
+from dfs.workers import handlers as worker_handlers
+from dfs.workers import lines
 from metadata.blobs import Blobs
+from metadata.boot import Boot
 from metadata.checkpoint import process_folder
 from metadata.homes import Folder, Homes
 from metadata.journals import JournalHost
+from metadata.loops import loops
+from metadata.metrics import measure
+from metadata.nodelife import NodeLife
+from metadata.rebalance import BlobPush
 from metadata.store.engine import Store
 
 VERSION = "0.1.0"
@@ -27,9 +38,13 @@ VERSION = "0.1.0"
 class MetadataNode:
     """One metadata node of a cluster.
 
-    `number` is the node's number in the map, `get_map` returns the newest map known here.  `folder`
-    overrides how checkpoints are computed (the simulator folds inline).
+    `number` is the node's number in the map, `get_map` returns the newest map known here; with a
+    `MapKeeper` the node takes part in changing it, with a plain function the map never changes.
+    `folder` overrides how checkpoints are computed (the simulator folds inline).
     """
+
+    boot_class: type[Boot] = Boot
+    life_class: type[NodeLife] = NodeLife
 
     def __init__(
         self,
@@ -45,10 +60,13 @@ class MetadataNode:
         self._get_map = get_map
         self._folder = folder
         self._started = 0.0
+        self._room = DiskWatch(Limits(), env.disk.usage, env.disk.path())
         self.store: Store
         self.journals: JournalHost
         self.homes: Homes
         self.blobs: Blobs
+        self.boot: Boot | None = None
+        self.life: NodeLife | None = None
 
     async def run(
         self,
@@ -71,19 +89,77 @@ class MetadataNode:
         self.homes = homes = Homes(
             env, self._number, self._get_map, journals, client, store, folder=folder
         )
+        self.workers = loops(env.clock, store, journals, homes)
         handlers: dict[str, Handler] = {
             "ping": self._ping,
             "map.get": self._map_get,
             "node.status": self._status,
+            **worker_handlers(lambda: self.workers),
             **blobs.handlers(),
             **journals.handlers(),
             **homes.handlers(),
         }
+        keeper = self._get_map
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store.run)
-            await nursery.start(journals.run)
-            await nursery.start(homes.run)
-            await env.rpc.serve(address, handlers, started=task_status.started)
+            if isinstance(keeper, MapKeeper):
+                await self._live(keeper, nursery, address, handlers, task_status)
+            else:
+                await nursery.start(journals.run)
+                await nursery.start(homes.run)
+                await env.rpc.serve(address, handlers, started=task_status.started)
+
+    async def _live(
+        self,
+        keeper: MapKeeper,
+        nursery: trio.Nursery,
+        address: str,
+        handlers: dict[str, Handler],
+        task_status: trio.TaskStatus[str],
+    ) -> None:
+        """Serve as a member of a cluster that changes.
+
+        Until a majority of the metadata nodes knows of this start the node answers for itself only
+        and takes no part in anything; see `metadata.boot`.
+        """
+        env, number, store = self._env, self._number, self.store
+        self.boot = boot = self.boot_class(env, number, keeper().node(number), keeper, store)
+        push = BlobPush(env, keeper, store)
+        self.life = life = self.life_class(
+            env, number, keeper, store, self.journals, self.homes, push
+        )
+        boot.begin()
+        handlers |= life.handlers()
+        real = life.guarded(handlers) | boot.handlers()
+        early = {name: real[name] for name in ("ping", "map.get", "node.status", "node.boot")}
+        serving = boot.gate(real) | early
+        nursery.start_soon(partial(env.rpc.serve, address, serving, started=task_status.started))
+        await boot.check()
+        await nursery.start(self.journals.run)
+        await nursery.start(self.homes.run)
+        await nursery.start(life.run)
+        serving.update(real)  # the server looks methods up in this very dict
+        boot.admitted.set()
+        await boot.run()
+
+    def measure(self, page: Page) -> None:
+        """Write the numbers of now into a page of metrics."""
+        measure(
+            page,
+            self._get_map(),
+            self._number,
+            store=self.store.statistics(),
+            journals=self.journals.statistics(),
+            homes=self.homes.statistics(),
+        )
+        page.workers(self.workers)
+        measure_limit(page, self._room.level().label)
+
+    def health(self) -> str:
+        """What of this node must not be trusted; "" if nothing."""
+        if self.store.quarantined:
+            return f"quarantined tables: {', '.join(map(str, self.store.quarantined))}"
+        return "the disk is full" if self._room.level() == Level.FULL else ""
 
     def _ping(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
         node_map = self._get_map()
@@ -99,6 +175,8 @@ class MetadataNode:
         errors = [(f"table {name} is quarantined", 1) for name in self.store.quarantined]
         errors += [(text, 1) for text in (*self.store.errors, *self.blobs.errors)]
         errors += self.journals.errors.items()
+        if isinstance(self._get_map, MapKeeper):
+            errors += self._get_map.errors()
         statistics = self.store.statistics()
         used = statistics["bytes"] + statistics["memtable_bytes"]  # of which the log has a copy
         used += self.journals.statistics().get("bytes", 0)
@@ -114,7 +192,11 @@ class MetadataNode:
                 "disk_free": free,
                 "used": used,
                 "errors": tuple(errors),
+                "workers": lines(self.workers),
+                "metrics": self.metrics_address,
+                "disk_level": self._room.level().label,
                 "volumes": tuple(self.homes.status()),
                 "store": statistics,
+                "life": self.life.status() if self.life is not None else {},
             },
         ), b""

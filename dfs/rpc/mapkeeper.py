@@ -27,7 +27,7 @@ import trio
 
 from dfs.clock import Clock
 from dfs.cluster.map import METADATA, ClusterMap
-from dfs.env import Buffer, Context, Handler, Priority, Reply, Rpc
+from dfs.env import Buffer, Context, Deferred, Handler, Priority, Reply, Rpc
 from dfs.errors import Busy, DfsError, ForkedMap, StaleEpoch, WrongCluster
 from dfs.hashing import DIGEST_SIZE
 
@@ -302,6 +302,17 @@ class MapKeeper:
         else:
             del self._working[epoch]
 
+    def _follow(self, made: Deferred, epoch: int) -> Deferred:
+        """An answer that comes later, counted until it is there."""
+        outer = Deferred()
+
+        def answered(answer: Reply | Exception) -> None:
+            self._leave(epoch)
+            outer.answer(answer)
+
+        made.bind(answered)
+        return outer
+
     def check(
         self, epoch: int, partitions: Iterable[int], role: str = METADATA, *, writes: bool = True
     ) -> None:
@@ -349,12 +360,15 @@ class MapKeeper:
             finally:
                 if isinstance(made, tuple):
                     self._leave(epoch)
-            return made if isinstance(made, tuple) else _Admitted(self, made, epoch)
+            if isinstance(made, tuple):
+                return made
+            if isinstance(made, Deferred):
+                return self._follow(made, epoch)
+            return _Admitted(self, made, epoch)
 
-        async def late(ctx: Context, args: tuple[Any, ...], data: memoryview) -> Any:
+        async def late(ctx: Context, args: tuple[Any, ...], data: memoryview) -> Reply:
             await self.catch_up(ctx.epoch)
-            made = guarded(ctx, args, data)
-            return made if isinstance(made, tuple) else await made
+            return await settled(guarded(ctx, args, data))
 
         return guarded
 
@@ -366,6 +380,25 @@ class MapKeeper:
         if self.behind > self.current.epoch:
             found.append((f"the map is of epoch {self.current.epoch}, others have newer ones", 1))
         return found
+
+
+async def settled(made: Any) -> Reply:
+    """Wait for what a handler returned, whatever it is: a reply, a `Deferred` or an awaitable."""
+    if isinstance(made, Deferred):
+        done = trio.Event()
+        found: list[Reply | Exception] = []
+
+        def answered(answer: Reply | Exception) -> None:
+            found.append(answer)
+            done.set()
+
+        made.bind(answered)
+        await done.wait()
+        if isinstance(found[0], Exception):
+            raise found[0]
+        return found[0]
+    reply: Reply = made if isinstance(made, tuple) else await made
+    return reply
 
 
 class _Admitted:
