@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dfs.cluster.map import METADATA, ClusterMap
-from dfs.errors import Corrupt, InvalidArgument, NotHome, StaleEpoch
+from dfs.errors import Busy, Corrupt, InvalidArgument, NotHome, StaleEpoch
 from dfs.hashing import PARTITIONS
 from metadata.merkle import (
     BLOBS,
@@ -165,6 +165,8 @@ class AntiEntropy:
     def _totals(
         self, cluster: ClusterMap, sender: int, epoch: int, table: int, packed: bytes, some: Any
     ) -> Steps[tuple[Any, ...]]:
+        if not self.digests.built(table):
+            raise Busy(f"the digests of node {self.me} are not complete yet")
         theirs = {
             int.from_bytes(packed[i : i + 2], "big"): int.from_bytes(packed[i + 2 : i + 34], "big")
             for i in range(0, len(packed), 34)
@@ -325,22 +327,34 @@ class AntiEntropy:
         """
         cluster = self.get_map()
         outcome = Outcome()
-        chosen = self.shared(cluster, peer) if partitions is None else partitions
         for table in tables:
-            if not self.digests.built(table):
-                continue
-            packed = b"".join(
-                p.to_bytes(2, "big") + total.to_bytes(DIGEST, "big")
-                for p, total in zip(chosen, self.digests.totals(table, chosen), strict=True)
-                if total
-            )
-            some = None if partitions is None else tuple(partitions)
-            (differing,) = yield Call(peer, "sync.totals", (table, packed, some), cluster.epoch)
+            differing = yield from self.differing(peer, table, partitions)
             for i in range(0, len(differing), GROUP):
                 group = differing[i : i + GROUP]
                 run = _Exchange(self, cluster, peer, table, now, forced, pull, push)
                 outcome.add((yield from run.run(group)))
         return outcome
+
+    def differing(
+        self, peer: int, table: int, partitions: Sequence[int] | None = None
+    ) -> Steps[Sequence[int]]:
+        """Of the shared partitions, or of `partitions`, those with other digests at `peer`.
+
+        None as long as the digests of this node are not complete.
+        """
+        if not self.digests.built(table):
+            return ()
+        cluster = self.get_map()
+        chosen = self.shared(cluster, peer) if partitions is None else partitions
+        packed = b"".join(
+            p.to_bytes(2, "big") + total.to_bytes(DIGEST, "big")
+            for p, total in zip(chosen, self.digests.totals(table, chosen), strict=True)
+            if total
+        )
+        some = None if partitions is None else tuple(partitions)
+        (found,) = yield Call(peer, "sync.totals", (table, packed, some), cluster.epoch)
+        differing: Sequence[int] = found
+        return differing
 
     def push_partition(
         self, partition: int, to: int, now: int, *, tables: Sequence[int] = TABLES

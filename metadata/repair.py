@@ -15,7 +15,7 @@ from dfs.hashing import PARTITIONS
 from metadata.antientropy import AntiEntropy, absent_at, members
 from metadata.merkle import BLOBS, REGISTERS, TABLES, Table, bucket_row, recompute
 from metadata.rejoin import KEEP, PullFirst
-from metadata.steps import Correct, Merge, Purge, Rest, Steps, Write
+from metadata.steps import Accept, Correct, Merge, Purge, Rest, Steps, Write
 
 _ABSENT = (Unreachable, DeadlineExceeded, Busy, StaleEpoch, NotHome)
 Loss = tuple[bytes, bytes, str]  # [first, last) of keys, and the damaged table
@@ -150,7 +150,6 @@ def repair_lost(
     losses: Sequence[Loss],
     *,
     lost_registers: Callable[[], Steps[None]],
-    accept: Callable[[bytes, bytes], object],
 ) -> Steps[bool]:
     """Begin the repair of ranges that storage damage hides; returns whether there were any of ours.
 
@@ -170,7 +169,7 @@ def repair_lost(
         for partition in registers if table == REGISTERS else affected(ours, BLOBS):
             node.digests.damaged[table, partition] = None
     for first, last, _ in ours:
-        accept(first, last)
+        yield Accept(first, last)
     return True
 
 

@@ -32,7 +32,7 @@ class Merge:
     """Merge rows that came from elsewhere into a table, with its digests; durable on return.
 
     Registers are merged with what is here, blobs are verified and added.  No items: a barrier, on
-    return all that reads see is durable.  The result is how many rows changed.
+    return all that reads see is durable.  The result is how many rows were taken in.
     """
 
     table: int
@@ -71,6 +71,17 @@ class Write:
     """
 
     ops: Sequence[tuple[bytes, bytes | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """Let rows in [first, last) that damage hides read as absent, or as older; durable.
+
+    No result; see `metadata.store.engine.Store.accept_losses`.
+    """
+
+    first: bytes
+    last: bytes
 
 
 @dataclass(frozen=True, slots=True)

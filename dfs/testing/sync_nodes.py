@@ -18,7 +18,7 @@ from metadata.hints import Hints
 from metadata.merkle import BLOBS, REGISTERS, TABLES, Digests, partition_of_row
 from metadata.registers import DISCARD, HEAD, MERGE, MINT, PURGE, Registers, row_of
 from metadata.rejoin import PullFirst
-from metadata.steps import Call, Correct, Merge, Purge, Rest, Steps, Write
+from metadata.steps import Accept, Call, Correct, Merge, Purge, Rest, Steps, Write
 from metadata.tombstones import Tombstones
 
 T = TypeVar("T")
@@ -79,8 +79,13 @@ class Rows:
         self.lost.append((first, last, "damaged"))
 
     def accept(self, first: bytes, last: bytes) -> None:
-        """Let the loss read as absence."""
-        self.lost = [x for x in self.lost if not (x[0] >= first and x[1] <= last)]
+        """Let the part of the losses in [first, last) read as absence."""
+        self.lost = [
+            (a, b, name)
+            for start, end, name in self.lost
+            for a, b in ((start, min(end, first)), (max(start, last), end))
+            if a < b
+        ]
 
 
 def newest(register: bytes) -> int:
@@ -185,6 +190,8 @@ class SyncNode:
                 self.store.apply(self.digests.replace_lost(*where))
             else:
                 self.store.apply(self.digests.correct(*where, effect.errors))
+        elif isinstance(effect, Accept):
+            self.store.accept(effect.first, effect.last)
         elif not isinstance(effect, Rest):
             raise TypeError(f"not a local effect: {effect!r}")
         return None

@@ -1,0 +1,254 @@
+"""Synchronisation of a metadata node with its peers: the shell that drives the generators.
+
+`Synchroniser` carries out the effects of `metadata.steps` with real calls and the real store, and
+serves `sync.*`, `tomb.*`, `hints.*`.  The loops are in `metadata.syncworkers`.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from dfs.cluster.map import METADATA, ClusterMap
+from dfs.env import Context, Env, Handler, Priority, Reply
+from dfs.errors import Busy, DfsError, InvalidArgument
+from dfs.rpc.mapkeeper import MapKeeper
+from metadata import versions
+from metadata.antientropy import AntiEntropy
+from metadata.blobs import Blobs
+from metadata.hints import DISK_SHARE, Hints
+from metadata.merkle import BLOBS, REGISTERS, Digests, Op
+from metadata.registers import DISCARD, MERGE, PURGE, RAW, Request
+from metadata.rejoin import PullFirst
+from metadata.steps import Accept, Call, Correct, Merge, Purge, Rest, Steps, Write
+from metadata.store.engine import Store
+from metadata.tombstones import Tombstones
+
+T = TypeVar("T")
+TIMEOUT = 60.0  # seconds for one call; what is late counts as never
+Resting = Callable[[int, int], Awaitable[None]]  # bytes moved, bytes to go
+
+
+class Writer(Protocol):
+    """The node's one way to change registers; `metadata.kv`."""
+
+    async def submit(self, requests: Sequence[Request]) -> Sequence[Any]:
+        """Carry out requests of `metadata.registers` with the node's own map, durably.
+
+        The replies, in order; a refused request's is its `DfsError`.
+        """
+        ...
+
+
+def newest(register: bytes) -> int:
+    """Time of the newest write in an encoded register, us."""
+    return versions.newest_hlc(versions.decode(register))
+
+
+def is_tombstone(register: bytes) -> bool:
+    """Whether an encoded register is deleted."""
+    return versions.is_tombstone(versions.decode(register))
+
+
+class HintKeeper:
+    """`Hints` as the replica of registers wants them: with this node's clock."""
+
+    def __init__(self, hints: Hints, now: Callable[[], int]) -> None:
+        """`now` gives wall time in microseconds."""
+        self._hints = hints
+        self._now = now
+
+    def add(self, row: bytes, register: bytes, target: int, written: int) -> list[Op]:
+        """See `Hints.add`."""
+        return self._hints.add(row, register, target, written, self._now())
+
+    def find(self, row: bytes) -> Sequence[bytes]:
+        """See `Hints.find`."""
+        return self._hints.find(row)
+
+
+class Synchroniser:
+    """A node's digests, hints, anti-entropy and purging, over its store and network.
+
+    Make it after the store is open and before the registers, whose `digests` and `hints` it has;
+    set `writer` and `load` before anything is driven.  `alive` says whether a peer answers, as
+    gossip has it.
+    """
+
+    def __init__(
+        self,
+        env: Env,
+        me: int,
+        get_map: Callable[[], ClusterMap],
+        store: Store,
+        *,
+        alive: Callable[[int], bool] = lambda _: True,
+    ) -> None:
+        """Reads small state only."""
+        self._env = env
+        self.me = me
+        self.get_map = get_map
+        self.store = store
+        self.alive = alive
+        self.writer: Writer
+        self.digests = Digests(store)
+        self.blobs = Blobs(store, self.digests)
+        self.pull_first = PullFirst(store)
+        self.hints = Hints(me, get_map, store, lambda: env.disk.usage()[0] // DISK_SHARE)
+        self.keeper = HintKeeper(self.hints, self.now)
+        self.antientropy = AntiEntropy(me, get_map, store, self.digests, self.pull_first, newest)
+        self.tombstones = Tombstones(
+            me,
+            get_map,
+            store,
+            self.pull_first,
+            newest=newest,
+            is_tombstone=is_tombstone,
+            alive=lambda node: self.alive(node),
+        )
+
+    def load(self) -> None:
+        """Sum up the digests; before anything is written."""
+        self.digests.load()
+
+    def now(self) -> int:
+        """Wall time in microseconds."""
+        return self._env.clock.time_ns() // 1000
+
+    # -- driving
+
+    async def run(self, steps: Steps[T], rest: Resting | None = None) -> T:
+        """Drive a protocol to its end; raises what it raises."""
+        send: Any = None
+        error: DfsError | None = None
+        try:
+            while True:
+                try:
+                    effect = steps.throw(error) if error is not None else steps.send(send)
+                except StopIteration as e:
+                    result: T = e.value
+                    return result
+                send = error = None
+                try:
+                    if isinstance(effect, Rest):
+                        if rest is not None:
+                            await rest(effect.size, effect.backlog)
+                    else:
+                        send = await self._execute(effect)
+                except DfsError as e:
+                    error = e
+        finally:
+            steps.close()
+
+    async def _execute(self, effect: Any) -> Any:
+        if isinstance(effect, Call):
+            result, _ = await self._env.rpc.call(
+                self.get_map().address(METADATA, effect.node),
+                effect.method,
+                (self.me, *effect.args),
+                timeout=TIMEOUT,
+                priority=Priority.BACKGROUND,
+                epoch=effect.epoch,
+            )
+            return result
+        if isinstance(effect, Merge):
+            return await self._merge(effect)
+        if isinstance(effect, Purge):
+            kind = DISCARD if effect.ghosts else PURGE
+            there = [self.store.get(row) is not None for row, _ in effect.items]
+            replies = await self._submit([(kind, row, wanted) for row, wanted in effect.items])
+            return [not was or bool(reply) for was, reply in zip(there, replies, strict=True)]
+        if isinstance(effect, Write):
+            await self._submit([(RAW, tuple(effect.ops))])
+            return None
+        if isinstance(effect, Correct):
+            return await self._correct(effect)
+        if isinstance(effect, Accept):
+            await self.store.accept_losses(effect.first, effect.last)
+            return None
+        raise TypeError(f"no such effect: {effect!r}")
+
+    async def _merge(self, effect: Merge) -> int:
+        if not effect.items:
+            await self.store.sync()
+            return 0
+        if effect.table == BLOBS:
+            return await self.blobs.merge(effect.items)
+        await self._submit([(MERGE, row, register) for row, register in effect.items])
+        return len(effect.items)
+
+    async def _correct(self, effect: Correct) -> None:
+        def make() -> list[Op]:
+            where = effect.table, effect.partition
+            if effect.errors is None:
+                return self.digests.replace_lost(*where)
+            return self.digests.correct(*where, effect.errors)
+
+        if effect.table == REGISTERS:
+            await self._submit([(RAW, make)])
+        else:
+            await self.blobs.change_digests(make)
+
+    async def _submit(self, requests: Sequence[Request]) -> Sequence[Any]:
+        replies = await self.writer.submit(requests)
+        for reply in replies:
+            if isinstance(reply, DfsError):
+                raise reply
+        return replies
+
+    async def push(self, partition: int, to: int) -> int:
+        """Give a new home all of a partition; returns the rows it lacked.
+
+        Raises `Busy` when some of it could not be read or compared: try again.
+        """
+        outcome = await self.run(self.antientropy.push_partition(partition, to, self.now()))
+        if outcome.errors:
+            raise Busy(f"partition {partition} is not complete at node {to}: {outcome.errors[0]}")
+        return outcome.pushed
+
+    # -- answering
+
+    def handlers(self) -> dict[str, Handler]:
+        """For the node's dispatch table; see `dfs.wire.messages`."""
+        found: dict[str, Handler] = {
+            "hints.list": self._list_hints,
+            "hints.drop": self._drop_hints,
+            "hints.deliver": self._serve(self._take_hints),
+        }
+        for name in ("sync.totals", "sync.buckets", "sync.keys", "sync.items", "sync.push"):
+            found[name] = self._serve(partial(self._answer, name))
+        for name in ("tomb.prepare", "tomb.purge"):
+            found[name] = self._serve(partial(self._purge, name))
+        return found
+
+    def _serve(self, begin: Callable[..., Steps[tuple[Any, ...]]]) -> Handler:
+        """A handler that drives a protocol; it learns of newer maps first, and counts as work."""
+
+        async def answer(ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
+            try:
+                return await self.run(begin(ctx.epoch, *args)), b""
+            except (TypeError, ValueError, IndexError) as e:
+                raise InvalidArgument(f"malformed request: {e}") from e
+
+        keeper = self.get_map
+        if isinstance(keeper, MapKeeper):  # the protocols compare epochs themselves
+            return keeper.guard(answer, lambda _: ())
+        return answer
+
+    def _answer(self, method: str, epoch: int, sender: int, *args: Any) -> Steps[tuple[Any, ...]]:
+        return self.antientropy.handle(method, sender, epoch, args, self.now())
+
+    def _purge(self, method: str, epoch: int, sender: int, *args: Any) -> Steps[tuple[Any, ...]]:
+        return self.tombstones.handle(method, sender, epoch, args)
+
+    def _take_hints(self, epoch: int, sender: int, items: Any) -> Steps[tuple[Any, ...]]:
+        return self.hints.handle(sender, epoch, items, self.now())
+
+    def _list_hints(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
+        return (tuple(self.hints.status(self.now())),), b""
+
+    async def _drop_hints(self, _ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
+        (target,) = args
+        if target not in self.hints.targets:
+            known = ", ".join(map(str, sorted(self.hints.targets))) or "nobody"
+            raise InvalidArgument(f"no hints for node {target!r} are kept here, only for {known}")
+        return (await self.run(self.hints.drop(target, self.now())),), b""
