@@ -1,12 +1,14 @@
 """`dfs cluster`: make a cluster, start and stop its local processes, look at it."""
 
 import secrets
+from functools import partial
 from pathlib import Path
 
 import click
 
 from dfs.cli.context import cluster_file, cluster_option, json_option
 from dfs.cli.context import run as run_async
+from dfs.cli.member_cmd import node
 from dfs.errors import ConfigError
 
 DEFAULT_DIR = ".demo"
@@ -159,19 +161,80 @@ def status(
 
 
 @cluster.command()
-@_NODES
+@cluster_option
+@click.option("--nodes", type=click.IntRange(1, 1000), help="Plan a new cluster of N local nodes.")
 @_ZONES
 @_SPEC
 @json_option
-def plan(nodes: int, zones: int | None, spec: Path | None, as_json: bool) -> None:
-    """Show what a map would give each node, before it is made."""
+def plan(
+    cluster_path: str | None,
+    nodes: int | None,
+    zones: int | None,
+    spec: Path | None,
+    as_json: bool,
+) -> None:
+    """Show what a change would do before it is done.
+
+    Without --nodes or --spec: the changes that `dfs cluster node` staged. With them: a cluster that
+    is not made yet.
+
+    \b
+    Examples:
+      dfs cluster plan
+      dfs cluster plan --nodes 5 --zones 3
+    """
+    from dfs.cli.members import show_change
     from dfs.cli.plan import show_plan
     from dfs.cli.spec import local_nodes, read_spec
 
-    if spec is None:
+    if spec is not None:
+        show_plan(*read_spec(spec), as_json=as_json)
+    elif nodes is not None:
         show_plan(local_nodes(nodes, zones or min(3, nodes), 1024), None, as_json=as_json)
     else:
-        show_plan(*read_spec(spec), as_json=as_json)
+        run_async(partial(show_change, cluster_file(cluster_path), as_json=as_json))
+
+
+@cluster.command()
+@cluster_option
+@click.option("--epoch", required=True, type=int, help="The epoch that `dfs cluster plan` showed.")
+@click.option("--wait", default=0.0, metavar="SECONDS", help="Wait until the change is complete.")
+def apply(cluster_path: str | None, epoch: int, wait: float) -> None:
+    """Do what is staged, if the cluster is still the one that was planned for.
+
+    Data moves in the background while reads and writes go on; `dfs cluster status` shows how far
+    it is and what it waits for.
+    """
+    from dfs.cli.members import apply as apply_staged
+
+    run_async(partial(apply_staged, cluster_file(cluster_path), epoch, wait=wait))
+
+
+@cluster.command("wait")
+@cluster_option
+@click.option("--timeout", default=600.0, show_default=True, help="Seconds to wait.")
+def wait_(cluster_path: str | None, timeout: float) -> None:
+    """Wait until no change of members is under way."""
+    from dfs.cli.members import wait_for_change
+
+    run_async(wait_for_change, cluster_file(cluster_path), timeout)
+
+
+@cluster.command("map")
+@cluster_option
+@json_option
+@click.option("--history", is_flag=True, help="Show the last maps and why they were made.")
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write it there.")
+def map_(cluster_path: str | None, as_json: bool, history: bool, output: Path | None) -> None:
+    """Show the cluster map: who is home to what."""
+    from dfs.cli.members import show_map
+
+    run_async(
+        partial(show_map, cluster_file(cluster_path), output, history=history, as_json=as_json)
+    )
+
+
+cluster.add_command(node)
 
 
 def _directory(directory: Path | None, cluster_path: str | None) -> Path:

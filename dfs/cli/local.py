@@ -118,12 +118,8 @@ class ClusterDir:
             directory.mkdir(exist_ok=True)
         for node in local:
             format_node(self.path / node.name, cluster, node)
-        seeds = [node.metadata_addr for node in cluster.nodes if node.metadata_addr]
-        value = {"format": 1, "cluster_id": cluster.cluster_id.hex(), "seeds": seeds}
-        disk = RealDisk(self.path)
-        disk.write_atomic("map", cluster.encode())
-        # last: the cluster exists once this file does
-        disk.write_atomic("cluster.json", json.dumps(value, indent=1).encode() + b"\n")
+        RealDisk(self.path).write_atomic("map", cluster.encode())
+        self._write_file(cluster)  # last: the cluster exists once this file does
 
     def has_map(self) -> bool:
         """Whether the cluster's map is here."""
@@ -149,6 +145,18 @@ class ClusterDir:
         for text in damage:
             click.echo(f"dfs: {text}", err=True)
         return max(maps, key=lambda m: m.epoch)
+
+    def adopt(self, cluster: ClusterMap) -> None:
+        """Keep a newer map, and its members as the addresses that clients begin with."""
+        if self.load_map().epoch <= cluster.epoch:
+            RealDisk(self.path).write_atomic("map", cluster.encode())
+            self._write_file(cluster)
+
+    def _write_file(self, cluster: ClusterMap) -> None:
+        seeds = [node.metadata_addr for node in cluster.nodes if node.metadata_addr]
+        value = {"format": 1, "cluster_id": cluster.cluster_id.hex(), "seeds": seeds}
+        text = json.dumps(value, indent=1).encode() + b"\n"
+        RealDisk(self.path).write_atomic("cluster.json", text)
 
     @contextlib.contextmanager
     def locked(self, timeout: float) -> Iterator[None]:
@@ -217,7 +225,7 @@ class ClusterDir:
         node_dir = self.path / node.name
         return spawn(
             process,
-            ["--map", str(node_dir / "map")],
+            ["--map", str(node_dir / "map"), "--metrics", "0"],
         )
 
     def roles(self, node: Node) -> list[str]:

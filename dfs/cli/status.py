@@ -11,6 +11,7 @@ from dfs.cli.client import registry, usages
 from dfs.cli.context import count, echo_json, human_size
 from dfs.cli.context import run as run_async
 from dfs.cli.diagnosis import grouped, reason
+from dfs.cli.members import missing, transition_words
 from dfs.cli.network import partitions_without_quorum, reach, statuses
 from dfs.client.connect import Cluster
 from dfs.client.registry import CREATED
@@ -19,10 +20,10 @@ from dfs.datadir import PROGRAMS
 from dfs.errors import DfsError
 from dfs.hashing import PARTITIONS
 from dfs.ids import SYSTEM_VOLUME
+from dfs.limits import Level
 
 REGISTRY_TIMEOUT = 5.0  # seconds
-# A chunkserver takes no new data when a chunk would leave less room than this.
-FULL_PART, FULL_RESERVE, CHUNK_ROOM = 0.95, 256 << 20, 4 << 20
+WAITS = 5  # reasons shown
 Answers = dict[tuple[int, str], dict[str, Any] | DfsError]
 
 
@@ -41,6 +42,8 @@ async def collect(file: Path) -> dict[str, Any]:
     async with reach(file) as cluster:
         node_map = cluster.get_map()
         report = summarise(node_map, await statuses(cluster.rpc, node_map))
+        if node_map.transition is not None:
+            report["waits_for"] = await missing(cluster)
         if not report["partitions_without_quorum"][METADATA]:
             await _name_volumes(cluster, report)
         return report
@@ -93,7 +96,7 @@ def summarise(cluster: ClusterMap, answers: Answers) -> dict[str, Any]:
             else:
                 entry.update(_numbers(answer))
                 if role == CHUNK:
-                    entry["full"] = _is_full(answer)
+                    entry["full"] = answer.get("disk_level") == Level.FULL.label
                 if answer.get("map_epoch", cluster.epoch) != cluster.epoch:
                     text = f"has the map of epoch {answer['map_epoch']}, not {cluster.epoch}"
                     errors.append(_error(node.name, role, text, 1))
@@ -116,6 +119,7 @@ def summarise(cluster: ClusterMap, answers: Answers) -> dict[str, Any]:
         "available": not any(lost.values()),
         "cluster_id": cluster.cluster_id.hex(),
         "map_epoch": cluster.epoch,
+        "transition": transition_words(cluster),
         "copies": cluster.n,
         "nodes": nodes,
         "partitions_without_quorum": lost,
@@ -126,12 +130,6 @@ def summarise(cluster: ClusterMap, answers: Answers) -> dict[str, Any]:
         "quarantined": quarantined,
         "errors": errors,
     }
-
-
-def _is_full(answer: dict[str, Any]) -> bool:
-    total = int(answer.get("disk_total", 0))
-    left = int(answer.get("disk_free", 0)) - CHUNK_ROOM
-    return total > 0 and (left < FULL_RESERVE or total - left >= FULL_PART * total)
 
 
 def _numbers(answer: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +144,10 @@ def _numbers(answer: dict[str, Any]) -> dict[str, Any]:
         "chunk_bytes",
         "quarantined",
         "workers",
+        "disk_level",
+        "to_move",
+        "incomplete",
+        "metrics",
     )
     return {name: answer[name] for name in names if name in answer}
 
@@ -167,8 +169,14 @@ def _print(report: dict[str, Any]) -> None:
         f"cluster {report['cluster_id'][:8]}: {state}, {count(len(report['nodes']), 'node')}, "
         f"{report['copies']} copies, map epoch {report['map_epoch']}\n"
     )
+    if report["transition"]:
+        click.echo(f"change under way: {report['transition']}")
+        for text in report.get("waits_for", ())[:WAITS]:
+            click.echo(f"  waits: {text}")
+        click.echo()
     _print_nodes(report["nodes"])
     _print_volumes(report)
+    _print_metrics(report["nodes"])
     problems = _problems(report)
     if problems:
         click.echo()
@@ -198,6 +206,18 @@ def _print_nodes(nodes: list[dict[str, Any]]) -> None:
             ]
         )
     _print_table(rows)
+
+
+def _print_metrics(nodes: list[dict[str, Any]]) -> None:
+    """Where Prometheus is to scrape, if anywhere."""
+    found = [
+        f"{node['name']} {program} {role['metrics']}"
+        for node in nodes
+        for program, role in node["roles"].items()
+        if role.get("metrics")
+    ]
+    if found:
+        click.echo(f"\nmetrics: {', '.join(found)}")
 
 
 def _role(role: dict[str, Any]) -> str:
@@ -263,6 +283,21 @@ def _problems(report: dict[str, Any]) -> list[str]:
             f"disk full: {', '.join(full)} take no new data; other nodes do instead, if there are "
             "any: delete data or add capacity"
         )
+    for level, text in (
+        (Level.NEAR, "warning: disk nearly full"),
+        (Level.BACKFILL, "disk nearly full, takes no data from other nodes"),
+    ):
+        names = [
+            node["name"]
+            for node in report["nodes"]
+            if any(role.get("disk_level") == level.label for role in node["roles"].values())
+        ]
+        if names:
+            lines.append(f"{text}: {', '.join(names)}; delete data or add capacity")
+    roles = [role for node in report["nodes"] for role in node["roles"].values()]
+    to_move = sum(role.get("to_move", 0) for role in roles)
+    if to_move:
+        lines.append(f"{count(to_move, 'chunk')} still to move; `dfs node workers` shows progress")
     for e in report["errors"]:
         times = f" ({e['count']} times)" if e["count"] > 1 else ""
         lines.append(f"{e['node']} {e['role']}: {e['text']}{times}")

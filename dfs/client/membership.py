@@ -1,0 +1,131 @@
+"""Changing who is in a cluster: staged edits, and the proposal of the map in which they begin.
+
+Edits are staged in a register of the cluster's own space, so that operators see each other's, and
+applied together by `apply`, which names the epoch that was planned: if the cluster moved on in
+between, nothing happens.  From there on the cluster's own drivers carry the change out.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from dfs import codec
+from dfs.client.connect import Cluster
+from dfs.client.kv import CLUSTER_SPACE, KV
+from dfs.cluster.change import Edit, Plan, apply_edits, describe, edit_fields, edit_from_fields
+from dfs.cluster.change import plan as make_plan
+from dfs.cluster.map import METADATA, ClusterMap
+from dfs.errors import (
+    Busy,
+    ConfigError,
+    Corrupt,
+    DeadlineExceeded,
+    DfsError,
+    NoQuorum,
+    NotHome,
+    StaleEpoch,
+    Unreachable,
+)
+
+STAGED = b"map/staged"  # key of the register
+FORMAT = 1
+_ELSEWHERE = (Unreachable, DeadlineExceeded, NotHome, NoQuorum, Busy)
+
+
+class Staged(NamedTuple):
+    """Edits that wait to be applied; more than one operator may have staged some."""
+
+    edits: tuple[Edit, ...]
+    context: bytes
+
+
+class Membership:
+    """The members of a cluster, as an operator changes them."""
+
+    def __init__(self, cluster: Cluster, *, timeout: float = 10.0) -> None:
+        """Every step is given `timeout` seconds."""
+        self._cluster = cluster
+        self._timeout = timeout
+        self._kv = KV(cluster, space=CLUSTER_SPACE, timeout=timeout)
+
+    async def newest(self) -> ClusterMap:
+        """The newest map that answers; never an older one than is known here."""
+        await self._cluster.refresh_map()
+        return self._cluster.get_map()
+
+    async def staged(self) -> Staged:
+        """What is staged; edits of concurrent operators one after the other."""
+        entry = await self._kv.get(STAGED)
+        edits: list[Edit] = []
+        for value in reversed(entry.values):
+            version, fields = codec.unpack(value)
+            if version != FORMAT:
+                raise Corrupt(
+                    f"staged changes have format {version}: upgrade dfs, or "
+                    "`dfs cluster node reset` drops them"
+                )
+            edits += [e for e in map(edit_from_fields, fields) if e not in edits]
+        return Staged(tuple(edits), entry.context)
+
+    async def stage(self, edits: Sequence[Edit]) -> Staged:
+        """Add edits to what is staged; raises `ConfigError` if all together cannot be applied."""
+        before = await self.staged()
+        together = (*before.edits, *edits)
+        apply_edits(await self.newest(), together)
+        return await self._store(together, before.context)
+
+    async def reset(self) -> int:
+        """Drop what is staged; returns how many edits that were."""
+        entry = await self._kv.get(STAGED)
+        if entry.values:
+            await self._kv.delete(STAGED, context=entry.context)
+        return len(entry.values)
+
+    async def plan(self, used: dict[tuple[str, int], int]) -> Plan:
+        """What the staged edits would do; `used` as for `dfs.cluster.change.plan`."""
+        staged = await self.staged()
+        return make_plan(await self.newest(), staged.edits, used)
+
+    async def apply(self, epoch: int) -> ClusterMap:
+        """Propose the map in which the staged edits begin, which must have this epoch.
+
+        Raises `StaleEpoch` when the cluster moved on, `ConfigError` for what cannot be applied,
+        `NoQuorum` when the voters do not answer: then the map may or may not be there; look.
+        """
+        staged = await self.staged()
+        present = await self.newest()
+        if present.epoch + 1 != epoch:
+            raise StaleEpoch(
+                f"the cluster's map has epoch {present.epoch} and the next is {present.epoch + 1}, "
+                f"not {epoch}: look at `dfs cluster plan` again"
+            )
+        new = apply_edits(present, staged.edits)
+        note = "; ".join(describe(edit) for edit in staged.edits)
+        await self.propose(new, note)
+        await self._kv.delete(STAGED, context=staged.context)
+        return new
+
+    async def propose(self, new: ClusterMap, note: str) -> None:
+        """Have the voters agree on a map; raises as `apply` does."""
+        old = self._cluster.get_map()
+        voters = [n for n in old.nodes if n.number in old.voters]
+        error: DfsError = ConfigError("the cluster has no voters")
+        for node in voters:
+            try:
+                await self._cluster.rpc.call(
+                    node.address(METADATA),
+                    "map.propose",
+                    (old.epoch, new.encode(), note),
+                    timeout=self._timeout,
+                    epoch=old.epoch,
+                )
+            except _ELSEWHERE as e:
+                error = e
+            else:
+                await self._cluster.refresh_map(node.address(METADATA))
+                return
+        raise error
+
+    async def _store(self, edits: Sequence[Edit], context: bytes) -> Staged:
+        value: Any = (FORMAT, tuple(edit_fields(edit) for edit in edits))
+        entry = await self._kv.put(STAGED, codec.pack(value), context=context)
+        return Staged(tuple(edits), entry.context)
