@@ -16,6 +16,7 @@ import trio
 
 from chunkserver.catchup import CatchUp
 from chunkserver.handover import HandOver
+from chunkserver.metrics import measure
 from chunkserver.peers import Peers
 from chunkserver.repair import Repair
 from chunkserver.scrub import Scrub
@@ -25,6 +26,8 @@ from dfs.cluster.map import CHUNK, ClusterMap
 from dfs.env import Context, Env, Handler, Reply
 from dfs.errors import Corrupt, DfsError, InvalidArgument, NotFound, StoreFailed
 from dfs.hashing import DIGEST_SIZE, PARTITIONS, partition_of
+from dfs.limits import Level
+from dfs.metrics import Page
 from dfs.rpc.mapkeeper import MapKeeper, stale
 from dfs.workers import Worker, lines
 from dfs.workers import handlers as worker_handlers
@@ -67,6 +70,7 @@ class ChunkNode:
         self.catch_up: CatchUp
         self.hand_over: HandOver
         self.workers: tuple[Worker, ...] = ()
+        self.metrics_address = ""
 
     async def run(
         self, address: str, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED
@@ -306,6 +310,17 @@ class ChunkNode:
     def _status(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
         return (self.status(),), b""
 
+    def measure(self, page: Page) -> None:
+        """Write the numbers of now into a page of metrics."""
+        measure(page, self)
+
+    def health(self) -> str:
+        """Why writes are refused; "" if they are not."""
+        if self.store.failed:
+            return f"writes are refused: {self.store.failed}"
+        level = self.store.room.level()
+        return "the disk is full" if level == Level.FULL else ""
+
     def to_move(self) -> int:
         """Chunks that are not where they belong, as far as this server is concerned."""
         return self.hand_over.foreign() + self.catch_up.waiting
@@ -332,6 +347,7 @@ class ChunkNode:
             "disk_level": store.room.level().label,
             "used": store.index.stored_bytes,
             "errors": tuple(errors),
+            "metrics": self.metrics_address,
             "workers": lines(self.workers),
             "chunks": len(store.index),
             "chunk_bytes": store.index.stored_bytes,

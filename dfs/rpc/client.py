@@ -132,6 +132,8 @@ class Link:
         self._random = random
         self._counts = counts
         self._breaker = breaker
+        self._answers = 0
+        self._seconds = 0.0  # from request to answer, summed up
         self._channel: Channel | None = None  # open and greeted
         self._running = False
         self._streams: dict[int, Pending] = {}
@@ -154,6 +156,8 @@ class Link:
             "queued_bytes": channel.connection.queue.size if channel else 0,
             "failures": self._failures,
             "breaker": self._breaker.state,
+            "answers": self._answers,
+            "seconds": self._seconds,
         }
 
     # -------------------------------------------------------------------------------- requests
@@ -353,6 +357,7 @@ class Link:
     def _handle(self, events: list[Event]) -> None:
         streams, cancel = self._streams, self._timers.cancel
         breaker = self._breaker
+        now = trio.current_time()
         for kind, stream, _, _, _, value, data in events:
             pending = streams.pop(stream, None)
             if pending is None or pending.timer is None:
@@ -360,8 +365,10 @@ class Link:
                 continue
             cancel(pending.timer)
             breaker.answers += 1
+            self._answers += 1
+            self._seconds += now - pending.deadline + pending.timeout
             if breaker.state is not CLOSED:
-                breaker.answered(trio.current_time(), urgent=pending.priority == Priority.HIGH)
+                breaker.answered(now, urgent=pending.priority == Priority.HIGH)
             if kind == REPLY:
                 pending.finish((value, data))
             elif kind == ERROR:

@@ -58,6 +58,7 @@ class RpcEndpoint:
         self._budget = Budget(SERVER_LIMIT)
         self._pool: Pool | None = None
         self._closed = False
+        self._methods: dict[str, list[float]] = {}  # see `Server`
         self._counts = dict.fromkeys(
             ("calls", "connects", "failures", "late", "accepted", "closed", "requests", "refused"),
             0,
@@ -90,6 +91,7 @@ class RpcEndpoint:
             **self._counts,
             "server_bytes": self._budget.used,
             "timers": len(self._timers),
+            "methods": {m: tuple(counts) for m, counts in self._methods.items()},
             "breakers": self._pool.breakers() if self._pool else {},
             "links": self._pool.statistics() if self._pool else [],
         }
@@ -202,6 +204,7 @@ class RpcEndpoint:
                 budget=self._budget,
                 clock=self._clock,
                 counts=self._counts,
+                methods=self._methods,
             )
             started(actual)
             await server.run(listener)

@@ -48,13 +48,20 @@ class Server:
         budget: Budget,
         clock: Clock,
         counts: dict[str, int],
+        methods: dict[str, list[float]],
     ) -> None:
-        """`greet` makes the server side of a new connection."""
+        """`greet` makes the server side of a new connection.
+
+        `methods` counts: method -> [requests, those served by a task, their seconds].
+        """
         self.handlers = handlers
         self.greet = greet
         self.budget = budget
         self.clock = clock
         self.counts = counts
+        self.methods = methods
+        for method in handlers:
+            methods.setdefault(method, [0, 0, 0.0])
 
     async def run(self, listener: socket.socket) -> None:
         """Accept and serve until cancelled."""
@@ -168,7 +175,7 @@ class _Session:
 
     def _handle(self, events: list[Event]) -> None:
         server = self._server
-        handlers, counts = server.handlers, server.counts
+        handlers, counts, methods = server.handlers, server.counts, server.methods
         now = server.clock.monotonic()
         charge, self._charge = self._charge, 0  # a large frame is the only one in its batch
         for kind, stream, priority, epoch, milliseconds, value, data in events:
@@ -187,6 +194,7 @@ class _Session:
                 )
                 self._refuse(wanted, stream, priority, method, error)
                 continue
+            methods[method][0] += 1
             deadline = now + milliseconds / 1000 if milliseconds else float("inf")
             context = Context(self._peer, epoch, deadline, priority)
             try:
@@ -240,6 +248,8 @@ class _Session:
         method: str,
         charge: int,
     ) -> None:
+        now = self._server.clock.monotonic
+        began = now()
         try:
             reply = await made
         except Exception as e:  # judged there
@@ -250,6 +260,9 @@ class _Session:
         finally:
             self._tasks -= 1
             self._uncharge(charge)
+            counts = self._server.methods[method]
+            counts[1] += 1
+            counts[2] += now() - began
         if self._tasks <= FEW:
             self._channel.flush()
         else:
