@@ -17,7 +17,6 @@ epoch).  Tables without any are written as version 1.
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -80,18 +79,6 @@ class FilterReads:
         self.false_positives = 0  # the filter said maybe, the block said no
 
 
-def memory_of(block: Block) -> int:
-    """Bytes of a decoded block, about."""
-    keys, values = block
-    size = sum(map(len, keys)) + ENTRY * len(keys)
-    with suppress(TypeError):  # nothing is deleted or expires, as in most blocks
-        return size + sum(map(len, values))  # type: ignore[arg-type]
-    for value in values:
-        if value is not None:
-            size += len(value) if isinstance(value, bytes) else ENTRY + len(value[0])
-    return size
-
-
 class Table:
     """An open table.  The file stays readable while this object lives, even after its removal."""
 
@@ -140,7 +127,7 @@ class Table:
         filters = self._pread(filter_at, filter_length, "filter")
         if crc32(filters) != filter_crc:
             raise Corrupt(f"{self.path}: damaged filter")
-        first_keys, offsets, _last = self._decode(at, length, "index")
+        (first_keys, offsets, _last), _ = self._decode(at, length, "index")
         memory = len(first_keys) * 100 + sum(map(len, first_keys)) + filter_length * 2
         return Index(first_keys, offsets, bloom.load(filters), memory, filter_length)
 
@@ -153,7 +140,7 @@ class Table:
             raise Corrupt(f"{self.path}: the {what} is cut short")
         return data
 
-    def _decode(self, at: int, length: int, what: str) -> tuple[Any, ...]:
+    def _decode(self, at: int, length: int, what: str) -> tuple[tuple[Any, ...], int]:
         data = self._pread(at, length, what)
         crc, codec = BLOCK.unpack_from(data)
         payload = data[BLOCK.size :]
@@ -166,17 +153,21 @@ class Table:
         except (zstandard.ZstdError, RemoteProtocolError) as e:
             raise Corrupt(f"{self.path}: undecodable {what} at offset {at}: {e}") from e
         assert isinstance(value, tuple)  # noqa: S101 - the checksum says that we wrote it
-        return value
+        return value, len(payload)
 
     def block(self, i: int) -> Block:
         """Read and verify block `i`; raises `Corrupt` whose detail is `i`."""
-        index = self.load()
-        at = index.offsets[i]
+        return self._block(i)[0]
+
+    def _block(self, i: int) -> tuple[Block, int]:
+        """Block `i`, and its bytes before decoding."""
+        offsets = self.load().offsets
+        at = offsets[i]
         try:
-            keys, values = self._decode(at, index.offsets[i + 1] - at, f"block {i}")
+            (keys, values), plain = self._decode(at, offsets[i + 1] - at, f"block {i}")
         except Corrupt as e:
             raise Corrupt(str(e), i) from e
-        return keys, values
+        return (keys, values), plain
 
     def first_block(self, key: bytes) -> int:
         """The block that would hold a key."""
@@ -221,8 +212,8 @@ class Table:
         """Block `i` by way of the cache."""
         block: Block | None = cache.peek(self.base + i)
         if block is None:
-            block = self.block(i)
-            cache.put(self.base + i, memory_of(block), block)
+            block, plain = self._block(i)
+            cache.put(self.base + i, plain + ENTRY * len(block[0]), block)
         return block
 
     def scan(self, start: bytes) -> Iterator[Block]:
