@@ -1,14 +1,20 @@
 """The files of the store: golden bytes, round trips, and what damage does to each."""
 
+import shutil
 from pathlib import Path
 from random import Random
 
 import pytest
 
+from dfs.clock import SystemClock
+from dfs.disk import RealDisk
+from dfs.env import Env
 from dfs.errors import Corrupt
 from dfs.testing.disk import SimDisk
+from dfs.testing.processes import SimProcesses
 from metadata.store import bloom, manifest, wal
 from metadata.store.cache import BlockCache
+from metadata.store.engine import Store
 from metadata.store.manifest import Manifest, RunMeta
 from metadata.store.memtable import Memtable
 from metadata.store.table import FOOTER_SIZE, MISSING, Meta, Table
@@ -121,6 +127,29 @@ def test_manifest_of_version_1_is_read():
 def test_golden_filter():
     data = bloom.build(b"".join(bloom.digest(b"key%d" % i) for i in range(100)))
     assert data == golden("store-filter-1", data)
+
+
+@pytest.mark.realtime
+async def test_a_whole_store_of_version_1_opens(tmp_path):
+    """Manifest, tables and log as version 1 left them; then everything is written anew."""
+    shutil.copytree(DATA / "store-directory-1", tmp_path / "lsm")
+    disk = RealDisk(tmp_path)
+    random = Random(1)
+    env = Env(SystemClock(), disk, None, SimProcesses(random), random)
+    expected = {b"key%03d" % i: b"old %d" % i for i in range(60)}
+    for i in range(0, 60, 2):
+        expected[b"key%03d" % i] = None if i % 3 else b"new %d" % i
+    expected |= {b"key001": b"logged", b"key003": None, b"zebra": b"x" * 50}
+    live = {k: v for k, v in expected.items() if v is not None}
+    for _ in range(2):
+        store = await Store.open(env)
+        assert dict(store.iterate()) == live
+        for key, value in expected.items():
+            assert store.get(key) == value
+        await store.compact()
+        assert dict(store.iterate()) == live
+        store.close()
+    disk.close()
 
 
 # ----------------------------------------------------------------------------------- filter
