@@ -20,7 +20,7 @@ from dfs.metrics import Page, measure_limit
 from dfs.rpc.blobs import BlobClient
 from dfs.rpc.mapkeeper import MapKeeper
 from dfs.workers import handlers as worker_handlers
-from dfs.workers import lines
+from dfs.workers import Listed, lines
 from metadata.blobs import Blobs
 from metadata.boot import Boot
 from metadata.checkpoint import process_folder
@@ -65,6 +65,8 @@ class MetadataNode:
         self.journals: JournalHost
         self.homes: Homes
         self.blobs: Blobs
+        self.workers: tuple[Listed, ...] = ()
+        self.metrics_address = ""
         self.boot: Boot | None = None
         self.life: NodeLife | None = None
 
