@@ -18,7 +18,7 @@ It is longer than most modules because all transitions of a member are in this o
 """
 
 from collections.abc import Iterable
-from math import ceil, inf, log10
+from math import ceil, inf, log
 from typing import NamedTuple
 
 from dfs.cluster.swim import (
@@ -62,7 +62,7 @@ SYNC_EVERY = 30.0  # seconds between comparisons of tables
 JOIN_EVERY = 1.0  # seconds between attempts while nobody has answered
 SELDOM = 10.0  # seconds between attempts to reach somebody dead
 DEAD_KEEP = 3600.0  # seconds a dead member is remembered that the map does not name
-MULTIPLIER = 4  # a claim is told this often by each member, per decade of members
+CERTAINTY = 9  # a claim is told ln(members) + this often by each: then e^-9 of them miss somebody
 VITALS_TOLD = 4  # vitals are told this often by each; 98 % hear of them, the rest the next time
 VITALS_EVERY = 10.0  # seconds between vitals, in clusters of up to 50
 VITALS_RATE = 5.0  # vitals per second in the whole of a larger cluster
@@ -393,8 +393,12 @@ class Membership:
     # ----------------------------------------------------------------------------------- rules
 
     def rule_limit(self) -> int:
-        """How often a claim is told by each member."""
-        return MULTIPLIER * max(1, ceil(log10(len(self.table.peers) + 2)))
+        """How often a claim is told by each member.
+
+        Telling it k times to members chosen by chance leaves a share of e^-k that nobody told it
+        (Demers et al., "Epidemic algorithms", 1987); n times that is how many are left over.
+        """
+        return CERTAINTY + ceil(log(len(self.table.peers) + 2))
 
     def rule_relays(self) -> int:
         """How many members are asked to ask a silent one."""
@@ -653,7 +657,8 @@ class Membership:
 
     def _send_sync(self, member: Member) -> None:
         self.counts["syncs"] += 1
-        self._send(member.claim.address, SYNC, 0, self.table.sums(), to=member)
+        sums = self.table.sums()
+        self._send(member.claim.address, SYNC, 0, sums, to=member, room=ROOM - len(sums))
 
     def _seldom(self, now: float) -> None:
         """Perhaps speak to one of the dead: all of us to each of them about once per second."""

@@ -1,4 +1,7 @@
-"""Membership cores that break one rule each: what the checks of `scenario_gossip` must find."""
+"""Membership cores that break one rule each: what the checks of `scenario_gossip` must find.
+
+`nobuddy` only costs time, which the directed tests of the core see and the scenario does not.
+"""
 
 from dfs.cluster.membership import Membership
 from dfs.cluster.swim import DEAD, Claim
