@@ -7,7 +7,7 @@ coordinator that is a home reads its own copy inline.
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from math import inf
 from typing import Any
@@ -107,6 +107,10 @@ class KV:
         finally:
             if leave is not None:
                 leave()
+
+    async def submit(self, requests: Sequence[Request]) -> list[Any]:
+        """Carry out requests of this node's background protocols; see `Replica.write`."""
+        return await self.replica.write(requests)
 
     def statistics(self) -> dict[str, int]:
         """Counters of all parts."""

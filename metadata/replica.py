@@ -59,8 +59,8 @@ class Replica:
     async def write(self, requests: Sequence[Request]) -> list[Reply]:
         """Carry out requests of this node by its own newest map; returns when they are durable.
 
-        Raises the first `DfsError` among the replies.  With no requests: waits until everything
-        submitted before is durable.
+        The replies, in order; a refused request's is its `DfsError`.  With no requests: returns
+        when everything submitted before is durable.
         """
         done = trio.Event()
         replies: list[Reply] = []
@@ -71,9 +71,6 @@ class Replica:
 
         self.submit(self.registers.map.epoch, requests, finish)
         await done.wait()
-        for reply in replies:
-            if isinstance(reply, DfsError):
-                raise reply
         return replies
 
     async def run(self) -> None:

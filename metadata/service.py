@@ -26,11 +26,13 @@ from metadata.boot import Boot
 from metadata.checkpoint import process_folder
 from metadata.homes import Folder, Homes
 from metadata.journals import JournalHost
+from metadata.kv import KV
 from metadata.loops import loops
 from metadata.metrics import measure
 from metadata.nodelife import NodeLife
 from metadata.rebalance import BlobPush
 from metadata.store.engine import Store
+from metadata.synchronise import Synchroniser
 
 VERSION = "0.1.0"
 
@@ -65,6 +67,8 @@ class MetadataNode:
         self.journals: JournalHost
         self.homes: Homes
         self.blobs: Blobs
+        self.kv: KV
+        self.sync: Synchroniser
         self.workers: tuple[Listed, ...] = ()
         self.metrics_address = ""
         self.boot: Boot | None = None
@@ -84,7 +88,13 @@ class MetadataNode:
         env = self._env
         self._started = env.clock.monotonic()
         self.store = store = await Store.open(env)
-        self.blobs = blobs = Blobs(store)
+        self.sync = sync = Synchroniser(env, self._number, self._get_map, store)
+        sync.load()
+        self.blobs = blobs = sync.blobs
+        self.kv = sync.writer = kv = KV(
+            env, self._number, self._get_map, store,
+            digests=sync.digests, hints=sync.keeper, admit=self._room.check_write,
+        )  # fmt: skip
         self.journals = journals = JournalHost(env, self._number, self._get_map)
         client = BlobClient(env.rpc, self._get_map, env.clock)
         folder = self._folder or process_folder(env.processes, self._get_map)
@@ -100,6 +110,7 @@ class MetadataNode:
             **blobs.handlers(),
             **journals.handlers(),
             **homes.handlers(),
+            **kv.handlers(),
         }
         keeper = self._get_map
         async with trio.open_nursery() as nursery:
@@ -109,6 +120,7 @@ class MetadataNode:
             else:
                 await nursery.start(journals.run)
                 await nursery.start(homes.run)
+                await nursery.start(kv.run)
                 await env.rpc.serve(address, handlers, started=task_status.started)
 
     async def _live(
@@ -139,6 +151,7 @@ class MetadataNode:
         await boot.check()
         await nursery.start(self.journals.run)
         await nursery.start(self.homes.run)
+        await nursery.start(self.kv.run)
         await nursery.start(life.run)
         serving.update(real)  # the server looks methods up in this very dict
         boot.admitted.set()
@@ -199,6 +212,7 @@ class MetadataNode:
                 "disk_level": self._room.level().label,
                 "volumes": tuple(self.homes.status()),
                 "store": statistics,
+                "kv": self.kv.statistics(),
                 "life": self.life.status() if self.life is not None else {},
             },
         ), b""
