@@ -35,6 +35,7 @@ from dfs.errors import (
     Unreachable,
 )
 from dfs.hashing import digest, partition_of
+from dfs.rpc.mapkeeper import MapKeeper
 
 PUT_BYTES = 8 << 20  # of blobs in one request
 PUT_COUNT = 1024
@@ -81,6 +82,11 @@ class BlobClient:
         if not wanted:
             return {}
         return await _Get(self, list(wanted), timeout).run()
+
+    def learn(self, error: DfsError) -> bool:
+        """Take the map out of a `StaleEpoch`; whether it was newer."""
+        keeper = self.get_map
+        return isinstance(keeper, MapKeeper) and keeper.learn(error)
 
     def trust(self, node: int) -> None:
         """The node answered."""
@@ -136,8 +142,18 @@ class _Batch:
             epoch=cluster.epoch,
         )
 
+    def homes(self, name: bytes) -> tuple[int, ...]:
+        """All nodes that count: one set of homes, or two while they move."""
+        return tuple(dict.fromkeys(node for row in self.sets(name) for node in row))
+
+    def sets(self, name: bytes) -> tuple[tuple[int, ...], ...]:
+        """The sets of homes in each of which a blob needs W copies."""
+        return self.client.get_map().write_sets(METADATA, partition_of(name))
+
     def failed(self, node: int, error: DfsError) -> None:
         """Note a node's failure and when to try it again."""
+        if self.client.learn(error):
+            return  # the map was too old: ask those of the new one at once
         self.failures[node] = error
         if not isinstance(error, _TRANSIENT):
             self.retry_at[node] = inf
@@ -176,9 +192,6 @@ class _Put(_Batch):
         self.todo = blobs  # those on fewer than W homes
         self.holders: dict[bytes, set[int]] = {h: set() for h in blobs}
         self.asked: dict[bytes, set[int]] = {h: set() for h in blobs}  # answer outstanding
-
-    def homes(self, name: bytes) -> tuple[int, ...]:
-        return self.client.get_map().homes(METADATA, partition_of(name))
 
     async def run(self) -> None:
         clock = self.client.clock
@@ -231,7 +244,7 @@ class _Put(_Batch):
             for name in names:
                 held = self.holders[name]
                 held.add(node)
-                if len(held.intersection(self.homes(name))) >= enough:
+                if all(len(held.intersection(row)) >= enough for row in self.sets(name)):
                     self.todo.pop(name, None)
 
         args = (tuple((name, len(blob)) for name, blob in zip(names, blobs, strict=True)),)
@@ -239,8 +252,11 @@ class _Put(_Batch):
 
     def hopeless(self, name: bytes) -> bool:
         """Whether too many homes refused for good."""
-        possible = [node for node in self.homes(name) if self.retry_at.get(node, 0) < inf]
-        return len(self.holders[name].union(possible)) < self.client.get_map().w
+        enough, held = self.client.get_map().w, self.holders[name]
+        return any(
+            sum(node in held or self.retry_at.get(node, 0) < inf for node in row) < enough
+            for row in self.sets(name)
+        )
 
     def verdict(self) -> DfsError:
         silent = set(self.failures)
@@ -290,9 +306,6 @@ class _Get(_Batch):
             times = [t for t in (*self.todo.values(), *self.retry_at.values()) if t > now]
             await self.wait(min(times, default=inf))
         return self.found
-
-    def homes(self, name: bytes) -> tuple[int, ...]:
-        return self.client.get_map().homes(METADATA, partition_of(name))
 
     def nodes(self, name: bytes) -> dict[int, None]:
         """Those that may be asked, in order."""

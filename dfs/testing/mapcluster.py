@@ -1,0 +1,247 @@
+"""Metadata nodes whose cluster map changes while they run, on simulated network and disks.
+
+Chunks have nodes of their own numbers in the map that never change and are never started, so that
+their side of a transition has nothing to do.
+"""
+
+from functools import cache
+from random import Random
+from typing import Any
+
+import trio
+
+from dfs.clock import Clock, SystemClock
+from dfs.cluster.map import ClusterMap, Node
+from dfs.env import Env
+from dfs.errors import DfsError, StaleEpoch
+from dfs.rpc.blobs import BlobClient
+from dfs.rpc.mapkeeper import MapKeeper
+from dfs.testing.disk import SimDisk
+from dfs.testing.network import SimEndpoint, SimNetwork
+from dfs.testing.homemodel import Violation
+from dfs.testing.processes import SimProcesses
+from dfs.volume import entries
+from metadata.checkpoint import inline_folder
+from metadata.service import MetadataNode
+
+CLUSTER_ID = b"maps that change"
+SALT = b"salt of volumes."
+
+
+def member(number: int) -> Node:
+    """The metadata node of that number."""
+    return Node(
+        number=number,
+        node_id=number.to_bytes(16, "big"),
+        name=f"node{number}",
+        zone=f"z{number}",
+        rack="r",
+        host=f"node{number}",
+        metadata_addr=f"tcp://node{number}:1",
+        chunk_addr="",
+    )
+
+
+def _chunks(number: int) -> Node:
+    address = f"tcp://chunks{number}:1"
+    return Node(number, b"chunks" + bytes([number]) * 10, f"chunks{number}", "z", "r",
+                f"chunks{number}", "", address)  # fmt: skip
+
+
+@cache
+def first_map(count: int) -> ClusterMap:
+    """The map of metadata nodes 1 to `count`."""
+    nodes = [member(n) for n in range(1, count + 1)]
+    return ClusterMap.create(CLUSTER_ID, [*nodes, *(_chunks(n) for n in (101, 102, 103))])
+
+
+class Machine:
+    """One metadata node: what it keeps over crashes, and its present run."""
+
+    node_class: type[MetadataNode] = MetadataNode
+    keeper_class: type[MapKeeper] = MapKeeper
+
+    def __init__(self, cluster: "MapCluster", number: int, initial: ClusterMap) -> None:
+        """Formatted with `initial`, not started."""
+        self.cluster = cluster
+        self.number = number
+        self.address = f"tcp://node{number}:1"
+        self.disk = SimDisk(Random(cluster.random.random()), sync_delay=0.002)  # noqa: S311
+        self.disk.write_atomic("map", initial.encode())
+        self.node: MetadataNode | None = None
+        self.keeper: MapKeeper | None = None
+        self.error: BaseException | None = None
+        self.endpoint: SimEndpoint | None = None
+        self._scope = trio.CancelScope()
+
+    @property
+    def up(self) -> bool:
+        """Whether it runs."""
+        return self.node is not None
+
+    async def start(self) -> None:
+        """Start on whatever the disk holds; returns when it listens, or has refused to."""
+        cluster = self.cluster
+        file = self.disk.open("map")
+        initial = ClusterMap.decode(file.pread(file.size(), 0))
+        file.close()
+        self.endpoint = endpoint = cluster.network.endpoint(f"node{self.number}")
+        random = Random(cluster.random.random())  # noqa: S311
+        env = Env(cluster.clock, self.disk, endpoint, SimProcesses(random), random)
+        self.keeper = keeper = self.keeper_class(
+            initial,
+            save=lambda data: self.disk.write_atomic("map", data),
+            rpc=endpoint,
+            clock=cluster.clock,
+            random=random,
+            own=self.address,
+        )
+        keeper.subscribe(lambda _old, new: cluster.observe_map(new, self.number))
+        cluster.observe_map(initial, self.number)
+        folder = inline_folder(BlobClient(endpoint, keeper, cluster.clock))
+        self.node = node = self.node_class(env, self.number, keeper, folder=folder)
+        self._scope = trio.CancelScope()
+        await cluster.nursery.start(self._run, node, keeper, self._scope)
+
+    async def _run(
+        self,
+        node: MetadataNode,
+        keeper: MapKeeper,
+        scope: trio.CancelScope,
+        *,
+        task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        started = False
+
+        def serving(_address: str) -> None:
+            nonlocal started
+            started = True
+            task_status.started()
+
+        class _Status:
+            started = staticmethod(serving)
+
+        self.error = None
+        with scope:
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(keeper.poll)
+                    nursery.start_soon(self._observe, node)
+                    await node.run(self.address, task_status=_Status())  # type: ignore[arg-type]
+            except* DfsError as group:
+                self.error = group
+        if not scope.cancelled_caught:
+            self.node = None
+            if self.endpoint is not None:
+                self.endpoint.close()
+        if not started:
+            task_status.started()
+
+    async def _observe(self, node: MetadataNode) -> None:
+        """Watch every journal of the node for entries that differ from what others chose."""
+        seen: dict[bytes, int] = {}
+        while True:
+            await trio.sleep(0.1)
+            journals = getattr(node, "journals", None)
+            if journals is None:
+                continue
+            for volume in journals.volumes():
+                journal = journals.get(volume)
+                if journal is None:
+                    continue
+                after = max(journal.base, seen.get(volume, 0))
+                for seq, payload in journal.entries(after, 1 << 30):
+                    self.cluster.observe_entry(volume, seq, payload)
+                    seen[volume] = seq
+
+    def crash(self) -> None:
+        """Lose power."""
+        self._scope.cancel()
+        if self.endpoint is not None:
+            self.endpoint.close()
+        self.disk.crash()
+        self.node = None
+
+
+class MapCluster:
+    """The machines by number, and what was observed: one chain of maps, one of each journal."""
+
+    machine_class: type[Machine] = Machine
+
+    def __init__(
+        self, seed: int, network: SimNetwork, nursery: trio.Nursery, *, nodes: int = 3
+    ) -> None:
+        """Nothing runs before `start`."""
+        self.random = Random(seed)  # noqa: S311
+        self.network = network
+        self.nursery = nursery
+        self.clock: Clock = SystemClock()
+        self.maps: dict[int, ClusterMap] = {}
+        self.entries: dict[bytes, dict[int, bytes]] = {}
+        initial = first_map(nodes)
+        self.machines = {n: self.machine_class(self, n, initial) for n in range(1, nodes + 1)}
+
+    async def start(self) -> None:
+        """Start all machines."""
+        for machine in self.machines.values():
+            await machine.start()
+
+    async def add_machine(self, number: int) -> Machine:
+        """Format and start a machine of the newest map, which must have it."""
+        machine = self.machines[number] = self.machine_class(self, number, self.newest)
+        await machine.start()
+        return machine
+
+    @property
+    def newest(self) -> ClusterMap:
+        """The newest map that any machine has had."""
+        return self.maps[max(self.maps)]
+
+    def observe_map(self, new: ClusterMap, number: int) -> None:
+        """A machine has this map now; raises `Violation` if another has one of that epoch."""
+        known = self.maps.setdefault(new.epoch, new)
+        if known != new:
+            raise Violation(f"node {number} has another map of epoch {new.epoch}")
+
+    def observe_entry(self, volume: bytes, seq: int, payload: bytes) -> None:
+        """An entry was chosen; raises `Violation` if another was."""
+        if self.entries.setdefault(volume, {}).setdefault(seq, payload) != payload:
+            raise Violation(f"two entries {seq} of volume {volume!r} were chosen")
+
+    def live(self) -> list[Machine]:
+        """Machines that run."""
+        return [m for m in self.machines.values() if m.up]
+
+    async def create(self, volume: bytes, client: SimEndpoint) -> None:
+        """Make a volume at all its homes."""
+        current = self.newest
+        params = {"salt": SALT, "name": "test"}
+        entry = entries.encode(entries.GENESIS, 1, params, 1, current.volume_homes(volume))
+        for home in current.volume_homes(volume):
+            address = current.address("metadata", home)
+            await client.call(
+                address, "jrnl.genesis", (volume, entry), timeout=60, epoch=current.epoch
+            )
+
+    async def propose(self, client: SimEndpoint, new: ClusterMap, *, within: float = 60.0) -> bool:
+        """Have a map chosen; False if another one was first."""
+        deadline = self.clock.monotonic() + within
+        while True:
+            machines = self.live()
+            machine = machines[self.random.randrange(len(machines))]
+            try:
+                await client.call(
+                    machine.address,
+                    "map.propose",
+                    (new.epoch - 1, new.encode(), "test"),
+                    timeout=5,
+                )
+            except StaleEpoch as e:
+                newest = ClusterMap.decode(e.details[0])
+                return newest.epoch > new.epoch or newest == new
+            except DfsError:
+                if self.clock.monotonic() > deadline:
+                    raise
+                await trio.sleep(0.2)
+            else:
+                return True

@@ -1,0 +1,383 @@
+"""Maps that change under load: metadata nodes are added, removed and replaced while volumes commit.
+
+Three nodes serve volumes and blobs to clients; an operator adds a node, removes one and replaces
+one, through `map.propose`, while messages are lost, links are cut and nodes lose power.  A second
+operator races the first.  Nodes that were removed are switched off and their disks thrown away at
+once.  Checked all along: one map per epoch, one entry per sequence number of each journal.  At the
+end, when all is healed: every transition has come to an end, all nodes have the newest map, every
+journal is at the homes that the map names, and all that was acknowledged is there.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from random import Random
+from typing import Any
+from unittest import mock
+
+import trio
+
+from dfs.clock import SystemClock
+from dfs.cluster.joint import Rules
+from dfs.cluster.map import METADATA, ClusterMap
+from dfs.errors import ConfigError, DfsError
+from dfs.hashing import partition_of
+from dfs.rpc.blobs import BlobClient
+from dfs.rpc.mapkeeper import MapKeeper
+from dfs.testing.homemodel import Violation
+from dfs.testing.mapcluster import MapCluster, member
+from dfs.testing.network import SimNetwork
+from dfs.testing.seeded import run_seeded
+from dfs.volume.effects import PUT
+from dfs.volume.items import DIR, Inode, inode_key
+from metadata.mapdriver import MapDriver
+from metadata.mapservice import MapService
+
+NAME = "maps"
+VOLUMES = tuple(bytes([i]) * 16 for i in range(1, 5))
+PATIENCE = 120.0  # virtual seconds that anything may take once all is well
+MUTANTS = {
+    "push_early": "reads move to the new homes before anything was pushed there",
+    "config_early": "old homes are left before the journals' configs are held by the new ones",
+    "any_follows": "an entry of the map journal counts whatever map it was made from",
+}
+
+
+class _PushEarly(Rules):
+    def fenced(self, m: ClusterMap) -> int:
+        return 0
+
+    def pushed(self, m: ClusterMap) -> int:
+        return 0
+
+    def witnesses(self, m: ClusterMap) -> int:
+        return 0
+
+
+class _ConfigEarly(Rules):
+    def journal_majority(self, m: ClusterMap) -> int:
+        return 0
+
+
+def _any_follows(_self: MapService, newest: ClusterMap, new: ClusterMap) -> bool:
+    return new.epoch > newest.epoch - 1
+
+
+@contextlib.contextmanager
+def _changed(mutant: str | None) -> Iterator[None]:
+    if mutant is None:
+        yield
+    elif mutant == "any_follows":
+        with (
+            mock.patch.object(MapService, "rule_follows", _any_follows),
+            mock.patch.object(MapKeeper, "rule_one_chain", return_value=True),
+        ):
+            yield
+    else:
+        rules = {"push_early": _PushEarly(), "config_early": _ConfigEarly()}[mutant]
+        with mock.patch.object(MapDriver, "rules", rules):
+            yield
+
+
+class Client:
+    """Commits numbered entries and puts blobs; remembers what was acknowledged."""
+
+    def __init__(self, run: "_Run", number: int) -> None:
+        """One session on one volume, opened when `run` begins."""
+        self.cluster = run.cluster
+        self.volume = VOLUMES[number % len(VOLUMES)]
+        self.number = number
+        self.random = Random(run.random.random())  # noqa: S311
+        self.endpoint = run.network.endpoint(f"client{number}")
+        self.keeper = MapKeeper(
+            run.cluster.newest, rpc=self.endpoint, clock=run.cluster.clock, random=self.random
+        )
+        self.blobs = BlobClient(self.endpoint, self.keeper, run.cluster.clock)
+        self.acked: list[tuple[int, bytes]] = []  # seq, key
+        self.stored: list[bytes] = []  # names of blobs
+        self.stop = False
+
+    async def ask(self, method: str, *args: Any) -> tuple[Any, ...]:
+        """Ask the homes of the volume by turns until one answers."""
+        turn = self.random.randrange(3)
+        hint: int | None = None
+        while True:
+            current = self.keeper()
+            homes = current.volume_homes(self.volume)
+            to = homes[turn % len(homes)] if hint is None else hint
+            hint = None
+            turn += 1
+            try:
+                answer, _ = await self.endpoint.call(
+                    current.address(METADATA, to),
+                    method,
+                    (self.volume, *args),
+                    timeout=2,
+                    epoch=current.epoch,
+                )
+            except (DfsError, ConfigError) as e:
+                self.keeper.learn(e)
+                if type(e).__name__ == "NotHome" and e.details and self.random.random() < 0.7:
+                    hint = e.details[0]
+                if turn % 3 == 0:
+                    machines = self.cluster.live()
+                    with contextlib.suppress(DfsError):
+                        await self.keeper.fetch(machines[turn % len(machines)].address, timeout=1)
+                await trio.sleep(self.random.uniform(0.02, 0.2))
+            else:
+                return answer  # type: ignore[no-any-return]
+
+    async def run(self) -> None:
+        """Commit until told to stop."""
+        nonce = b"client%010d" % self.number
+        sid, seq, *_ = await self.ask("vol.open", "rw", nonce.ljust(16, b"\0")[:16], "test")
+        no = 0
+        while not self.stop:
+            no += 1
+            key = inode_key(1000 * self.number + no)
+            txn = ((), (), ((PUT, key, Inode(DIR, 0).encode()),))
+            answer = await self.ask("vol.commit", sid, no, seq, seq, (txn,), 0)
+            _, seq, verdicts, *_ = answer
+            if verdicts != (True,):
+                raise Violation(f"a commit without reads came to {verdicts}")
+            self.acked.append((seq, key))
+            if no % 3 == 0:
+                blob = b"blob %d of %d" % (no, self.number) * 50
+                with contextlib.suppress(DfsError):
+                    self.stored += await self.blobs.put_many([blob], timeout=5)
+            await trio.sleep(self.random.uniform(0.0, 0.3))
+
+
+class _Run:
+    """One schedule."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = Random(seed)  # noqa: S311
+        self.clients: list[Client] = []
+        self.changes = 0
+        self.faults = True
+
+    async def main(self) -> None:
+        self.network = SimNetwork(
+            Random(self.random.random()),  # noqa: S311
+            SystemClock(),
+            drop=self.random.choice([0.0, 0.01, 0.03]),
+            duplicate=0.01,
+            reorder=0.02,
+        )
+        async with self.network as network, trio.open_nursery() as nursery:
+            self.cluster = cluster = MapCluster(self.random.randrange(1 << 30), network, nursery)
+            await cluster.start()
+            self.operator = network.endpoint("operator")
+            drop, network.drop = network.drop, 0.0
+            for volume in VOLUMES:
+                await cluster.create(volume, self.operator)
+            network.drop = drop
+            self.clients = [Client(self, n) for n in range(4)]
+            async with trio.open_nursery() as load:
+                for client in self.clients:
+                    load.start_soon(client.run)
+                load.start_soon(self.trouble)
+                await trio.sleep(1)
+                await self.operate()
+                self.faults = False
+                await self.heal()
+                await self.settled()
+                for client in self.clients:
+                    client.stop = True
+            await self.check()
+            nursery.cancel_scope.cancel()
+
+    # ---------------------------------------------------------------------------------- operator
+
+    async def operate(self) -> None:
+        """Three changes in some order, each once the one before is done."""
+        kinds = ["add", "remove", "replace"]
+        self.random.shuffle(kinds)
+        if kinds[0] == "remove":
+            kinds.reverse()  # three copies need three nodes
+        for number, kind in enumerate(kinds, 4):
+            await self.stable()
+            await self.change(kind, number)
+            self.changes += 1
+        await self.stable()
+
+    async def change(self, kind: str, number: int) -> None:
+        cluster = self.cluster
+        while True:
+            old = cluster.newest
+            numbers = [n.number for n in old.nodes if n.metadata_addr]
+            going = () if kind == "add" else (self.random.choice(numbers),)
+            if kind == "remove" and len(numbers) == 3:
+                return
+            nodes = [n for n in old.nodes if n.number not in going]
+            if kind != "remove":
+                nodes.append(member(number))
+            new = old.begin(nodes, leaving=going)
+            rival = old.begin([replace(n, rack="q") if n.number == 1 else n for n in old.nodes])
+            if self.random.random() < 0.5:
+                async with trio.open_nursery() as both:
+                    both.start_soon(cluster.propose, self.operator, rival)
+                    both.start_soon(cluster.propose, self.operator, new)
+            else:
+                await cluster.propose(self.operator, new)
+            await trio.sleep(0.5)
+            if cluster.maps.get(new.epoch) == new:
+                break
+            await self.stable()
+        if kind != "remove":
+            await cluster.add_machine(number)
+
+    async def stable(self) -> None:
+        """Wait until no transition is under way, throwing away what was removed."""
+        deadline = self.cluster.clock.monotonic() + PATIENCE * 2
+        while True:
+            self.bury()
+            if self.cluster.newest.transition is None:
+                return
+            if self.cluster.clock.monotonic() > deadline:
+                raise Violation(f"a transition does not end: {self.why()}")
+            await trio.sleep(0.5)
+
+    def bury(self) -> None:
+        """Switch removed machines off and throw their disks away."""
+        members = {n.number for n in self.cluster.newest.nodes}
+        for number in sorted(self.cluster.machines.keys() - members):
+            machine = self.cluster.machines.pop(number)
+            if machine.up:
+                machine.crash()
+
+    def why(self) -> str:
+        found = []
+        for machine in self.cluster.live():
+            life = machine.node and machine.node.life
+            if life and life.driver.waiting:
+                found.append(f"node {machine.number}: {'; '.join(life.driver.waiting)}")
+            if life and life.moves.waiting:
+                found.append(f"node {machine.number} moves: {life.moves.waiting}")
+            if life and life.rebalance.errors:
+                found.append(f"node {machine.number} pushes: {life.rebalance.errors}")
+        return " | ".join(found)
+
+    # ------------------------------------------------------------------------------------ faults
+
+    async def trouble(self) -> None:
+        """One node at a time loses power or its links."""
+        while self.faults:
+            await trio.sleep(self.random.uniform(0.5, 4))
+            machines = self.cluster.live()
+            if not self.faults or len(machines) < len(self.cluster.machines):
+                continue
+            machine = machines[self.random.randrange(len(machines))]
+            if self.random.random() < 0.6:
+                machine.crash()
+                await trio.sleep(self.random.uniform(0.1, 4))
+                if machine.number in self.cluster.machines and not machine.up:
+                    await machine.start()
+            else:
+                mine = f"node{machine.number}"
+                others = [f"node{m.number}" for m in machines if m is not machine]
+                self.network.partition([[mine], others])
+                await trio.sleep(self.random.uniform(0.5, 5))
+                self.network.heal()
+
+    async def heal(self) -> None:
+        self.network.heal()
+        self.network.drop = self.network.duplicate = self.network.reorder = 0.0
+        self.bury()
+        for machine in list(self.cluster.machines.values()):
+            if not machine.up:
+                await machine.start()
+
+    # ------------------------------------------------------------------------------------ checks
+
+    async def settled(self) -> None:
+        """Wait until all is where the map says."""
+        deadline = self.cluster.clock.monotonic() + PATIENCE
+        while True:
+            self.bury()
+            wrong = self.unsettled()
+            if not wrong:
+                return
+            if self.cluster.clock.monotonic() > deadline:
+                raise Violation(f"after {PATIENCE:g} s of peace {wrong}; {self.why()}")
+            await trio.sleep(1)
+
+    def unsettled(self) -> str:
+        newest = self.cluster.newest
+        if newest.transition is not None:
+            return "a transition is under way"
+        for machine in self.cluster.machines.values():
+            if machine.node is None or machine.keeper is None:
+                return f"node {machine.number} is down: {machine.error!r}"
+            if machine.keeper() != newest:
+                return f"node {machine.number} has an old map"
+            if machine.keeper.forked:
+                return machine.keeper.alarm
+        for volume in VOLUMES:
+            homes = newest.volume_homes(volume)
+            for home in homes:
+                node = self.cluster.machines[home].node
+                journal = node.journals.get(volume) if node is not None else None
+                if journal is None:
+                    return f"home {home} of {homes} has no journal of volume {volume[:1]!r}"
+                if set(journal.members) != set(homes):
+                    return f"volume {volume[:1]!r} is at {journal.members}, not at {homes}"
+        return ""
+
+    async def check(self) -> None:
+        """All that was acknowledged is there."""
+        for client in self.clients:
+            chosen = self.cluster.entries.get(client.volume, {})
+            for seq, key in client.acked:
+                if key not in chosen.get(seq, b""):
+                    raise Violation(f"commit {seq} of {client.volume!r} was acknowledged and lost")
+            reader = BlobClient(client.endpoint, client.keeper, self.cluster.clock)
+            client.keeper.offer(self.cluster.newest)
+            try:
+                await reader.get_many(client.stored, timeout=20)
+            except DfsError as e:
+                raise Violation(f"blobs that were acknowledged are lost: {e}") from e
+            self.check_copies(client.stored)
+        for machine in self.cluster.machines.values():
+            for volume in VOLUMES:
+                journal = machine.node.journals.get(volume) if machine.node else None
+                if journal is not None and journal.chosen > max(self.cluster.entries[volume]):
+                    raise Violation("an entry that nobody observed")
+
+    def check_copies(self, names: list[bytes]) -> None:
+        """Each blob is on W homes, so that any R of them find it."""
+        newest = self.cluster.newest
+        for name in names:
+            homes = newest.homes(METADATA, partition_of(name))
+            nodes = [self.cluster.machines[home].node for home in homes]
+            held = sum(node is not None and node.blobs.get(name) is not None for node in nodes)
+            if held < newest.w:
+                raise Violation(f"a blob is on {held} of its homes {homes}")
+
+
+def _first(error: BaseException) -> BaseException | None:
+    if isinstance(error, Violation | DfsError):
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        return next((v for e in error.exceptions if (v := _first(e)) is not None), None)
+    return None
+
+
+def play(seed: int, *, mutant: str | None = None) -> tuple[_Run, list[str]]:
+    """Run one schedule; what it did and what was violated."""
+    made = _Run(seed)
+    with _changed(mutant):
+        try:
+            run_seeded(made.main, seed=seed)
+        except BaseException as e:
+            found = _first(e)
+            if found is None:
+                raise
+            return made, [f"{NAME} seed {seed}: {type(found).__name__}: {found}"]
+    return made, []
+
+
+def run(seed: int, *, mutant: str | None = None) -> list[str]:
+    """Violations of one schedule; empty is good."""
+    return play(seed, mutant=mutant)[1]
