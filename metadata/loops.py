@@ -10,6 +10,7 @@ from dfs.clock import Clock
 from dfs.workers import Listed, Observed
 from metadata.homes import Homes
 from metadata.journals import JournalHost
+from metadata.nodelife import NodeLife
 from metadata.store.engine import Store
 
 
@@ -49,4 +50,29 @@ def loops(clock: Clock, store: Store, journals: JournalHost, homes: Homes) -> tu
         Observed("store-merge", clock, merge),
         Observed("journal-log", clock, tidy),
         Observed("checkpoint", clock, checkpoint),
+    )
+
+
+def life_loops(clock: Clock, life: NodeLife) -> tuple[Listed, ...]:
+    """The loops that follow the cluster map."""
+
+    def rebalance() -> dict[str, Any]:
+        s = life.rebalance.statistics()
+        return {
+            "progress": f"{s['left']} partitions to push, {s['sent']} bytes sent",
+            "bytes": s["sent"],
+            "last_error": "; ".join(map(str, s["failing"])),
+        }
+
+    def moves() -> dict[str, Any]:
+        s = life.moves.statistics()
+        return {"items": s["moved"], "progress": f"{s['moving']} moving, {s['waiting']} waiting"}
+
+    def driver() -> dict[str, Any]:
+        return {"progress": "; ".join(life.driver.waiting)}
+
+    return (
+        Observed("rebalance", clock, rebalance),
+        Observed("journal-moves", clock, moves),
+        Observed("map-driver", clock, driver),
     )

@@ -13,7 +13,11 @@ import click
 COMMANDS = {
     # name: (module, attribute, one line for --help)
     "cluster": ("dfs.cli.cluster_cmd", "cluster", "Make, start, stop and look at a cluster."),
-    "node": ("dfs.cli.node_cmd", "node", "Prepare the data directories of one node."),
+    "node": (
+        "dfs.cli.node_cmd",
+        "node",
+        "Prepare a node's directories; list its background loops.",
+    ),
     "volume": ("dfs.cli.volume_cmd", "volume", "Create, list and delete volumes."),
     "put": ("dfs.cli.transfer_cmd", "put", "Copy local files into a volume."),
     "get": ("dfs.cli.transfer_cmd", "get", "Copy files out of a volume."),

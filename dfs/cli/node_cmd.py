@@ -1,9 +1,10 @@
-"""`dfs node`: prepare one node on the machine it will run on."""
+"""`dfs node`: prepare a node on its machine; list and steer what it does in the background."""
 
 from pathlib import Path
 
 import click
 
+from dfs.cli.context import cluster_file, cluster_option, json_option
 from dfs.datadir import PROGRAMS
 from dfs.errors import ConfigError
 
@@ -12,7 +13,7 @@ ROLE_OF = {program: role for role, program in PROGRAMS.items()}
 
 @click.group()
 def node() -> None:
-    """Prepare the data directories of one node."""
+    """Prepare the data directories of a node, list and steer its background loops."""
 
 
 @node.command("format")
@@ -81,3 +82,36 @@ def format_(cluster_map: Path, name: str, data: Path, role: str | None, new: boo
         click.echo(f"made {path}")
     if not made:
         click.echo(f"{data} is ready for {name} already")
+
+
+@node.command()
+@click.argument("name", metavar="[NODE]", required=False)
+@click.option("--run", "action", metavar="WORKER", help="Begin a round of this loop of NODE now.")
+@click.option("--pause", metavar="WORKER", help="Stop it between two steps, until it is resumed.")
+@click.option("--resume", metavar="WORKER", help="Let it go on.")
+@cluster_option
+@json_option
+@click.pass_context
+def workers(
+    ctx: click.Context,
+    name: str | None,
+    action: str | None,
+    pause: str | None,
+    resume: str | None,
+    cluster_path: str | None,
+    as_json: bool,
+) -> None:
+    """List the background loops of NODE, or of every node: state, progress, rate, last error.
+
+    A paused loop stays paused until it is resumed, run, or its daemon restarts. Exit status 1 if a
+    daemon does not answer.
+    """
+    from dfs.cli import workers as listing
+
+    file = cluster_file(cluster_path)
+    wanted = [(w, a) for w, a in ((action, "run"), (pause, "pause"), (resume, "resume")) if w]
+    if not wanted:
+        ctx.exit(0 if listing.show(file, name, as_json=as_json) else 1)
+    if name is None or len(wanted) > 1:
+        raise click.UsageError("say which NODE, and one of --run, --pause and --resume")
+    listing.steer(file, name, *wanted[0])

@@ -205,7 +205,7 @@ def _print_nodes(nodes: list[dict[str, Any]]) -> None:
                 f"{free} {_red('FULL')}" if full else free,
             ]
         )
-    _print_table(rows)
+    print_table(rows)
 
 
 def _print_metrics(nodes: list[dict[str, Any]]) -> None:
@@ -245,10 +245,10 @@ def _print_volumes(report: dict[str, Any]) -> None:
                 names.get(v.get("owner"), "-"),
             ]
         )
-    _print_table(rows)
+    print_table(rows)
 
 
-def _print_table(rows: list[list[str]]) -> None:
+def print_table(rows: list[list[str]]) -> None:
     """Columns as wide as they must be: a terminal wraps what does not fit, nothing is cut off."""
     widths = [max(len(click.unstyle(row[i])) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
