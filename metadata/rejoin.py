@@ -11,13 +11,14 @@ waiting itself.  When other homes were restored too, nothing can be told apart, 
 `metadata.repair` does the pulling.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+from dfs.cluster.map import METADATA, ClusterMap
 from dfs.errors import Corrupt
 from dfs.hashing import PARTITIONS
 from metadata.merkle import Op, Table
 
-ROW = b"npullfirst"  # bit map of the waiting partitions after a format byte
+ROW = b"npullfirst"  # format:u8, epoch of the last map that was followed:u32, bit map of partitions
 _FORMAT = 1
 KEEP = 23 * 3600_000_000  # us: grace of tombstones less an hour of clock skew
 
@@ -27,10 +28,32 @@ class PullFirst:
 
     def __init__(self, view: Table) -> None:
         """Read the mark from the store."""
-        raw = view.get(ROW) or bytes([_FORMAT])
+        raw = view.get(ROW) or bytes((_FORMAT, 0, 0, 0, 0))
         if raw[0] != _FORMAT:
             raise Corrupt(f"the list of waiting partitions has format {raw[0]}: upgrade dfs")
-        self._bits = int.from_bytes(raw[1:], "little")
+        self._epoch = int.from_bytes(raw[1:5], "big")
+        self._bits = int.from_bytes(raw[5:], "little")
+
+    def follow(
+        self, old: ClusterMap | None, new: ClusterMap, me: int, holds: Callable[[int], bool]
+    ) -> list[Op]:
+        """Let partitions wait of which `me` becomes a home, or may have been none for a while.
+
+        `holds(partition)` says whether there are registers from before.  Whoever holds none has
+        nothing that could be too old, and becomes a home as any new one does.
+        """
+        known = self._epoch
+        if new.epoch <= known:
+            return []
+        next_one = old is not None and old.epoch == known == new.epoch - 1
+        self._epoch = new.epoch
+        for partition in range(PARTITIONS):
+            if new.last_change(METADATA, partition) <= known:
+                continue
+            was = old is not None and next_one and _is_home(old, me, partition)
+            if not was and _is_home(new, me, partition) and holds(partition):
+                self._bits |= 1 << partition
+        return self._ops()
 
     def waiting(self, partition: int) -> bool:
         """Whether the partition was not compared with its other homes yet."""
@@ -54,4 +77,9 @@ class PullFirst:
 
     def _ops(self) -> list[Op]:
         size = (self._bits.bit_length() + 7) // 8
-        return [(ROW, bytes([_FORMAT]) + self._bits.to_bytes(size, "little"))]
+        head = bytes([_FORMAT]) + self._epoch.to_bytes(4, "big")
+        return [(ROW, head + self._bits.to_bytes(size, "little"))]
+
+
+def _is_home(cluster: ClusterMap, node: int, partition: int) -> bool:
+    return any(node in row for row in cluster.write_sets(METADATA, partition))

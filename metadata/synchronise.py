@@ -29,12 +29,12 @@ Resting = Callable[[int, int], Awaitable[None]]  # bytes moved, bytes to go
 
 
 class Writer(Protocol):
-    """The node's one way to change registers; `metadata.kv`."""
+    """The node's one way to change registers; `metadata.replica.Replica`."""
 
-    async def submit(self, requests: Sequence[Request]) -> Sequence[Any]:
-        """Carry out requests of `metadata.registers` with the node's own map, durably.
+    async def write(self, requests: Sequence[Request]) -> list[Any]:
+        """Carry out requests of `metadata.registers` by the node's own map; durable on return.
 
-        The replies, in order; a refused request's is its `DfsError`.
+        Raises the first `DfsError` among the replies.
         """
         ...
 
@@ -90,6 +90,7 @@ class Synchroniser:
         self.store = store
         self.alive = alive
         self.writer: Writer
+        self._marks: list[Op] = []
         self.digests = Digests(store)
         self.blobs = Blobs(store, self.digests)
         self.pull_first = PullFirst(store)
@@ -109,6 +110,29 @@ class Synchroniser:
     def load(self) -> None:
         """Sum up the digests; before anything is written."""
         self.digests.load()
+
+    async def start(self) -> None:
+        """Judge the partitions by the node's map, and follow newer ones; `writer` must run."""
+        self.map_changed(None, self.get_map())
+        if isinstance(self.get_map, MapKeeper):
+            self.get_map.subscribe(self.map_changed)
+        await self.settle_marks()
+
+    def map_changed(self, old: ClusterMap | None, new: ClusterMap) -> None:
+        """Note which partitions this node must pull first; for `MapKeeper.subscribe`.
+
+        It takes effect at once.  If the node stops before `settle_marks`, it finds out again.
+        """
+        self._marks = self.pull_first.follow(old, new, self.me, self._holds)
+
+    async def settle_marks(self) -> None:
+        """Make what `map_changed` found durable."""
+        if self._marks:
+            ops, self._marks = self._marks, []
+            await self.writer.write([(RAW, ops)])
+
+    def _holds(self, partition: int) -> bool:
+        return bool(self.digests.total(REGISTERS, partition))
 
     def now(self) -> int:
         """Wall time in microseconds."""
@@ -155,10 +179,10 @@ class Synchroniser:
         if isinstance(effect, Purge):
             kind = DISCARD if effect.ghosts else PURGE
             there = [self.store.get(row) is not None for row, _ in effect.items]
-            replies = await self._submit([(kind, row, wanted) for row, wanted in effect.items])
+            replies = await self.writer.write([(kind, row, wanted) for row, wanted in effect.items])
             return [not was or bool(reply) for was, reply in zip(there, replies, strict=True)]
         if isinstance(effect, Write):
-            await self._submit([(RAW, tuple(effect.ops))])
+            await self.writer.write([(RAW, tuple(effect.ops))])
             return None
         if isinstance(effect, Correct):
             return await self._correct(effect)
@@ -173,7 +197,7 @@ class Synchroniser:
             return 0
         if effect.table == BLOBS:
             return await self.blobs.merge(effect.items)
-        await self._submit([(MERGE, row, register) for row, register in effect.items])
+        await self.writer.write([(MERGE, row, register) for row, register in effect.items])
         return len(effect.items)
 
     async def _correct(self, effect: Correct) -> None:
@@ -184,16 +208,9 @@ class Synchroniser:
             return self.digests.correct(*where, effect.errors)
 
         if effect.table == REGISTERS:
-            await self._submit([(RAW, make)])
+            await self.writer.write([(RAW, make)])
         else:
             await self.blobs.change_digests(make)
-
-    async def _submit(self, requests: Sequence[Request]) -> Sequence[Any]:
-        replies = await self.writer.submit(requests)
-        for reply in replies:
-            if isinstance(reply, DfsError):
-                raise reply
-        return replies
 
     async def push(self, partition: int, to: int) -> int:
         """Give a new home all of a partition; returns the rows it lacked.

@@ -286,6 +286,7 @@ class StorageRepair(SyncWorker):
     async def run_once(self) -> int:
         """Repair, rebuild, pull; returns the partitions that became whole."""
         sync = self.sync
+        await sync.settle_marks()
         losses = sync.store.lost()
         if losses:
             steps = repair_lost(

@@ -51,6 +51,27 @@ answers; one that does not own the ballot forwards to the owner.
     vol.sync(volume)                     -> (seq, owner)            # confirmed
     vol.close(volume, sid)               -> ()
 
+Metadata node: synchronisation (metadata/SYNC.md), between metadata nodes; the header carries the epoch.
+table: 0 registers, 1 blobs.  For registers both must be homes of the partitions by the map here
+(`NotHome`, `StaleEpoch`); a digest is 32 bytes.
+    sync.totals(from_node, table, packed, partitions or None) -> ((partition, ...),)   # those that differ
+        packed: partition u16 + total, for every total that is not zero; None = all that both share
+    sync.buckets(from_node, table, (partition, ...)) -> ((packed, ...), (waiting, ...))
+        packed: bucket u8 + sum, for every sum that is not zero; waiting: it is being pulled there
+    sync.keys(from_node, table, ((partition, bucket_mask), ...), after, until, forced)
+                                         -> (((row, value_digest or b""), ...), cursor)
+        in (after, until], ascending; b"" = too fresh to compare; cursor b"" = complete
+    sync.items(from_node, table, (row, ...)) -> (((row, value), ...), answered)
+        answered: how many of the rows this is the answer for; absent ones have no item
+    sync.push(from_node, table, ((row, value), ...), sent) -> (taken,)     # durable; no items: a barrier
+        sent: wall time (us); refused when it is over 3 h ago
+    hints.deliver(from_node, ((row, register, written), ...)) -> (taken, refused)   # refused: too old
+    hints.list()                         -> ((map of str -> value, ...),)  # see `metadata.hints.Hints.status`
+    hints.drop(target)                   -> (dropped,)               # anti-entropy does it instead
+    tomb.prepare(from_node, partition, ((row, register), ...)) -> ((value_digest or b"", ...),)
+    tomb.purge(from_node, partition, ((row, value_digest), ...)) -> ((gone, ...),)
+        both only in the one stable epoch that both nodes have (`StaleEpoch`), from the first home
+
 Chunkserver (design.md section 8).  An encoded chunk is `dfs.chunks.format`: header + stored blocks.
     chunk.put(chunk_id, durable, stamp, copy=False)  data=encoded chunk -> (stored_new, boot)
         verified completely before it is acknowledged; durable=True means fdatasync first.
