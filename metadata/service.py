@@ -19,15 +19,15 @@ from dfs.limits import DiskWatch, Level, Limits
 from dfs.metrics import Page, measure_limit
 from dfs.rpc.blobs import BlobClient
 from dfs.rpc.mapkeeper import MapKeeper
-from dfs.workers import handlers as worker_handlers
 from dfs.workers import Listed, lines
+from dfs.workers import handlers as worker_handlers
 from metadata.blobs import Blobs
 from metadata.boot import Boot
 from metadata.checkpoint import process_folder
 from metadata.homes import Folder, Homes
 from metadata.journals import JournalHost
 from metadata.kv import KV
-from metadata.loops import loops
+from metadata.loops import life_loops, loops
 from metadata.metrics import measure
 from metadata.nodelife import NodeLife
 from metadata.rebalance import BlobPush
@@ -142,6 +142,7 @@ class MetadataNode:
         self.life = life = self.life_class(
             env, number, keeper, store, self.journals, self.homes, push
         )
+        self.workers += life_loops(env.clock, life)
         boot.begin()
         handlers |= life.handlers()
         real = life.guarded(handlers) | boot.handlers()
@@ -166,6 +167,7 @@ class MetadataNode:
             store=self.store.statistics(),
             journals=self.journals.statistics(),
             homes=self.homes.statistics(),
+            kv=self.kv.statistics(),
         )
         page.workers(self.workers)
         measure_limit(page, self._room.level().label)

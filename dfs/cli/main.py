@@ -16,7 +16,7 @@ COMMANDS = {
     "node": (
         "dfs.cli.node_cmd",
         "node",
-        "Prepare a node's directories; list its background loops.",
+        "Prepare a node; list and steer its background loops.",
     ),
     "volume": ("dfs.cli.volume_cmd", "volume", "Create, list and delete volumes."),
     "put": ("dfs.cli.transfer_cmd", "put", "Copy local files into a volume."),

@@ -60,8 +60,6 @@ class Server:
         self.clock = clock
         self.counts = counts
         self.methods = methods
-        for method in handlers:
-            methods.setdefault(method, [0, 0, 0.0])
 
     async def run(self, listener: socket.socket) -> None:
         """Accept and serve until cancelled."""
@@ -194,7 +192,10 @@ class _Session:
                 )
                 self._refuse(wanted, stream, priority, method, error)
                 continue
-            methods[method][0] += 1
+            served = methods.get(method)
+            if served is None:  # handlers may be added while serving
+                served = methods[method] = [0, 0, 0.0]
+            served[0] += 1
             deadline = now + milliseconds / 1000 if milliseconds else float("inf")
             context = Context(self._peer, epoch, deadline, priority)
             try:
