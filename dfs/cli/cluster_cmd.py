@@ -199,15 +199,23 @@ def plan(
 @cluster_option
 @click.option("--epoch", required=True, type=int, help="The epoch that `dfs cluster plan` showed.")
 @click.option("--wait", default=0.0, metavar="SECONDS", help="Wait until the change is complete.")
-def apply(cluster_path: str | None, epoch: int, wait: float) -> None:
+@click.option(
+    "--start-timeout", default=30.0, show_default=True, help="Seconds to wait for new nodes."
+)
+def apply(cluster_path: str | None, epoch: int, wait: float, start_timeout: float) -> None:
     """Do what is staged, if the cluster is still the one that was planned for.
 
-    Data moves in the background while reads and writes go on; `dfs cluster status` shows how far
-    it is and what it waits for.
+    New nodes join first, without data; those of this machine are started. When they answer, the
+    change begins: data moves in the background while reads and writes go on. `dfs cluster status`
+    shows how far it is and what it waits for.
     """
     from dfs.cli.members import apply as apply_staged
 
-    run_async(partial(apply_staged, cluster_file(cluster_path), epoch, wait=wait))
+    run_async(
+        partial(
+            apply_staged, cluster_file(cluster_path), epoch, wait=wait, start_timeout=start_timeout
+        )
+    )
 
 
 @cluster.command("wait")

@@ -13,7 +13,8 @@ import trio
 from dfs.cli.client import connected
 from dfs.cli.context import count, echo_json, human_size, patience
 from dfs.cli.local import ClusterDir, format_node
-from dfs.cli.network import PING_TIMEOUT, statuses
+from dfs.cli.network import PING_TIMEOUT, statuses, wait_for_ping
+from dfs.cli.updown import LOCK_PATIENCE, start
 from dfs.client.connect import Cluster
 from dfs.client.membership import Membership
 from dfs.cluster.address import is_local
@@ -231,33 +232,69 @@ def _as_json(found: Plan, edits: Sequence[Edit]) -> dict[str, Any]:
     }
 
 
-async def apply(file: Path, epoch: int, *, wait: float) -> None:
-    """Apply the staged edits as `epoch`; make the directories of new local nodes."""
+async def apply(file: Path, epoch: int, *, wait: float, start_timeout: float) -> None:
+    """Apply the staged edits, beginning with `epoch`; start new local nodes."""
     directory = ClusterDir.of_file(file)
     async with membership(file) as (cluster, members):
-        old = await members.newest()
-        local = directory.local_nodes(old) if directory.has_map() else []
-        new = await members.apply(epoch)
-        click.echo(f"epoch {new.epoch} is agreed")
-        made = [node for node in new.nodes if node.number not in {n.number for n in old.nodes}]
-        here = [n for n in made if local and is_local(n.metadata_addr or n.chunk_addr)]
-        for node in here:
-            format_node(directory.path / node.name, new, node)
+        names = await members.join(epoch)
+        if names:
+            newest = cluster.get_map()
+            click.echo(f"epoch {newest.epoch}: {', '.join(names)} joined, without data yet")
+            await _start(directory, newest, [n for n in newest.nodes if n.name in names])
+            epoch = newest.epoch + 1
+            await _wait_for_nodes(cluster, names, epoch, start_timeout)
+        new = await members.begin(epoch)
         if directory.has_map():
             directory.adopt(new)
-        if here:
-            names = " ".join(node.name for node in here)
-            click.echo(f"start {count(len(here), 'new node')}: dfs cluster up {names}")
-        for node in made:
-            if node not in here:
-                click.echo(
-                    f"on the machine of {node.name}: dfs node format --new --cluster-map MAP "
-                    f"--name {node.name} --data DIR   (MAP from: dfs cluster map --output MAP)"
-                )
-        if wait and new.transition is not None:
+        click.echo(f"epoch {new.epoch}: the change has begun")
+        if new.transition is None:
+            return
+        if wait:
             await _wait(cluster, members, wait)
-        elif new.transition is not None:
-            click.echo("progress: dfs cluster status")
+        else:
+            click.echo("it goes on by itself; progress: dfs cluster status")
+
+
+async def _start(directory: ClusterDir, newest: ClusterMap, nodes: Sequence[Node]) -> None:
+    """Make directories of and start the nodes that belong on this machine, tell of the others."""
+    here: list[Node] = []
+    if directory.has_map() and directory.local_nodes(newest):
+        here = [node for node in nodes if is_local(node.metadata_addr or node.chunk_addr)]
+        directory.adopt(newest)
+    for node in here:
+        format_node(directory.path / node.name, newest, node)
+    if here:
+        with directory.locked(LOCK_PATIENCE):
+            await start(directory.path, tuple(node.name for node in here), LOCK_PATIENCE)
+    for node in nodes:
+        if node not in here:
+            click.echo(
+                f"start {node.name} now, on its machine: dfs node format --new --cluster-map MAP "
+                f"--name {node.name} --data DIR   (MAP: dfs cluster map --output MAP)"
+            )
+
+
+async def _wait_for_nodes(
+    cluster: Cluster, names: Sequence[str], epoch: int, seconds: float
+) -> None:
+    """Return when all of them answer; raises `DfsError` that says how to go on."""
+    nodes = [node for node in cluster.get_map().nodes if node.name in names]
+    end = trio.current_time() + seconds
+    silent = ""
+    for node in nodes:
+        for role in ROLES:
+            if not node.address(role):
+                continue
+            left = max(0.1, end - trio.current_time())
+            try:
+                await wait_for_ping(cluster.rpc, node, role, timeout=left)
+            except DfsError as e:
+                silent = f"{node.name} does not answer: {e}"
+    if silent:
+        raise DfsError(
+            f"{silent}. Nothing moved yet; once the new nodes run: "
+            f"dfs cluster apply --epoch {epoch}"
+        )
 
 
 async def wait_for_change(file: Path, seconds: float) -> None:
