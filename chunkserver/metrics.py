@@ -15,6 +15,11 @@ STORE = (
     Row("syncs", COUNTER, "chunks_syncs", "Syncs of the segments"),
     Row("segments", GAUGE, "chunks_segments", "Segment files"),
 )
+GOSSIP = (
+    Row("sent", COUNTER, "gossip_sent", "Gossip messages sent"),
+    Row("received", COUNTER, "gossip_received", "Gossip messages received"),
+    Row("malformed", COUNTER, "gossip_malformed", "Gossip messages that made no sense"),
+)
 
 
 def measure(page: Page, node: "ChunkNode") -> None:
@@ -40,6 +45,8 @@ def measure(page: Page, node: "ChunkNode") -> None:
     text = "Partitions that this node is a home of"
     page.gauge("partitions", text, sum(node.peers.mine()) - incomplete, state="complete")
     page.gauge("partitions", text, incomplete, state="incomplete")
+    if node.presence is not None:
+        page.table(GOSSIP, node.presence.gossip.statistics())
     page.table(STORE, store.statistics())
     page.workers(node.workers)
     measure_limit(page, store.room.level().label)

@@ -16,6 +16,7 @@ import trio
 
 from chunkserver.catchup import CatchUp
 from chunkserver.handover import HandOver
+from chunkserver.membership import Presence
 from chunkserver.metrics import measure
 from chunkserver.peers import Peers
 from chunkserver.repair import Repair
@@ -28,6 +29,7 @@ from dfs.errors import Corrupt, DfsError, InvalidArgument, NotFound, StoreFailed
 from dfs.hashing import DIGEST_SIZE, PARTITIONS, partition_of
 from dfs.limits import Level
 from dfs.metrics import Page
+from dfs.rpc.gossip import next_boot
 from dfs.rpc.mapkeeper import MapKeeper, stale
 from dfs.workers import Worker, lines
 from dfs.workers import handlers as worker_handlers
@@ -45,6 +47,7 @@ class ChunkNode:
     """One chunkserver.  `store` and `workers` are there once `run` has recovered the disk."""
 
     store_class: type[Segments] = Segments
+    presence_class: type[Presence] | None = Presence  # None: no gossip
 
     def __init__(
         self,
@@ -71,6 +74,7 @@ class ChunkNode:
         self.hand_over: HandOver
         self.workers: tuple[Worker, ...] = ()
         self.metrics_address = ""
+        self.presence: Presence | None = None
 
     async def run(
         self, address: str, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED
@@ -100,11 +104,19 @@ class ChunkNode:
             self.repair.add(chunk_id, reason)
         for chunk_id in sorted(store.quarantine.ids):
             self.repair.add(chunk_id, "quarantined earlier")
+        keeper = self._get_map
+        if isinstance(keeper, MapKeeper) and self.presence_class is not None:
+            number = await env.disk.run(next_boot, env.disk)
+            self.presence = self.presence_class(
+                env, self._number, keeper, self.catch_up, boot=number, load=self._load
+            )
         unsubscribe = self._follow_map()
         try:
             async with trio.open_nursery() as nursery:
                 for worker in self.workers:
                     nursery.start_soon(worker.run)
+                if self.presence is not None:
+                    nursery.start_soon(self.presence.run)
                 await env.rpc.serve(address, self.handlers(), started=task_status.started)
         finally:
             unsubscribe()
@@ -139,6 +151,8 @@ class ChunkNode:
             return [_partition(i) for i in args[0]]
 
         methods = self._handlers()
+        if self.presence is not None:
+            methods |= self.presence.gossip.handlers()
         for name, partitions in (("put", one), ("touch", many), ("delete", many)):
             method = f"chunk.{name}"
             methods[method] = keeper.guard(methods[method], partitions, role=CHUNK)
@@ -309,6 +323,10 @@ class ChunkNode:
 
     def _status(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
         return (self.status(),), b""
+
+    def _load(self) -> float:
+        """Workers that move or repair something now."""
+        return float(sum(worker.state == "running" for worker in self.workers))
 
     def measure(self, page: Page) -> None:
         """Write the numbers of now into a page of metrics."""

@@ -9,6 +9,7 @@ import trio
 
 from chunkserver.catchup import CatchUp
 from chunkserver.handover import HandOver
+from chunkserver.service import ChunkNode
 from dfs.client.chunkio import ChunkClient
 from dfs.cluster.joint import ChunkProgress, chunks_missing, has
 from dfs.cluster.map import CHUNK, ClusterMap
@@ -16,6 +17,12 @@ from dfs.hashing import partition_of
 from dfs.rpc.mapkeeper import MapKeeper
 from dfs.testing.chunkcluster import SALT, ChunkCluster, SimClock, inline
 from dfs.testing.network import SimNetwork
+
+
+class Quiet(ChunkNode):
+    """Without gossip, which costs time and is a test of its own."""
+
+    presence_class = None
 
 
 class KeptCluster(ChunkCluster):
@@ -72,11 +79,11 @@ class KeptCluster(ChunkCluster):
 
 
 @asynccontextmanager
-async def kept_cluster(count=5, **options):
+async def kept_cluster(count=5, *, node_class=Quiet, **options):
     rng = random.Random(7)
     clock = SimClock()
     async with SimNetwork(rng, clock) as network, trio.open_nursery() as nursery:
-        cluster = KeptCluster(rng, network, clock, nursery, count, **options)
+        cluster = KeptCluster(rng, network, clock, nursery, count, node_class=node_class, **options)
         await cluster.start_all()
         client = cluster.client()
         await nursery.start(client.run)
@@ -309,3 +316,22 @@ async def test_the_tests_find_mutants(monkeypatch, cls, name, broken, check):
     except* AssertionError:
         red = True
     assert red
+
+
+async def test_gossip_spreads_the_map_and_who_is_there():
+    async with kept_cluster(node_class=ChunkNode) as (cluster, _client):
+        await trio.sleep(20)
+        gossip = cluster.nodes[1].presence.gossip
+        assert all(gossip.is_up(i, CHUNK) for i in (2, 3, 4, 5))
+        new = cluster.weights(n5=1.0)
+        cluster.publish(new, {3})  # one node has it
+        await trio.sleep(10)
+        assert [k.current.epoch for k in cluster.keepers.values()] == [2] * 5
+        cluster.crash(2)
+        await trio.sleep(60)
+        assert not gossip.is_up(2, CHUNK)
+        rounds = cluster.nodes[1].catch_up.rounds
+        await cluster.start(2)  # with a higher boot number: believed at once
+        await trio.sleep(20)
+        assert gossip.is_up(2, CHUNK)
+        assert cluster.nodes[1].catch_up.rounds > rounds
