@@ -23,9 +23,9 @@ from math import inf
 from typing import Any
 
 from dfs.cluster.map import METADATA, ClusterMap, Row
-from dfs.errors import DfsError, InvalidArgument, NotHome
+from dfs.errors import Busy, DfsError, InvalidArgument, NotHome
 from metadata import versions
-from metadata.operation import OVER, Operation, Ticket
+from metadata.operation import MINTING, OVER, Operation, Ticket
 from metadata.quorum import Options, Plan
 from metadata.registers import Request, partition_of_row
 
@@ -122,6 +122,8 @@ class Coordinator:
             if known.row != row:
                 raise InvalidArgument("the request id was used for another key")
             if known.operation is not None:
+                if known.operation.done and known.operation.phase == MINTING:
+                    raise Busy("the first attempt of this put is still being written: try again")
                 known.operation.tokens.append(token)
                 return []
             if known.reply is not None:
@@ -284,6 +286,12 @@ class Coordinator:
         if known is not None:
             known.register = operation.register
             self._memory_bytes += len(operation.register)
+            if operation.done:
+                known.operation = None
+
+    def unminted(self, operation: Operation) -> None:
+        """The mint of an operation that was answered before failed: the next attempt is the first."""
+        self._memory.pop(operation.options.request, None)
 
     # ------------------------------------------------------------------------------------ inside
 
@@ -338,6 +346,8 @@ class Coordinator:
         known = self._memory.get(request)
         if known is None or known.operation is not operation:
             return
+        if operation.phase == MINTING and operation.waiting:
+            return  # it happens yet, or not: until then a resend must not be a second write
         known.operation = None
         if isinstance(result, DfsError):
             if not known.register:  # nothing was minted: the next attempt is the first

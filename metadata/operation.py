@@ -195,6 +195,7 @@ class Operation:
         self.phase = MINTING
         self.asked = {}
         self.failures = {}
+        self.retry_at = {}  # what the read wanted to ask again must not be sent the mint
         self._send(self.core.number, MINT, (MINT, self.row, self.context, self.value), 0)
 
     def _on_minted(self, now: float, minted: tuple[bytes, bytes, int]) -> None:
@@ -202,6 +203,9 @@ class Operation:
         self.register, context, siblings = minted
         self.reply = (context, siblings, {"coordinator": core.number})
         core.minted(now, self)
+        if self.done:  # too late for the caller; a resend sends this register
+            self.phase = OVER
+            return
         if core.changed_since(self):
             self.phase = WRITING
             self.replan(now)
@@ -290,7 +294,10 @@ class Operation:
         if isinstance(error, StaleEpoch) and error.details:
             core.offer(error.details[0])
         if kind == MINT:
-            if not isinstance(error, StaleEpoch) or self.asked[node] >= TRIES:
+            if self.done:
+                core.unminted(self)
+                self.phase = OVER
+            elif not isinstance(error, StaleEpoch) or self.asked[node] >= TRIES:
                 self._fail(error)
             elif core.changed_since(self):
                 self.replan(now)
@@ -319,8 +326,12 @@ class Operation:
         if self.phase == OVER:
             return
         if now >= self.deadline:
+            minting = self.phase == MINTING and self.waiting
             if not self.done:
                 self._give_up()
+            if minting:  # it happens yet: the operation lives until it knows its register
+                self.phase = MINTING
+                return
             self.phase = OVER
             return
         core = self.core

@@ -81,9 +81,7 @@ class World:
         self._used = (*hot, random.choice(self.chain.cold))
         self.rows = [row_of(0, key) for p in self._used for key in keys_of(p, 2)][: 2 + seed % 4]
         first = self.chain.at(1)
-        self.nodes = {
-            n.number: Node(self, n.number, first) for n in first.nodes if n.metadata_addr
-        }
+        self.nodes = {n.number: Node(self, n.number, first) for n in first.nodes if n.metadata_addr}
         for node in self.nodes.values():
             node.start()
         self.clients = [Client(self, i) for i in range(random.choice((2, 3, 5)))]
@@ -192,7 +190,9 @@ class World:
         """A coordinator has an answer."""
         operation = self.operations[token[0]]
         if self.scheduler.now > deadline + 0.1 and not process.late:
-            raise ViolationError(f"answers: operation {token} ended {self.scheduler.now - deadline} s late")
+            raise ViolationError(
+                f"answers: operation {token} ended {self.scheduler.now - deadline} s late"
+            )
         if operation.write is not None and not isinstance(result, DfsError):
             self._check_copies(process.map, operation)
         self.answer(process, token, result)
@@ -215,8 +215,9 @@ class World:
     def _check_copies(self, m: ClusterMap, operation: Operation) -> None:
         wanted = operation.wanted(m)
         write = operation.write
-        if wanted is None or write is None:
+        if wanted is None or write is None or write.counted:
             return
+        write.counted = True
         total, homes = wanted
         history = self.oracle.history(operation.row)
         partition = int.from_bytes(operation.row[1:3], "big")

@@ -129,5 +129,3 @@ def _index() -> dict[int, list[bytes]]:
 def keys_of(partition: int, count: int) -> tuple[bytes, ...]:
     """`count` user keys (space 0) of the partition."""
     return tuple(_index()[partition][:count])
-
-

@@ -503,9 +503,7 @@ class Process:
             self.enqueue(("o", tuple(effect.ops)), go_on)
         elif isinstance(effect, steps.Correct):
             table, partition, errors = effect.table, effect.partition, effect.errors
-            self.enqueue(
-                ("o", lambda: self.digests.correct(table, partition, errors or {})), go_on
-            )
+            self.enqueue(("o", lambda: self.digests.correct(table, partition, errors or {})), go_on)
         elif isinstance(effect, steps.Rest):
             self.world.scheduler.after(0.001, lambda: go_on(None))
         else:
@@ -654,9 +652,7 @@ class Process:
                     self.node.pushed.setdefault(b, {})[partition] = None
 
         now = node.wall_us()
-        self.background(
-            "push", lambda: self.anti.push_partition(partition, b, now), ended
-        )
+        self.background("push", lambda: self.anti.push_partition(partition, b, now), ended)
 
     def _transition(self) -> int:
         """Names the transition under way: the epoch in which it began."""

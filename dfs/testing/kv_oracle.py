@@ -40,6 +40,7 @@ class Write:
     sees: bool = False  # it has no context: it supersedes what its coordinator reads
     dots: set[tuple[bytes, int]] = field(default_factory=set)
     acked: bool = False
+    counted: bool = False  # its copies were, when it was first acknowledged
     strict: bool = False  # acknowledged by a quorum of homes that any strict read meets
 
 
@@ -121,7 +122,9 @@ class Oracle:
     def seen(self, write: Write, vector: Vector) -> None:
         """What the coordinator of a write without a context read for it."""
         history = self.history(write.row)
-        write.saw |= self.past(d.write for d in self.seen_by(history, vector) if d.write is not write)
+        write.saw |= self.past(
+            d.write for d in self.seen_by(history, vector) if d.write is not write
+        )
 
     def seen_by(self, history: History, vector: Vector) -> list[Dot]:
         """The exposed dots that a vector covers."""
@@ -163,7 +166,8 @@ class Oracle:
         for name, dot in covered:
             bit = 1 << dot.write.number
             if dot.exposed and name not in here and not superseded & bit:
-                if dot.write.value is not None:
+                # a resend that read what the first attempt wrote replaces it
+                if dot.write.value is not None and not dot.write.dots & here:
                     raise ViolationError(
                         f"covered: a register has seen write {dot.write.number} of {row!r} and "
                         "lost its value"

@@ -27,7 +27,9 @@ class DictStore:
         """The value, None if there is none."""
         return self._rows.get(key)
 
-    def scan(self, prefix: bytes, after: bytes = b"", limit: int = 1000) -> list[tuple[bytes, bytes]]:
+    def scan(
+        self, prefix: bytes, after: bytes = b"", limit: int = 1000
+    ) -> list[tuple[bytes, bytes]]:
         """Up to `limit` rows of the prefix with keys greater than `after`."""
         keys, rows = self._keys, self._rows
         at = bisect_left(keys, prefix) if after < prefix else bisect_right(keys, after)

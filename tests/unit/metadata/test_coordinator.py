@@ -669,3 +669,49 @@ def test_a_map_in_the_middle_of_a_write_starts_its_quorums_again():
         b.run(b.core.on_reply(b.now, ticket, None))
     for row in new.write_sets(METADATA, b.partition):
         assert sum(b.held(n) == (b"v",) for n in row) >= 2
+
+
+def test_what_a_read_wanted_to_ask_again_is_not_sent_the_mint():
+    core, effects = superseding_put()
+    by_node = {e[1]: e for e in effects if e[0] == SEND}
+    others = [n for n in by_node if n != 0]
+    effects = core.on_reply(0.0, by_node[others[0]][4], Busy("full up"))
+    more = [e for e in effects if e[0] == SEND]
+    effects = core.on_reply(0.0, by_node[0][4], b"")
+    for effect in more:
+        effects += core.on_reply(0.0, effect[4], b"")
+    assert [(e[1], e[3][0]) for e in effects if e[0] == SEND] == [(0, MINT)]
+    for now in (0.1, 0.2, 0.5):
+        assert not [e for e in core.tick(now) if e[0] == SEND]
+
+
+def test_a_put_that_ran_out_of_time_while_it_was_minted_is_not_minted_again():
+    cluster = make_map(3)
+    core = Coordinator(0, cluster)
+    row, options = row_of(0, b"key"), Options({"request": b"r" * 16})
+    ((_, _, _, _, ticket),) = core.start_put(0.0, 1, row, b"", b"v", options, 1.0)
+    assert [e[0] for e in core.tick(1.1)] == [DONE]
+    core.tick(1.2)
+    with pytest.raises(Busy):
+        core.start_put(1.2, 2, row, b"", b"v", options, 3.0)
+    register = versions.put(versions.EMPTY, (), b"actor 12", 5, b"v")
+    context = versions.encode_context(register[0])
+    assert core.on_reply(1.3, ticket, (versions.encode(register), context, 1)) == []
+    effects = core.start_put(1.4, 3, row, b"", b"v", options, 3.0)
+    assert {e[3][0] for e in effects} == {MERGE}
+    assert {e[3][2] for e in effects} == {versions.encode(register)}
+
+
+def test_a_put_whose_late_mint_failed_is_tried_anew():
+    core = Coordinator(0, make_map(3))
+    row, options = row_of(0, b"key"), Options({"request": b"r" * 16})
+    ((_, _, _, _, ticket),) = core.start_put(0.0, 1, row, b"", b"v", options, 1.0)
+    core.tick(1.1)
+    assert core.on_reply(1.3, ticket, DiskFull("no room")) == []
+    (effect,) = core.start_put(1.4, 3, row, b"", b"v", options, 3.0)
+    assert effect[3][0] == MINT
+
+
+def superseding_put():
+    core = Coordinator(0, make_map(3))
+    return core, core.start_put(0.0, 1, row_of(0, b"key"), None, b"v", DEFAULTS, 5.0)
