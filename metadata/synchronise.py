@@ -34,7 +34,7 @@ class Writer(Protocol):
     async def write(self, requests: Sequence[Request]) -> list[Any]:
         """Carry out requests of `metadata.registers` by the node's own map; durable on return.
 
-        Raises the first `DfsError` among the replies.
+        The replies, in order; a refused request's is its `DfsError`.
         """
         ...
 
@@ -129,7 +129,7 @@ class Synchroniser:
         """Make what `map_changed` found durable."""
         if self._marks:
             ops, self._marks = self._marks, []
-            await self.writer.write([(RAW, ops)])
+            await self._submit([(RAW, ops)])
 
     def _holds(self, partition: int) -> bool:
         return bool(self.digests.total(REGISTERS, partition))
@@ -179,10 +179,10 @@ class Synchroniser:
         if isinstance(effect, Purge):
             kind = DISCARD if effect.ghosts else PURGE
             there = [self.store.get(row) is not None for row, _ in effect.items]
-            replies = await self.writer.write([(kind, row, wanted) for row, wanted in effect.items])
+            replies = await self._submit([(kind, row, wanted) for row, wanted in effect.items])
             return [not was or bool(reply) for was, reply in zip(there, replies, strict=True)]
         if isinstance(effect, Write):
-            await self.writer.write([(RAW, tuple(effect.ops))])
+            await self._submit([(RAW, tuple(effect.ops))])
             return None
         if isinstance(effect, Correct):
             return await self._correct(effect)
@@ -197,7 +197,7 @@ class Synchroniser:
             return 0
         if effect.table == BLOBS:
             return await self.blobs.merge(effect.items)
-        await self.writer.write([(MERGE, row, register) for row, register in effect.items])
+        await self._submit([(MERGE, row, register) for row, register in effect.items])
         return len(effect.items)
 
     async def _correct(self, effect: Correct) -> None:
@@ -208,9 +208,16 @@ class Synchroniser:
             return self.digests.correct(*where, effect.errors)
 
         if effect.table == REGISTERS:
-            await self.writer.write([(RAW, make)])
+            await self._submit([(RAW, make)])
         else:
             await self.blobs.change_digests(make)
+
+    async def _submit(self, requests: Sequence[Request]) -> list[Any]:
+        replies = await self.writer.write(requests)
+        for reply in replies:
+            if isinstance(reply, DfsError):
+                raise reply
+        return replies
 
     async def push(self, partition: int, to: int) -> int:
         """Give a new home all of a partition; returns the rows it lacked.

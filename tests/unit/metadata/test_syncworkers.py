@@ -1,0 +1,274 @@
+"""Whole nodes: stores, writers and workers over a simulated network, made equal by their loops."""
+
+from random import Random
+
+import pytest
+import trio
+
+from dfs.clock import SystemClock
+from dfs.cluster.map import METADATA
+from dfs.env import Env
+from dfs.errors import Busy, Corrupt, InvalidArgument
+from dfs.hashing import digest
+from dfs.testing.disk import SimDisk
+from dfs.testing.network import SimNetwork
+from dfs.testing.processes import SimProcesses
+from dfs.testing.sync_maps import first_map
+from dfs.testing.sync_nodes import key_row
+from metadata import versions
+from metadata.merkle import BLOBS, REGISTERS, TABLES
+from metadata.registers import HINT, MERGE, MINT, Registers
+from metadata.replica import Replica
+from metadata.store.engine import Store
+from metadata.synchronise import Synchroniser
+from metadata.syncworkers import workers
+
+
+class Clock(SystemClock):
+    """Wall time that follows virtual time, from 2024 on."""
+
+    def time_ns(self):
+        return 1_704_067_200_000_000_000 + int(trio.current_time() * 1e9)
+
+
+class Node:
+    def __init__(self, cluster, number):
+        self.cluster = cluster
+        self.number = number
+        random = Random(number)
+        self.disk = SimDisk(random, sync_delay=0.001)
+        self.scope = trio.CancelScope()
+
+    async def start(self, *, task_status=trio.TASK_STATUS_IGNORED):
+        cluster, number = self.cluster, self.number
+        random = Random(number)
+        self.endpoint = cluster.network.endpoint(f"n{number}")
+        self.env = Env(Clock(), self.disk, self.endpoint, SimProcesses(random), random)
+        self.store = await Store.open(self.env)
+        self.sync = Synchroniser(
+            self.env, number, lambda: cluster.map, self.store, alive=lambda n: n not in cluster.down
+        )
+        self.sync.load()
+        registers = Registers(
+            self.store, number, cluster.map, digests=self.sync.digests, hints=self.sync.keeper
+        )
+        self.sync.writer = self.writer = Replica(registers, self.store, self.env.clock)
+        self.scope = trio.CancelScope()
+
+        def renamed():
+            registers.actors.renew()
+            yield from ()
+
+        self.workers = workers(self.env, self.sync, renamed)
+        self.antientropy, self.hints, self.purge, self.check, self.repair = self.workers
+        with self.scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.writer.run)
+                nursery.start_soon(self.store.run)
+                await self.sync.start()
+                address = cluster.map.address(METADATA, number)
+                await nursery.start(self._serve, address)
+                task_status.started()
+
+    async def _serve(self, address, *, task_status):
+        handlers = {**self.sync.handlers(), **self.sync.blobs.handlers()}
+        await self.endpoint.serve(address, handlers, started=task_status.started)
+
+    def crash(self):
+        self.scope.cancel()
+        self.endpoint.close()
+        self.disk.crash()
+
+    async def put(self, name, value=b"v"):
+        row = key_row(name)
+        ((register, _, _),) = await self.writer.write([(MINT, row, b"", value)])
+        return row, register
+
+    async def delete(self, name):
+        row = key_row(name)
+        context = versions.encode_context(versions.decode(self.store.get(row))[0])
+        ((register, _, _),) = await self.writer.write([(MINT, row, context, None)])
+        return row, register
+
+    def totals(self):
+        return [self.sync.digests.totals(t, range(4096)) for t in TABLES]
+
+    def rows(self):
+        found = {}
+        for prefix in (b"r", b"b"):
+            after = b""
+            while page := self.store.scan(prefix, after):
+                found.update(page)
+                after = page[-1][0]
+        return found
+
+
+class Cluster:
+    def __init__(self, nursery):
+        self.nursery = nursery
+        self.map = first_map(3)
+        self.network = SimNetwork(Random(1), Clock())
+        nursery.start_soon(self.network.run)
+        self.down = set()
+        self.nodes = {n: Node(self, n) for n in (1, 2, 3)}
+
+    async def start(self):
+        for node in self.nodes.values():
+            await self.nursery.start(node.start)
+            await node.check.run_once()
+        return self.nodes.values()
+
+
+async def test_nodes_become_equal():
+    async with trio.open_nursery() as nursery:
+        cluster = Cluster(nursery)
+        one, two, three = await cluster.start()
+        for i in range(30):
+            await one.put(b"a%d" % i)
+            await two.put(b"b%d" % i)
+            await three.put(b"%d" % i, b"both %d" % i)
+            await one.put(b"%d" % i, b"other")
+        blobs = [b"blob %d" % i for i in range(20)]
+        await two.sync.blobs.put(blobs)
+        await one.antientropy.run_once()  # everything is fresh but the blobs
+        assert one.antientropy.last_error == ""
+        assert one.rows().keys() >= {b"b" + digest(b) for b in blobs}
+        assert one.store.get(key_row(b"b1")) is None
+        await trio.sleep(60)
+        for node in (one, two, one):
+            await node.antientropy.run_once()
+            assert node.antientropy.last_error == ""
+        assert one.rows() == two.rows() == three.rows()
+        assert len(one.rows()) == 90 + 20
+        assert one.totals() == two.totals() == three.totals()
+        for node in (one, two, three):
+            assert await node.check._check(REGISTERS, 0) == 0
+            assert await node.check._check(BLOBS, 0) == 0
+            assert node.sync.digests.drift == 0
+        nursery.cancel_scope.cancel()
+
+
+async def test_hints_are_delivered_and_survive_a_restart():
+    async with trio.open_nursery() as nursery:
+        cluster = Cluster(nursery)
+        one, two, three = await cluster.start()
+        three.crash()
+        cluster.down.add(3)
+        row, register = await one.put(b"k")
+        now = one.sync.now()
+        await two.writer.write([(MERGE, row, register), (HINT, row, register, 3, now)])
+        assert await two.hints.run_once() == 0
+        two.crash()
+        await nursery.start(two.start)
+        (status,) = (
+            await one.endpoint.call(cluster.map.address(METADATA, 2), "hints.list", timeout=5)
+        )[0][0]
+        assert status["node"] == 3
+        assert status["count"] == 1
+        await nursery.start(three.start)
+        cluster.down.clear()
+        two.hints.returned(3)
+        await trio.sleep(10)
+        assert await two.hints.run_once() == 1
+        assert three.store.get(row) == register
+        # over the limit of age: dropped, and left to anti-entropy
+        row, register = await one.put(b"late")
+        await two.writer.write([(HINT, row, register, 3, two.sync.now())])
+        cluster.down.add(3)
+        await trio.sleep(3 * 3600 + 10)
+        cluster.down.clear()
+        assert await two.hints.run_once() == 0
+        assert two.sync.hints.dirty() == [3]
+        (refused,) = await two.writer.write([(HINT, row, register, 3, two.sync.now())])
+        assert isinstance(refused, Busy)
+        await one.antientropy.run_once()
+        assert three.store.get(row) == register
+        for node in (one, two, three):
+            if not node.sync.digests.built(BLOBS):
+                await node.check.run_once()
+        await two.antientropy.run_once()
+        assert two.sync.hints.dirty() == []
+        address = cluster.map.address(METADATA, 2)
+        with pytest.raises(InvalidArgument, match="no hints for node 9"):
+            await one.endpoint.call(address, "hints.drop", (9,), timeout=5)
+        with pytest.raises(InvalidArgument, match="malformed"):
+            await one.endpoint.call(address, "sync.buckets", (1,), timeout=5)
+        nursery.cancel_scope.cancel()
+
+
+async def test_deleted_registers_disappear_for_good():
+    async with trio.open_nursery() as nursery:
+        cluster = Cluster(nursery)
+        nodes = one, two, three = await cluster.start()
+        for i in range(6):
+            await one.put(b"%d" % i)
+            await one.delete(b"%d" % i)
+        await one.put(b"stays")
+        for hours in (25, 5, 1):
+            await trio.sleep(hours * 3600)
+            for node in nodes:
+                await node.antientropy.run_once()
+                await node.purge.run_once()
+        assert sum(n.sync.tombstones.purged for n in nodes) == 6
+        assert [list(n.rows()) for n in nodes] == [[key_row(b"stays")]] * 3
+        assert one.totals() == two.totals() == three.totals()
+        nursery.cancel_scope.cancel()
+
+
+async def test_damage_is_repaired_from_the_other_homes():
+    async with trio.open_nursery() as nursery:
+        cluster = Cluster(nursery)
+        one, two, three = await cluster.start()
+        for i in range(300):
+            await one.put(b"%d" % i, bytes(Random(i).randbytes(300)))
+        await trio.sleep(60)
+        await one.antientropy.run_once()
+        await one.store.flush()
+        before = one.rows()
+        one.crash()
+        (name,) = [n for n in one.disk.listdir("lsm") if n.endswith(".sst")]
+        one.disk.flip(f"lsm/{name}", one.disk.open(f"lsm/{name}").size() // 2)
+        await nursery.start(one.start)
+        unreadable = 0
+        for row in before:
+            try:
+                one.store.get(row)
+            except Corrupt:
+                unreadable += 1
+        assert unreadable
+        assert one.store.lost()
+        epoch = one.writer.registers.actors.epoch
+        done = await one.repair.run_once()
+        assert done > 0
+        assert one.store.lost() == []
+        assert one.rows() == before
+        assert one.writer.registers.actors.epoch > epoch
+        assert one.sync.pull_first.partitions() == []
+        await one.check.run_once()
+        assert one.totals() == two.totals() == three.totals()
+        assert one.sync.digests.drift == 0
+        nursery.cancel_scope.cancel()
+
+
+async def test_blobs_from_before_digests_are_counted_before_they_are_compared():
+    async with trio.open_nursery() as nursery:
+        cluster = Cluster(nursery)
+        node = cluster.nodes[1]
+        env = Env(Clock(), node.disk, None, SimProcesses(Random(1)), Random(1))
+        store = await Store.open(env)
+        blobs = {b"b" + digest(b"%d" % i): b"%d" % i for i in range(50)}
+        await store.batch(list(blobs.items()))
+        store.close()
+        one, two, _ = cluster.nodes.values()
+        await nursery.start(one.start)
+        assert not one.sync.digests.built(BLOBS)
+        for n in (2, 3):
+            await nursery.start(cluster.nodes[n].start)
+            await cluster.nodes[n].check.run_once()
+        await two.antientropy.run_once()
+        assert "not complete" in two.antientropy.last_error
+        await one.check.run_once()
+        assert one.sync.digests.drift == 0
+        await two.antientropy.run_once()
+        assert two.rows() == blobs
+        nursery.cancel_scope.cancel()
