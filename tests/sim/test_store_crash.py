@@ -59,6 +59,7 @@ async def read_snapshots(store, random):
                 assert value == (key, then[key]), "a snapshot changed"
                 await trio.sleep(random.random() * 0.002)
             assert next(iterator, None) is None
+        await trio.sleep(0.001)  # the store may be empty
 
 
 async def lives(seed, crashes=8):
