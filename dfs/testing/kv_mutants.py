@@ -1,17 +1,372 @@
-"""Registers with one rule broken each: what proves that the simulation can see such a fault."""
+"""Registers with one rule broken each: what proves that the simulation can see such a fault.
 
-from collections.abc import Iterator
+Each fault is a subclass of the real class, or a replaced function, as small as the rule it breaks;
+those in the shell (`hasty`, `amnesia`, ...) are read by name in `dfs.testing.kv_node`.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from dfs.cluster.joint import RULES, Rules
+from dfs.cluster.map import METADATA, ClusterMap
+from metadata import coordinator, operation, quorum, registers, tombstones, versions
+from metadata.actors import Actors
 from metadata.antientropy import AntiEntropy
 from metadata.coordinator import Coordinator
 from metadata.hints import Hints
-from metadata.merkle import Digests
+from metadata.merkle import Change, Digests, Op
+from metadata.operation import Operation
+from metadata.quorum import Plan, Quota
 from metadata.registers import Registers
 from metadata.tombstones import Tombstones
+from metadata.versions import Register, Vector
 
-MUTANTS: dict[str, str] = {}
+MUTANTS = {
+    "hasty": "a node answers and sends before its own copy is durable",
+    "w-1": "one copy less than W is waited for",
+    "nopw": "copies on homes are not told from hints",
+    "r-1": "one answer less than R is waited for",
+    "norepair": "a read answers before what differs is written back",
+    "repair1": "what differs is written back to one home only",
+    "sameactor": "a node that lost and regained a partition mints under the old actor",
+    "amnesia": "a node that was restored from an old state keeps its actors",
+    "showsold": "a node that was restored from an old state answers reads at once",
+    "resend": "a resent put is a new one",
+    "mintagain": "a mint is forgotten when its caller's time runs out",
+    "nofence": "replicas carry out requests of any older epoch",
+    "nowritefence": "replicas carry out writes of any older epoch",
+    "noreadfence": "replicas carry out reads of any older epoch",
+    "writea": "during a transition only the old homes are written",
+    "writeb": "during a transition only the new homes are written",
+    "readb": "phase 1 reads the new homes",
+    "fence-1": "phase 1 is left when one member of A fewer is fenced and has pushed",
+    "push-1": "phase 1 is left when one member of B fewer has been pushed to",
+    "readfence-1": "phase 2 is left when no member of A is fenced",
+    "anyreport": "reports of earlier epochs count",
+    "mergenewer": "a merge keeps one of two concurrent values only",
+    "mergesees": "a merge drops values that only the other side lacks",
+    "nodot": "a delete has no dot",
+    "nocontext": "a put supersedes nothing",
+    "allcontext": "a put supersedes everything its coordinator has",
+    "oldclock": "the hybrid clock starts again at the wall clock after a restart",
+    "purgeearly": "a tombstone is purged when some home has it",
+    "purgemoving": "tombstones are purged while homes change",
+    "nograce": "tombstones are purged at once",
+    "oldhints": "hints are delivered and taken at any age",
+    "expush": "former homes push their registers",
+    "nodigest": "a change of a row leaves the digests as they are",
+    "limitmerge": "a merge keeps at most three siblings",
+    "nomap": "an operation goes on by the old map",
+}
+
+
+class _AnyEpoch(Registers):
+    def rule_stale(self, epoch: int, changed: int) -> bool:
+        return False
+
+
+class _AnyWrite(Registers):
+    reading = False
+
+    def _one(self, now_us: int, epoch: int, request: Any, *rest: Any) -> Any:
+        self.reading = request[0] == registers.GET
+        try:
+            return super()._one(now_us, epoch, request, *rest)
+        finally:
+            self.reading = True
+
+    def rule_stale(self, epoch: int, changed: int) -> bool:
+        return self.reading and epoch < changed
+
+
+class _AnyRead(Registers):
+    writing = False
+
+    def _one(self, now_us: int, epoch: int, request: Any, *rest: Any) -> Any:
+        self.writing = request[0] != registers.GET
+        try:
+            return super()._one(now_us, epoch, request, *rest)
+        finally:
+            self.writing = False
+
+    def rule_stale(self, epoch: int, changed: int) -> bool:
+        return self.writing and epoch < changed
+
+
+class _NoRepair(Operation):
+    __slots__ = ()
+
+    def _weak(self) -> bool:
+        return True
+
+
+class _Repair1(Operation):
+    __slots__ = ()
+
+    def _durable(self) -> bool:
+        return bool(self.acked) if not self.mints else super()._durable()
+
+
+class _Forgetful(Coordinator):
+    def start_put(self, now: float, token: Any, *rest: Any) -> Any:
+        self._memory.clear()
+        return super().start_put(now, token, *rest)
+
+
+class _MintAgain(Coordinator):
+    def finish(self, operation: Operation, result: Any) -> None:
+        super().finish(operation, result)
+        known = self._memory.get(operation.options.request)
+        if known is not None and not known.register and isinstance(result, Exception):
+            del self._memory[operation.options.request]
+
+
+class _NoMap(Coordinator):
+    def changed_since(self, operation: Operation) -> bool:
+        return False
+
+
+class _Fence1(Rules):
+    def fenced(self, m: ClusterMap) -> int:
+        return super().fenced(m) - 1
+
+    def witnesses(self, m: ClusterMap) -> int:
+        return 0
+
+
+class _Push1(Rules):
+    def pushed(self, m: ClusterMap) -> int:
+        return super().pushed(m) - 1
+
+
+class _ReadFence1(Rules):
+    def read_fenced(self, m: ClusterMap) -> int:
+        return 0
+
+
+class _AnyReport(Rules):
+    def since(self, m: ClusterMap, role: str, partition: int) -> int:
+        return 0
+
+
+class _ExPush(AntiEntropy):
+    def may_send(self, *_: Any) -> bool:
+        return True
+
+    def _check(self, *_: Any) -> None:
+        pass
+
+    def peers(self, cluster: ClusterMap) -> list[int]:
+        return [n.number for n in cluster.nodes if n.metadata_addr and n.number != self.me]
+
+    def shared(self, cluster: ClusterMap, peer: int) -> list[int]:
+        return [p for p in range(64) if peer in cluster.write_sets(METADATA, p)[-1]]
+
+
+class _OldHints(Hints):
+    ttl = 1 << 62
+
+
+class _NoGrace(Tombstones):
+    grace = -(1 << 62)
+    settle = -(1 << 62)
+
+
+class _PurgeEarly(Tombstones):
+    settle = -(1 << 62)
+
+    def allowed(self, cluster: ClusterMap, partition: int) -> bool:
+        return cluster.phase(METADATA) == 0 and cluster.homes(METADATA, partition)[0] == self.me
+
+    def _confirm(self, cluster: Any, partition: int, items: Any, now: int) -> Any:
+        doomed = [
+            (row, tombstones.value_digest(tombstones.REGISTERS, row, value)) for row, value in items
+        ]
+        return tombstones.Batch(partition, cluster.epoch, now, doomed)
+        yield
+
+    def _purge(self, cluster: ClusterMap, batch: Any) -> Generator[Any, Any, int]:
+        gone = yield tombstones.Purge(tombstones.REGISTERS, batch.rows)
+        return sum(map(bool, gone))
+
+
+class _PurgeMoving(Tombstones):
+    settle = 0
+
+    def allowed(self, cluster: ClusterMap, partition: int) -> bool:
+        return cluster.homes(METADATA, partition)[0] == self.me
+
+    def purge(self, now: int) -> Generator[Any, Any, int]:
+        for batch in self.batches:
+            batch.epoch = self.get_map().epoch
+        return super().purge(now)
+
+    def _check(self, *_: Any) -> None:
+        pass
+
+
+class _NoDigest(Digests):
+    def ops(self, changes: Sequence[Change]) -> list[Op]:
+        return super().ops(changes[1:] if len(changes) > 1 else changes[:0])
+
+
+_merge, _put = versions.merge, versions.put
+
+
+def _merge_newer(a: Register, b: Register) -> Register:
+    vector, siblings = _merge(a, b)
+    return vector, siblings[:1]
+
+
+def _merge_sees(a: Register, b: Register) -> Register:
+    vector, siblings = _merge(a, b)
+    both = {x[:2] for x in a[1]} & {x[:2] for x in b[1]}
+    if a[1] and b[1]:
+        siblings = tuple(x for x in siblings if x[:2] in both) or siblings
+    return vector, siblings
+
+
+def _merge_three(a: Register, b: Register) -> Register:
+    vector, siblings = _merge(a, b)
+    return vector, siblings[:3]
+
+
+def _put_nodot(
+    register: Register, context: Vector, actor: bytes, hlc: int, value: bytes | None
+) -> Register:
+    vector, siblings = _put(register, context, actor, hlc, value)
+    if value is None:
+        vector = versions.join(register[0], context) or vector
+    return vector, siblings
+
+
+def _put_nothing(
+    register: Register, context: Vector, actor: bytes, hlc: int, value: bytes | None
+) -> Register:
+    return _put(register, (), actor, hlc, value)
+
+
+def _put_all(
+    register: Register, context: Vector, actor: bytes, hlc: int, value: bytes | None
+) -> Register:
+    return _put(register, versions.join(register[0], context), actor, hlc, value)
+
+
+def _fewer(
+    quotas: tuple[Quota, ...], holders: Any, hinted: Any
+) -> bool:
+    less = tuple((row, max(1, total - 1), max(0, homes - 1)) for row, total, homes in quotas)
+    return quorum.satisfied(less, holders, hinted)
+
+
+def _any_copy(quotas: tuple[Quota, ...], holders: Any, hinted: Any) -> bool:
+    return quorum.satisfied(tuple((row, total, 0) for row, total, _ in quotas), holders, hinted)
+
+
+class _FewerReads(Plan):
+    __slots__ = ()
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.reads = tuple((row, max(1, r - 1), max(0, pr - 1)) for row, r, pr in self.reads)
+
+
+class _WriteA(Plan):
+    __slots__ = ()
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.writes = self.writes[:1]
+        self.writers = self.writes[0][0]
+
+
+class _WriteB(Plan):
+    __slots__ = ()
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.writes = self.writes[-1:]
+
+
+class _ReadB(Plan):
+    __slots__ = ()
+
+    def __init__(self, cluster_map: ClusterMap, me: int, partition: int, *rest: Any) -> None:
+        super().__init__(cluster_map, me, partition, *rest)
+        homes = cluster_map.homes(METADATA, partition)
+        if me in homes and len(self.reads) == 1:
+            self.readers = homes
+            self.reads = tuple((homes, r, pr) for _, r, pr in self.reads)
+
+
+class _SameActor(Actors):
+    def actor(self, partition: int) -> bytes | None:
+        since = self._since[partition]
+        if since:
+            self._since[partition] = 1
+        try:
+            return super().actor(partition)
+        finally:
+            self._since[partition] = since
+
+    def recognise(self, partition: int, theirs: Vector, own: Vector) -> None:
+        pass
+
+
+class _OldClock(Actors):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.last = 0
+
+    def tick(self, now_us: int, actor: bytes, seen: Vector) -> int:
+        return super().tick(now_us, actor, ())
+
+
+class _NoNotice(Actors):
+    """Keeps its actors whatever it forgot."""
+
+    def recognise(self, partition: int, theirs: Vector, own: Vector) -> None:
+        pass
+
+
+_CLASSES: dict[str, dict[str, Any]] = {
+    "nofence": {"registers": _AnyEpoch},
+    "nowritefence": {"registers": _AnyWrite},
+    "noreadfence": {"registers": _AnyRead},
+    "resend": {"coordinator": _Forgetful},
+    "mintagain": {"coordinator": _MintAgain},
+    "nomap": {"coordinator": _NoMap},
+    "fence-1": {"rules": _Fence1()},
+    "push-1": {"rules": _Push1()},
+    "readfence-1": {"rules": _ReadFence1()},
+    "anyreport": {"rules": _AnyReport()},
+    "expush": {"antientropy": _ExPush},
+    "oldhints": {"hints": _OldHints},
+    "nograce": {"tombstones": _NoGrace},
+    "purgeearly": {"tombstones": _PurgeEarly},
+    "purgemoving": {"tombstones": _PurgeMoving},
+    "nodigest": {"digests": _NoDigest},
+    "norepair": {"operation": _NoRepair},
+    "repair1": {"operation": _Repair1},
+}
+_PATCHES: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "w-1": (operation, "satisfied", _fewer),
+    "nopw": (operation, "satisfied", _any_copy),
+    "r-1": (coordinator, "Plan", _FewerReads),
+    "writea": (coordinator, "Plan", _WriteA),
+    "writeb": (coordinator, "Plan", _WriteB),
+    "readb": (coordinator, "Plan", _ReadB),
+    "mergenewer": (versions, "merge", _merge_newer),
+    "mergesees": (versions, "merge", _merge_sees),
+    "limitmerge": (versions, "merge", _merge_three),
+    "nodot": (versions, "put", _put_nodot),
+    "nocontext": (versions, "put", _put_nothing),
+    "allcontext": (versions, "put", _put_all),
+    "sameactor": (registers, "Actors", _SameActor),
+    "oldclock": (registers, "Actors", _OldClock),
+    "amnesia": (registers, "Actors", _NoNotice),
+}
 
 
 class Classes:
@@ -19,16 +374,32 @@ class Classes:
 
     def __init__(self, mutant: str | None) -> None:
         """Choose by name; None: all real."""
-        self.registers = Registers
-        self.coordinator = Coordinator
-        self.digests = Digests
-        self.hints = Hints
-        self.antientropy = AntiEntropy
-        self.tombstones = Tombstones
-        self.rules: Rules = RULES
-        del mutant
+        found = _CLASSES.get(mutant or "", {})
+        self.registers: type[Registers] = found.get("registers", Registers)
+        self.coordinator: type[Coordinator] = found.get("coordinator", Coordinator)
+        if "operation" in found:
+
+            class Broken(Coordinator):
+                operation_class = found["operation"]
+
+            self.coordinator = Broken
+        self.digests: type[Digests] = found.get("digests", Digests)
+        self.hints: type[Hints] = found.get("hints", Hints)
+        self.antientropy: type[AntiEntropy] = found.get("antientropy", AntiEntropy)
+        self.tombstones: type[Tombstones] = found.get("tombstones", Tombstones)
+        self.rules: Rules = found.get("rules", RULES)
+        self._patch = _PATCHES.get(mutant or "")
 
     @contextmanager
     def patched(self) -> Iterator[None]:
-        """While functions that are no methods are replaced."""
-        yield
+        """While functions and classes that are reached by name are replaced."""
+        if self._patch is None:
+            yield
+            return
+        module, name, broken = self._patch
+        real = getattr(module, name)
+        setattr(module, name, broken)
+        try:
+            yield
+        finally:
+            setattr(module, name, real)

@@ -155,7 +155,8 @@ class Process:
         if node.restored:
             if world.mutant != "amnesia":
                 self.registers.actors.renew()
-            first += self.pull_first.begin(range(world.partitions))
+            if world.mutant not in ("amnesia", "showsold"):
+                first += self.pull_first.begin(range(world.partitions))
             node.restored = False
         # durable before anything is served, as a node's start is
         ops, _ = self.registers.apply(node.wall_us(), [(self.map.epoch, ("o", first))])
