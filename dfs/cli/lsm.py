@@ -75,29 +75,36 @@ def _print(node: str, state: dict[str, Any]) -> None:
             human_size(level["bytes"]),
             str(level["entries"]),
             str(level["tombstones"]),
-            f"{level['bits_per_key']:.1f}",
+            f"{level['filter_bits_per_key']:.1f}",
             str(level["filter_hits"]),
             str(level["filter_negatives"]),
             str(level["filter_false_positives"]),
         )
     Console().print(table)
+    memory, log, reserve = state["memory"], state["log"], state["reserve"]
     click.echo(
-        f"  amplification   write {state['write_amplification']:.2f}, "
-        f"space {state['space_amplification']:.2f}"
+        f"  amplification  write {state['write_amplification']:.2f}, "
+        f"space at most {state['space_amplification']:.2f}"
+    )
+    click.echo(f"  block cache    hit rate {state['cache_hit_rate']:.1%}")
+    click.echo(
+        f"  memory         {human_size(memory['total'])} of at most "
+        f"{human_size(memory['budget'])}: memtables {human_size(memory['memtables'])}, "
+        f"blocks {human_size(memory['cache'])}, indexes and filters "
+        f"{human_size(memory['indexes'])}, snapshots {human_size(memory['snapshots'])}"
     )
     click.echo(
-        f"  block cache     {human_size(state['cache_bytes'])} of "
-        f"{human_size(state['cache_budget'])}, hit rate {state['cache_hit_rate']:.1%}"
+        f"  log            {count(log['segments'], 'segment')}, {human_size(log['bytes'])}, "
+        f"{human_size(log['unsynced_bytes'])} not synced yet"
     )
     click.echo(
-        f"  memory          {human_size(state['memory_bytes'])} of at most "
-        f"{human_size(state['memory_budget'])}"
+        f"  work           {count(state['flushes'], 'flush')}, {count(state['merges'], 'merge')} "
+        f"since the start, {state['frozen_memtables']} memtables and "
+        f"{state['pending_merge']} runs waiting"
     )
-    click.echo(
-        f"  log             {count(state['wal_segments'], 'segment')}, "
-        f"{human_size(state['wal_bytes'])}"
-    )
+    if reserve["missing"]:
+        click.echo("  FULL DISK      the reserve is in use: puts are refused, deletes are not")
     for name in state["quarantined"]:
-        click.echo(f"  QUARANTINED     {name}")
+        click.echo(f"  QUARANTINED    {name}")
     for first, last, name in state["lost"]:
-        click.echo(f"  LOST            {first!r} to {last!r} in {name}: being fetched from peers")
+        click.echo(f"  LOST           {first!r} to {last!r} of {name}: fetched from other homes")
