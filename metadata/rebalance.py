@@ -33,7 +33,9 @@ FORMAT = 1
 LOOK = 0.5  # seconds between looks for a transition
 SAVE_EVERY = 5.0  # seconds between notes of what was pushed
 AGAIN = (1.0, 30.0)  # seconds after a failed push: first, longest
+STREAMS = 8  # partitions pushed to one new home at the same time
 RATE = 64 << 20  # bytes a second and new home
+PUT_TIMEOUT = 5.0  # seconds for one request, which has at most 64 blobs
 
 GROUP = 64  # blobs in one request
 
@@ -107,7 +109,8 @@ class Rebalance:
             nursery.start_soon(self._stop_with, nursery.cancel_scope, began)
             async with trio.open_nursery() as pushes:
                 for node, partitions in sorted(todo.items()):
-                    pushes.start_soon(self._push_to, node, partitions)
+                    for stream in range(STREAMS):
+                        pushes.start_soon(self._push_to, node, partitions[stream::STREAMS])
             nursery.cancel_scope.cancel()
         await self._save(now=True)
 
@@ -136,7 +139,7 @@ class Rebalance:
             self.sent += sent
             self.left -= 1
             await self._save()
-            await trio.sleep(sent / RATE)
+            await trio.sleep(sent * STREAMS / RATE)
 
     # ------------------------------------------------------------------------------------ memory
 
@@ -203,7 +206,7 @@ class BlobPush:
                 "blob.put",
                 (tuple(names),),
                 blobs,
-                timeout=30.0,
+                timeout=PUT_TIMEOUT,
                 priority=Priority.BACKGROUND,
                 epoch=current.epoch,
             )

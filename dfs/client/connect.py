@@ -20,6 +20,7 @@ from dfs.env import Rpc
 from dfs.errors import ConfigError, DfsError, Unreachable, WrongCluster
 from dfs.rpc.blobs import BlobClient
 from dfs.rpc.endpoint import RpcEndpoint
+from dfs.rpc.mapkeeper import MapKeeper
 
 FILE_FORMAT = 1
 CLUSTER_ID_SIZE = 16
@@ -90,7 +91,11 @@ class Cluster:
         seeds: tuple[str, ...] = (),
         set_map: Callable[[ClusterMap], None] | None = None,
     ) -> None:
-        """Compose from parts; `connect` does so for real clusters, tests do with fakes."""
+        """Compose from parts; `connect` does so for real clusters, tests do with fakes.
+
+        With a `MapKeeper` for `get_map` newer maps are learned by themselves; without one
+        `set_map`, if given, takes those that are asked for.
+        """
         self.rpc = rpc
         self.get_map = get_map
         self.blobs = blobs
@@ -99,16 +104,24 @@ class Cluster:
         self._seeds = seeds
         self._set_map = set_map
 
+    def learn(self, error: DfsError) -> bool:
+        """Take the map out of a `StaleEpoch`; whether it was newer, so that a retry makes sense."""
+        keeper = self.get_map
+        return isinstance(keeper, MapKeeper) and keeper.learn(error)
+
     async def refresh_map(self, first: str = "") -> None:
         """Ask for a newer map, `first` before others; keeps the old one when nobody answers."""
-        if self._set_map is None:
+        keeper = self.get_map
+        if self._set_map is None and not isinstance(keeper, MapKeeper):
             return
         known = self.get_map()
         addresses = [first] if first else []
         addresses += [n.metadata_addr for n in known.nodes if n.metadata_addr]
         with contextlib.suppress(Unreachable):
             newest = await load_map(self.rpc, (*addresses, *self._seeds))
-            if newest.epoch > known.epoch:
+            if isinstance(keeper, MapKeeper):
+                keeper.offer(newest)
+            elif self._set_map is not None and newest.epoch > known.epoch:
                 self._set_map(newest)
 
 
@@ -174,26 +187,23 @@ async def connect(
     """
     clock = clock or SystemClock()
     random = random or SystemRandom()
-    current: list[ClusterMap] = []
+    keepers: list[MapKeeper] = []  # one, once a map is known
     rpc = RpcEndpoint(
         cluster_id=ref.cluster_id,
         name=name,
         clock=clock,
         random=random,
-        epoch=lambda: current[0].epoch if current else 0,
+        epoch=lambda: keepers[0].current.epoch if keepers else 0,
     )
-
-    def set_map(newest: ClusterMap) -> None:
-        current[:] = [newest]
-
     error: BaseException | None = None
     async with trio.open_nursery() as nursery:
         await nursery.start(rpc.run)
         try:
-            set_map(await load_map(rpc, ref.seeds))
-            get_map: Callable[[], ClusterMap] = lambda: current[0]  # noqa: E731 - needs the type
-            blobs = BlobClient(rpc, get_map, clock)
-            yield Cluster(rpc, get_map, blobs, clock, random, seeds=ref.seeds, set_map=set_map)
+            first = await load_map(rpc, ref.seeds)
+            keeper = MapKeeper(first, rpc=rpc, clock=clock, random=random, seeds=ref.seeds)
+            keepers.append(keeper)
+            blobs = BlobClient(rpc, keeper, clock)
+            yield Cluster(rpc, keeper, blobs, clock, random, seeds=ref.seeds)
         except trio.Cancelled:
             raise
         except BaseException as e:

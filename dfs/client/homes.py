@@ -7,7 +7,8 @@ import trio
 from dfs.client.connect import Cluster
 from dfs.cluster.map import METADATA
 from dfs.env import Priority
-from dfs.errors import DfsError, Fenced, InvalidArgument, StaleEpoch
+from dfs.errors import DfsError, Fenced, InvalidArgument, NotHome, StaleEpoch
+from dfs.hashing import digest, partition_of
 
 
 class Homes:
@@ -22,12 +23,18 @@ class Homes:
         self._volume = volume
         self.owner: int | None = None
         self._rotation = 0
+        self._told: int | None = None  # whom a node that is no home named instead
 
     def numbers(self) -> tuple[int, ...]:
-        """Numbers of the homes, by the newest map."""
-        return self._cluster.get_map().volume_homes(self._volume)
+        """Numbers of the homes, by the newest map; while they move the new ones, then the old."""
+        current = self._cluster.get_map()
+        old = current.old_homes(METADATA, partition_of(digest(self._volume)))
+        return tuple(dict.fromkeys((*current.volume_homes(self._volume), *old)))
 
     def _next(self) -> int:
+        if self._told is not None:
+            told, self._told = self._told, None
+            return told
         homes = self.numbers()
         if self.owner is not None and self.owner in homes:
             return self.owner
@@ -44,9 +51,14 @@ class Homes:
         """One attempt at one home; a failure makes the next attempt go to another one."""
         home = self._next()
         try:
-            address = self._cluster.get_map().address(METADATA, home)
+            current = self._cluster.get_map()
             result, _ = await self._cluster.rpc.call(
-                address, method, args, timeout=timeout, priority=priority
+                current.address(METADATA, home),
+                method,
+                args,
+                timeout=timeout,
+                priority=priority,
+                epoch=current.epoch,
             )
         except (Fenced, InvalidArgument):  # answers, not failures
             raise
@@ -57,10 +69,23 @@ class Homes:
                 self._rotation = homes.index(home) + 1 if home in homes else 0
             elif self.owner is None:
                 self._rotation += 1
-            if isinstance(e, StaleEpoch):
+            if isinstance(e, StaleEpoch) and not self._cluster.learn(e):
                 await self._cluster.refresh_map()
+            elif isinstance(e, NotHome):
+                await self._moved(home, e)
             raise
         return result
+
+    async def _moved(self, home: int, error: NotHome) -> None:
+        """A node said that it is no home, or not the owner, and who is."""
+        told = error.details[0] if error.details else None
+        if not isinstance(told, int) or told == home:
+            return
+        members = {node.number for node in self._cluster.get_map().nodes}
+        if told in members:
+            self._told = told
+        if told not in self.numbers():
+            await self._cluster.refresh_map()
 
     async def pause(self, attempt: int) -> None:
         """Wait before another attempt: exponential, with jitter, half a second at most."""

@@ -172,9 +172,11 @@ class Registry:
                     "jrnl.genesis",
                     (info.volume_id, entry),
                     timeout=GENESIS_TIMEOUT,
+                    epoch=cluster_map.epoch,
                 )
                 done += 1
             except DfsError as e:
+                self._cluster.learn(e)
                 failures[home] = str(e)
 
         async with trio.open_nursery() as nursery:

@@ -45,6 +45,10 @@ class FakeMap:
         """The same three nodes for every volume."""
         return HOMES
 
+    def old_homes(self, role: str, partition: int) -> tuple[int, ...]:
+        """Nothing moves."""
+        return ()
+
     def address(self, role: str, number: int) -> str:
         """Address of a node."""
         return f"fake:{role}:{number}"

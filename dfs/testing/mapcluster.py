@@ -17,8 +17,8 @@ from dfs.errors import DfsError, StaleEpoch
 from dfs.rpc.blobs import BlobClient
 from dfs.rpc.mapkeeper import MapKeeper
 from dfs.testing.disk import SimDisk
-from dfs.testing.network import SimEndpoint, SimNetwork
 from dfs.testing.homemodel import Violation
+from dfs.testing.network import SimEndpoint, SimNetwork
 from dfs.testing.processes import SimProcesses
 from dfs.volume import entries
 from metadata.checkpoint import inline_folder

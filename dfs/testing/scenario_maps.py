@@ -161,7 +161,7 @@ class _Run:
         self.network = SimNetwork(
             Random(self.random.random()),  # noqa: S311
             SystemClock(),
-            drop=self.random.choice([0.0, 0.01, 0.03]),
+            drop=self.random.choice([0.0, 0.005, 0.01]),
             duplicate=0.01,
             reorder=0.02,
         )
