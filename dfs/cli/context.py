@@ -180,7 +180,7 @@ def writing_stdout() -> Iterator[None]:
 
 def count(number: int, noun: str) -> str:
     """`1 file`, `2 files`, `2 processes`."""
-    ending = "es" if noun.endswith("s") else "s"
+    ending = "es" if noun.endswith(("s", "sh")) else "s"
     return f"{number} {noun}{'' if number == 1 else ending}"
 
 
