@@ -58,6 +58,7 @@ class CatchUp(Worker):
         self.bandwidth = Bandwidth(rate)
         self.pulled = 0
         self.waiting = 0  # chunks that others have more of, as of their last summaries
+        self._moving: tuple[int, list[int]] = (0, [])  # epoch, partitions
         # partition -> (its last change, members of A all of whose chunks are here durably)
         self._sources: dict[int, tuple[int, set[int]]] = {}
 
@@ -74,12 +75,16 @@ class CatchUp(Worker):
         return sum(not self._is_complete(m, p) for p in self._incoming(m))
 
     def _incoming(self, m: ClusterMap) -> list[int]:
-        me = self._peers.number
-        return [
-            p
-            for p in m.changed(CHUNK)
-            if me in m.homes(CHUNK, p) and me not in m.old_homes(CHUNK, p)
-        ]
+        """The partitions that move here; kept, because status pages ask often."""
+        if self._moving[0] != m.epoch:
+            me = self._peers.number
+            found = [
+                p
+                for p in m.changed(CHUNK)
+                if me in m.homes(CHUNK, p) and me not in m.old_homes(CHUNK, p)
+            ]
+            self._moving = (m.epoch, found)
+        return self._moving[1]
 
     def _is_complete(self, m: ClusterMap, partition: int) -> bool:
         change, sources = self._sources.get(partition, (0, set()))
