@@ -1,9 +1,10 @@
 """The coordinator and the replicas of a small cluster, driven by hand: every way an operation fails."""
 
 import pytest
+from smallkv import Dict, KeepsHints, make_map, member
 
 from dfs.cluster.map import METADATA, ClusterMap
-from dfs.cluster.node import Node, Params
+from dfs.cluster.node import Params
 from dfs.errors import (
     Busy,
     DeadlineExceeded,
@@ -11,7 +12,6 @@ from dfs.errors import (
     InvalidArgument,
     NoQuorum,
     NotHome,
-    StaleEpoch,
     TooManySiblings,
     Unreachable,
 )
@@ -20,25 +20,6 @@ from metadata.coordinator import DONE, OFFER, SEND, Coordinator
 from metadata.merkle import Digests
 from metadata.quorum import DEFAULTS, Options
 from metadata.registers import HINT, MERGE, MINT, Registers, partition_of_row, row_of
-
-
-class Dict(dict):
-    """A table that is a dict."""
-
-    def scan(self, prefix, after=b"", limit=1000):
-        return sorted((k, v) for k, v in self.items() if k.startswith(prefix) and k > after)[:limit]
-
-
-class KeepsHints:
-    def __init__(self):
-        self.kept = []
-
-    def add(self, row, register, target, written):
-        self.kept.append((row, register, target))
-        return [(b"h%d" % len(self.kept), register)]
-
-    def find(self, row):
-        return [register for kept, register, _ in self.kept if kept == row]
 
 
 class Replica:
@@ -63,20 +44,6 @@ class Replica:
                 self.table[key] = value
         self.registers.settle()
         return reply
-
-
-def member(number, zone=None, weight=1.0):
-    return Node(
-        number, bytes([number]) * 16, f"n{number}", zone or f"z{number}", "", f"h{number}",
-        f"tcp://n{number}:1", f"tcp://n{number}:2", weight, 1.0,
-    )  # fmt: skip
-
-
-def make_map(count, n=3, zones=None, params=None):
-    nodes = [member(i, zones[i] if zones else None) for i in range(count)]
-    return ClusterMap.create(
-        bytes(16), nodes, params=params or Params(n, n // 2 + 1, n // 2 + 1, n // 2 + 1)
-    )
 
 
 class Bench:
@@ -241,7 +208,7 @@ def test_only_a_home_coordinates():
 def test_one_home_down_of_three():
     b = Bench(make_map(3))
     b.replicas[b.homes[2]].fault = Unreachable("refused")
-    context, _, info = b.result(b.put(b"v"))
+    _, _, info = b.result(b.put(b"v"))
     assert sorted(info["acked"]) == sorted(b.homes[:2])
     b.restart(b.homes[1], b.core.map)
     assert b.result(b.get())[0] == (b"v",)
@@ -316,7 +283,7 @@ def test_a_late_copy_finishes_behind_the_callers_back_or_is_hinted():
     b = Bench(make_map(6))
     b.replicas[b.homes[2]].fault = "silent"
     b.result(b.put(b"v"))
-    ((ticket, epoch, node, request),) = b.silent
+    ((ticket, _, _, request),) = b.silent
     assert request[0] == MERGE
     b.run(b.core.on_reply(b.now, ticket, DeadlineExceeded("no answer")))
     assert [n for n, r in b.sent if r[0] == HINT]
