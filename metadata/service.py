@@ -21,7 +21,6 @@ from dfs.rpc.blobs import BlobClient
 from dfs.rpc.mapkeeper import MapKeeper
 from dfs.workers import Listed, lines
 from dfs.workers import handlers as worker_handlers
-from metadata.blobs import Blobs
 from metadata.boot import Boot
 from metadata.checkpoint import process_folder
 from metadata.homes import Folder, Homes
@@ -30,9 +29,10 @@ from metadata.kv import KV
 from metadata.loops import life_loops, loops
 from metadata.metrics import measure
 from metadata.nodelife import NodeLife
-from metadata.rebalance import BlobPush
+from metadata.steps import Steps, Write
 from metadata.store.engine import Store
 from metadata.synchronise import Synchroniser
+from metadata.syncworkers import workers as sync_workers
 
 VERSION = "0.1.0"
 
@@ -66,7 +66,6 @@ class MetadataNode:
         self.store: Store
         self.journals: JournalHost
         self.homes: Homes
-        self.blobs: Blobs
         self.kv: KV
         self.sync: Synchroniser
         self.workers: tuple[Listed, ...] = ()
@@ -91,10 +90,11 @@ class MetadataNode:
         self.sync = sync = Synchroniser(env, self._number, self._get_map, store)
         sync.load()
         self.blobs = blobs = sync.blobs
-        self.kv = sync.writer = kv = KV(
+        self.kv = kv = KV(
             env, self._number, self._get_map, store,
             digests=sync.digests, hints=sync.keeper, admit=self._room.check_write,
         )  # fmt: skip
+        sync.writer = kv.replica
         self.journals = journals = JournalHost(env, self._number, self._get_map)
         client = BlobClient(env.rpc, self._get_map, env.clock)
         folder = self._folder or process_folder(env.processes, self._get_map)
@@ -111,6 +111,7 @@ class MetadataNode:
             **journals.handlers(),
             **homes.handlers(),
             **kv.handlers(),
+            **sync.handlers(),
         }
         keeper = self._get_map
         async with trio.open_nursery() as nursery:
@@ -138,11 +139,12 @@ class MetadataNode:
         """
         env, number, store = self._env, self._number, self.store
         self.boot = boot = self.boot_class(env, number, keeper().node(number), keeper, store)
-        push = BlobPush(env, keeper, store)
+        sync = self.sync
         self.life = life = self.life_class(
-            env, number, keeper, store, self.journals, self.homes, push
+            env, number, keeper, store, self.journals, self.homes, sync.push
         )
-        self.workers += life_loops(env.clock, life)
+        synchronising = sync_workers(env, sync, self._lost_registers)
+        self.workers += (*life_loops(env.clock, life), *synchronising)
         boot.begin()
         handlers |= life.handlers()
         real = life.guarded(handlers) | boot.handlers()
@@ -154,9 +156,18 @@ class MetadataNode:
         await nursery.start(self.homes.run)
         await nursery.start(self.kv.run)
         await nursery.start(life.run)
+        await sync.start()
+        keeper.subscribe(synchronising[0].map_changed)
+        for worker in synchronising:
+            nursery.start_soon(worker.run)
         serving.update(real)  # the server looks methods up in this very dict
         boot.admitted.set()
         await boot.run()
+
+    def _lost_registers(self) -> Steps[None]:
+        """Mint under another name from now on; what follows is in the same queue, behind it."""
+        self.kv.registers.actors.renew()
+        yield Write(())
 
     def measure(self, page: Page) -> None:
         """Write the numbers of now into a page of metrics."""

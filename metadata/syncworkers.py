@@ -22,7 +22,7 @@ from dfs.hashing import PARTITIONS
 from dfs.pace import Bandwidth
 from dfs.workers import Worker
 from metadata.antientropy import Outcome
-from metadata.merkle import TABLES, Table
+from metadata.merkle import BLOBS, REGISTERS, TABLES, Table
 from metadata.repair import affected, pull_partition, rebuild, repair_lost
 from metadata.steps import Steps, Write
 from metadata.store.engine import Store
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 MIB = 1 << 20
 SLICE = 256  # partitions exchanged under one time stamp
 JITTER = 10.0  # seconds within which a node that came back gets its hints
+_FIRST_BYTE = {REGISTERS: b"r", BLOBS: b"b"}
 CHECK = b"ndigestcheck"  # row: (format, when the last check ended, table, partition to go on with)
 SNAPSHOT_USES = 64  # partitions recomputed on one snapshot
 
@@ -221,7 +222,8 @@ class DigestCheck(SyncWorker):
         found = 0
         for table in TABLES:
             if not sync.digests.built(table):
-                found += await self._check(table, 0)
+                if sync.store.scan(_FIRST_BYTE[table], b"", 1):
+                    found += await self._check(table, 0)
                 await sync.run(_write(sync.digests.mark_built(table)))
         if not self._finished:  # what was built just now needs no check
             self._finished = sync.now()
