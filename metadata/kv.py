@@ -307,6 +307,8 @@ class KV:
         effects = self.core.on_reply(now, ticket, reply)
         if effects:
             self._do(now, effects)
+        if self._ticker is not None:
+            self._wake_ticker()
 
     def _offer(self, data: bytes) -> None:
         """Somebody has another map."""
@@ -339,10 +341,12 @@ class KV:
             if core.next_tick() == inf:
                 self._ticker = current_task()
                 await wait_task_rescheduled(self._unpark)
-            await trio.sleep(max(TICK, core.next_tick() - clock.monotonic()))
-            core.wall_us = clock.time_ns() // 1000
+            # not until `next_tick`: a reply that comes meanwhile may ask for an earlier one
+            await trio.sleep(TICK)
             now = clock.monotonic()
-            self._do(now, core.tick(now))
+            if core.next_tick() <= now:
+                core.wall_us = clock.time_ns() // 1000
+                self._do(now, core.tick(now))
 
     def _unpark(self, _: object) -> Abort:
         self._ticker = None
