@@ -25,6 +25,15 @@ Metadata node: journals (design.md section 5); casts, not calls, except the last
     jrnl.genesis(volume, entry)          -> (seq,)                  # idempotent; only while the registry says `creating`
     jrnl.status(volume)                  -> (map of str -> value)   # for fsck, status and tests
 
+Metadata node: registers; see `metadata/KV.md` for levels and guarantees
+    kv.get(space, key, opts, forwarded=False) -> (values, context, info)
+    kv.put(space, key, value or None, context or None, opts, forwarded=False) -> (context, siblings, info)
+    kv.scan(space, prefix, cursor, limit, opts) -> (((key, values, context), ...), cursor)   # cursor b"" = begin, end
+        errors: NoQuorum (details: wanted, {node: "ok" | why not}), TooManySiblings, InvalidArgument, DiskFull, Busy
+    reg.batch(from_node, requests)       -> (replies,)              # between nodes: ("g", row), ("m", row, register),
+        ("h", row, register, target, written); the reply to a refused one is ("!", code, text, details)
+    reg.scan(from_node, space, prefix, (partitions as u16s, after_row), limit) -> (((row, register), ...), last_row or b"")
+
 Metadata node: volume home (design.md section 6).  Any metadata node that is a home of the volume
 answers; one that does not own the ballot forwards to the owner.
     vol.open(volume, mode, nonce, name)  -> (sid, seq, checkpoint_seq, root or b"", ((seq, entry), ...), owner, params)
