@@ -88,7 +88,7 @@ async def running(count=3, **given):
 
 async def test_put_get_delete_through_any_node():
     async with running(5) as w:
-        context, siblings, info = await w.call(0, "kv.put", 0, b"k", b"v", None, {})
+        context, siblings, _ = await w.call(0, "kv.put", 0, b"k", b"v", None, {})
         assert siblings == 1
         for node in range(5):
             values, seen, told = await w.call(node, "kv.get", 0, b"k", {})
