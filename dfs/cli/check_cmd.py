@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Callable, Mapping
+from time import perf_counter
 from typing import Any, Protocol
 
 import click
@@ -25,6 +26,10 @@ class Scenario(Protocol):
 @click.option("--scenario", help="Its name; see --list.")
 @click.option("--seeds", default="1..20", show_default=True, metavar="FIRST..LAST")
 @click.option("--mutant", help="Break one rule on purpose: the checks must notice.")
+@click.option("--mutants", is_flag=True, help="Look for every mutant; a table of seed and time.")
+@click.option(
+    "--nightly", type=int, metavar="N", help="N seeds, shared between all scenarios; a table."
+)
 @click.option("--list", "list_all", is_flag=True, help="Show scenarios and their mutants.")
 @json_option
 @click.pass_context
@@ -33,6 +38,8 @@ def sim(
     scenario: str | None,
     seeds: str,
     mutant: str | None,
+    mutants: bool,
+    nightly: int | None,
     list_all: bool,
     as_json: bool,
 ) -> None:
@@ -54,12 +61,17 @@ def sim(
             for name, broken in entry["mutants"].items():
                 click.echo(f"    --mutant {name:20} {broken}")
         return
+    if nightly is not None:
+        chosen_ones = known if scenario is None else {scenario: known[scenario]}
+        ctx.exit(1 if _nightly(chosen_ones, nightly, parse_seeds(seeds)[0], as_json) else 0)
     if scenario not in known:
         raise click.UsageError(f"--scenario must be one of: {', '.join(known)}")
     chosen = known[scenario]
     if mutant is not None and mutant not in chosen.MUTANTS:
         raise click.UsageError(f"--mutant must be one of: {', '.join(sorted(chosen.MUTANTS))}")
     first, last = parse_seeds(seeds)
+    if mutants:
+        ctx.exit(1 if _find_mutants(chosen, range(first, last + 1), as_json) else 0)
     found: list[dict[str, Any]] = []
     for seed in range(first, last + 1):
         for violation in chosen.run(seed, mutant=mutant):
@@ -72,6 +84,45 @@ def sim(
     else:
         click.echo(f"{count} seeds, {len(found)} violations")
     ctx.exit(1 if found else 0)
+
+
+def _nightly(known: Mapping[str, Scenario], count: int, first: int, as_json: bool) -> int:
+    """Seeds in turn for each scenario, until `count` in all; returns how many violations."""
+    share = max(1, count // len(known))
+    table = []
+    for name, one in known.items():
+        began, found = perf_counter(), 0
+        for seed in range(first, first + share):
+            for violation in one.run(seed):
+                found += 1
+                click.echo(f"{name}: seed {seed}: {violation}", err=as_json)
+        row = {"scenario": name, "seeds": share, "violations": found}
+        table.append(row | {"seconds": round(perf_counter() - began, 1)})
+        if not as_json:
+            click.echo(f"{name:12} {share:7} seeds {found:5} violations {table[-1]['seconds']:9} s")
+    if as_json:
+        echo_json(table)
+    return sum(int(str(row["violations"])) for row in table)
+
+
+def _find_mutants(chosen: Scenario, seeds: range, as_json: bool) -> int:
+    """The first seed that shows each mutant; returns how many stay unseen."""
+    table = []
+    for name in chosen.MUTANTS:
+        began, seen = perf_counter(), None
+        violation = ""
+        for seed in seeds:
+            if found := chosen.run(seed, mutant=name):
+                seen, violation = seed, found[0]
+                break
+        seconds = round(perf_counter() - began, 1)
+        table.append({"mutant": name, "seed": seen, "seconds": seconds, "violation": violation})
+        if not as_json:
+            shown = "not seen" if seen is None else f"seed {seen}"
+            click.echo(f"{name:16} {shown:12} {seconds:7} s  {violation[:90]}")
+    if as_json:
+        echo_json(table)
+    return sum(row["seed"] is None for row in table)
 
 
 def scenarios() -> dict[str, Scenario]:

@@ -10,12 +10,12 @@ from typing import Any
 
 from dfs.cluster.joint import RULES, Rules
 from dfs.cluster.map import METADATA, ClusterMap
-from metadata import coordinator, operation, quorum, registers, tombstones, versions
+from metadata import coordinator, operation, quorum, registers, steps, tombstones, versions
 from metadata.actors import Actors
 from metadata.antientropy import AntiEntropy
 from metadata.coordinator import Coordinator
 from metadata.hints import Hints
-from metadata.merkle import Change, Digests, Op
+from metadata.merkle import REGISTERS, Change, Digests, Op, value_digest
 from metadata.operation import Operation
 from metadata.quorum import Plan, Quota
 from metadata.registers import Registers
@@ -180,14 +180,12 @@ class _PurgeEarly(Tombstones):
         return cluster.phase(METADATA) == 0 and cluster.homes(METADATA, partition)[0] == self.me
 
     def _confirm(self, cluster: Any, partition: int, items: Any, now: int) -> Any:
-        doomed = [
-            (row, tombstones.value_digest(tombstones.REGISTERS, row, value)) for row, value in items
-        ]
+        doomed = [(row, value_digest(REGISTERS, row, value)) for row, value in items]
+        yield steps.Rest(0)
         return tombstones.Batch(partition, cluster.epoch, now, doomed)
-        yield
 
     def _purge(self, cluster: ClusterMap, batch: Any) -> Generator[Any, Any, int]:
-        gone = yield tombstones.Purge(tombstones.REGISTERS, batch.rows)
+        gone = yield steps.Purge(batch.rows)
         return sum(map(bool, gone))
 
 
@@ -253,9 +251,7 @@ def _put_all(
     return _put(register, versions.join(register[0], context), actor, hlc, value)
 
 
-def _fewer(
-    quotas: tuple[Quota, ...], holders: Any, hinted: Any
-) -> bool:
+def _fewer(quotas: tuple[Quota, ...], holders: Any, hinted: Any) -> bool:
     less = tuple((row, max(1, total - 1), max(0, homes - 1)) for row, total, homes in quotas)
     return quorum.satisfied(less, holders, hinted)
 

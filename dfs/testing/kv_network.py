@@ -1,8 +1,8 @@
-"""Events in virtual time, and messages that are late, lost, doubled, cut off or held by a stopped node.
+"""Events in virtual time, and messages that are late, lost, doubled, cut off or held back.
 
 The scheduler of simulations without tasks: a heap of (time, order, function), everything random
-from one source.  A node that is stopped (SIGSTOP, a paused machine) neither runs nor loses anything:
-what it was sent, and what it had just sent, goes on when it continues.
+from one source.  A node that is stopped (SIGSTOP, a paused machine) neither runs nor loses
+anything: what it was sent, and what it had just sent, goes on when it continues.
 """
 
 from collections.abc import Callable, Iterable

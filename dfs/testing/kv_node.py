@@ -1,4 +1,4 @@
-"""A node of the register simulation: the real state machines, in a shell of events instead of tasks.
+"""A node of the register simulation: the real state machines in a shell of events, not tasks.
 
 The shell carries out what `Coordinator`, `Registers` and the generators of anti-entropy, hints and
 purging ask for, and decides nothing: one writer with a group commit, requests to other nodes that
@@ -6,6 +6,7 @@ are answered, lost or given up on, a durable map, a crash that takes everything 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +138,8 @@ class Process:
             is_tombstone=lambda data: versions.is_tombstone(world.oracle.decode(data)),
             alive=self.is_up,
         )
-        self.wrote: dict[bytes, float] = {}  # when it minted for which request id
+        self.asked: dict[bytes, float] = {}  # request id -> when it was first asked
+        self.wrote: dict[bytes, None] = {}  # those it minted for
         self.suspects: dict[int, float] = {}
         self.calls: dict[int, Callback] = {}
         self.answered: dict[tuple[int, int], Any] = {}
@@ -165,6 +167,8 @@ class Process:
         store.sync()
         store.full = full
         self.registers.settle()
+        for key, value in store.scan(b"r") + store.scan(b"h"):  # what outlived the crash
+            self._kept(key, value)
 
     # -------------------------------------------------------------------------------- the basics
 
@@ -194,13 +198,13 @@ class Process:
 
     def _gained(self, old: ClusterMap, new: ClusterMap) -> None:
         """A partition that comes back to a node with old rows is pulled before it is shown."""
-        back = []
-        for partition in range(self.world.partitions):
-            if self.number in members(new, partition) and self.number not in members(
-                old, partition
-            ):
-                if merkle.rows_of(self.node.store, REGISTERS, partition)[0]:
-                    back.append(partition)
+        back = [
+            partition
+            for partition in range(self.world.partitions)
+            if self.number in members(new, partition)
+            and self.number not in members(old, partition)
+            and merkle.rows_of(self.node.store, REGISTERS, partition)[0]
+        ]
         if back and self.world.mutant != "regained_rows":
             self.enqueue(("o", self.pull_first.begin(back)), lambda _: None)
 
@@ -256,13 +260,8 @@ class Process:
         self.node.store.sync()
         self.registers.settle()
         for key, value in ops:
-            if value is None:
-                continue
-            if key[:1] == b"r":
-                world.oracle.durable(key, value, self.number, hint=False)
-            elif key[:1] == b"h":
-                hint = hintfile.decode(key, value)
-                world.oracle.durable(hint.row, hint.register, self.number, hint=True)
+            if value is not None:
+                self._kept(key, value)
         if world.crash_at_write():
             self.node.crash()
             return
@@ -270,6 +269,14 @@ class Process:
         if world.mutant != "hasty":
             for item, reply in zip(work, replies, strict=True):
                 item[2](reply)
+
+    def _kept(self, key: bytes, value: bytes) -> None:
+        """A row is on the disk."""
+        if key[:1] == b"r":
+            self.world.oracle.durable(key, value, self.number, hint=False)
+        elif key[:1] == b"h":
+            hint = hintfile.decode(key, value)
+            self.world.oracle.durable(hint.row, hint.register, self.number, hint=True)
 
     def _next_batch(self) -> None:
         self.writing = bool(self.queue)
@@ -297,6 +304,7 @@ class Process:
         """A client asks."""
         token = (*token, self.world.next_call())  # what the network doubles is a resend
         now = self.world.scheduler.now
+        self.asked.setdefault(operation.options.get("request", b""), now)
         self.coordinator.wall_us = self.node.wall_us()
         deadline = now + operation.patience
         try:
@@ -364,7 +372,7 @@ class Process:
             if node == self.number:
                 for epoch, request, ticket in requests:
                     write = ticket[0].options.request
-                    self.local(epoch, request, lambda r, t=ticket: self._replied(t, r), write)  # type: ignore[misc]  # mypy: defaults of lambdas
+                    self.local(epoch, request, partial(self._replied, ticket), write)
                 continue
             by_epoch: dict[int, list[tuple[Any, Any]]] = {}
             for epoch, request, ticket in requests:
@@ -446,7 +454,7 @@ class Process:
                 self._reply(source, number, tuple(replies))
 
         for i, request in enumerate(requests):
-            self.local(epoch, request, lambda r, i=i: one(i, r))  # type: ignore[misc]  # mypy: defaults of lambdas
+            self.local(epoch, request, partial(one, i))
 
     def _protocol(self, source: int, number: int, epoch: int, method: str, args: Any) -> None:
         now = self.node.wall_us()
@@ -454,7 +462,7 @@ class Process:
             if method.startswith("sync."):
                 todo: Any = self.anti.handle(method, source, epoch, args, now)
             elif method == "hints.deliver":
-                todo = self.hints.handle(source, epoch, *args, now)
+                todo = self.hints.handle(source, epoch, args[0], now)
             else:
                 todo = self.tombstones.handle(method, source, epoch, args)
         except DfsError as e:
@@ -508,10 +516,10 @@ class Process:
         elif isinstance(effect, steps.Rest):
             self.world.scheduler.after(0.001, lambda: go_on(None))
         else:
-            raise AssertionError(f"no such effect: {effect!r}")
+            raise TypeError(f"no such effect: {effect!r}")
 
     def _all(self, requests: Sequence[Any], go_on: Callback, conclude: Callback) -> None:
-        """Enqueue requests together; `conclude` with their replies, `go_on` with the first error."""
+        """Enqueue requests together; `conclude` takes the replies, `go_on` the first error."""
         left = len(requests)
         replies: list[Any] = [None] * left
 
@@ -524,7 +532,7 @@ class Process:
                 go_on(errors[0]) if errors else conclude(replies)
 
         for i, request in enumerate(requests):
-            self.enqueue(request, lambda r, i=i: one(i, r))  # type: ignore[misc]  # mypy: defaults of lambdas
+            self.enqueue(request, partial(one, i))
 
     def _merge(self, effect: steps.Merge, go_on: Callback) -> None:
         if effect.table != REGISTERS or not effect.items:
@@ -635,9 +643,11 @@ class Process:
         todo = []
         for partition in m.changed(METADATA):
             if self.number in m.old_homes(METADATA, partition):
-                for b in m.homes(METADATA, partition):
-                    if b != self.number and partition not in node.pushed.get(b, {}):
-                        todo.append((partition, b))
+                todo += [
+                    (partition, b)
+                    for b in m.homes(METADATA, partition)
+                    if b != self.number and partition not in node.pushed.get(b, {})
+                ]
         quiet = [x for x in todo if not self.world.used(x[0])]
         for partition, b in quiet:  # nothing to push
             node.pushed.setdefault(b, {})[partition] = None
@@ -648,9 +658,9 @@ class Process:
         began = self._transition()
 
         def ended(result: Any) -> None:
-            if not isinstance(result, DfsError) and not result.errors:
-                if self.node.pushed_in == began:
-                    self.node.pushed.setdefault(b, {})[partition] = None
+            failed = isinstance(result, DfsError) or bool(result.errors)
+            if not failed and self.node.pushed_in == began:
+                self.node.pushed.setdefault(b, {})[partition] = None
 
         now = node.wall_us()
         self.background("push", lambda: self.anti.push_partition(partition, b, now), ended)
@@ -676,7 +686,7 @@ class Process:
             if self.number in m.homes(METADATA, partition) or not self.world.used(partition):
                 continue
             if merkle.rows_of(self.node.store, REGISTERS, partition)[0]:
-                self.enqueue(("o", lambda p=partition: self._drop(p)), lambda _: None)  # type: ignore[misc]  # mypy: defaults of lambdas
+                self.enqueue(("o", lambda p=partition: self._drop(p)), lambda _: None)
 
     def _drop(self, partition: int) -> list[Op]:
         if self.number in members(self.map, partition):

@@ -1,4 +1,4 @@
-"""What registers may and may not do, judged from every write of a schedule: the simulation's oracle.
+"""What registers may and may not do, judged from every write of a schedule: the oracle.
 
 Each write is a bit in integers used as sets.  A write *saw* what its context had: the writes whose
 values a read returned, what those had seen, and so on; that is its causal past, independent of any
@@ -7,7 +7,8 @@ version vector.  From it follow
     covered     no register that leaves a node has seen a dot whose value it neither holds nor can
                 show superseded: that is what makes a merge drop an acknowledged value
     unique      a dot names one write for ever, whatever crashed, was restored or came back
-    kept        an acknowledged value is there or was superseded by a write that saw it
+    kept        a value that a quorum of homes acknowledged is there, or was superseded by a write
+                that saw it (with weaker levels, hints and homes that are lost may have had it)
     fresh       a read that began after a write was acknowledged, or another read answered, knows it
     dead        a value never comes back once a write that saw it was acknowledged, or a read was
                 answered without it (a put that was resent to a second coordinator may: it is two
@@ -165,13 +166,13 @@ class Oracle:
             superseded |= dot.write.saw
         for name, dot in covered:
             bit = 1 << dot.write.number
-            if dot.exposed and name not in here and not superseded & bit:
-                # a resend that read what the first attempt wrote replaces it
-                if dot.write.value is not None and not dot.write.dots & here:
-                    raise ViolationError(
-                        f"covered: a register has seen write {dot.write.number} of {row!r} and "
-                        "lost its value"
-                    )
+            gone = dot.exposed and name not in here and not superseded & bit
+            # a resend that read what the first attempt wrote replaces it
+            if gone and dot.write.value is not None and not dot.write.dots & here:
+                raise ViolationError(
+                    f"covered: a register has seen write {dot.write.number} of {row!r} and "
+                    "lost its value"
+                )
         for actor, hlc, value in register[1]:
             dot_here = history.dots.get((actor, hlc))
             if dot_here is None or dot_here.write.value != value:
@@ -254,9 +255,9 @@ class Oracle:
         superseded |= history.purged
         for write in history.writes.values():
             bit = 1 << write.number
-            if write.acked and write.value is not None and not superseded & bit:
-                if not write.dots & here:
-                    raise ViolationError(f"kept: the acknowledged write {write.number} is lost")
+            owed = write.strict and write.value is not None and not superseded & bit
+            if owed and not write.dots & here:
+                raise ViolationError(f"kept: the acknowledged write {write.number} is lost")
         live = {self.values[v].number for _, _, v in register[1]}
         back = [n for n in sorted(live) if history.dead & ~history.doubled & 1 << n]
         if back:

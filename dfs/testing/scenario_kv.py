@@ -1,4 +1,4 @@
-"""Registers under faults: nothing acknowledged is lost, nothing deleted returns, reads never go back.
+"""Registers under faults: nothing acknowledged is lost, nothing deleted is back, reads only go on.
 
 Each seed plays one schedule of `dfs.testing.kv_cores`: 3 to 50 nodes, clients with contexts and
 resends, lost and late messages, crashes at any write, stopped nodes, full disks, skewed clocks,
