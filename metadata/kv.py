@@ -59,12 +59,13 @@ class KV:
         hints: Hints | None = None,
         is_up: Callable[[int], bool] = lambda number: True,
         admit: Callable[[int], None] = lambda size: None,
+        waiting: Callable[[int], bool] = lambda partition: False,
     ) -> None:
         """Serve the registers in `store`.
 
         `get_map` may be a `MapKeeper`: then newer maps are learned and followed.  `is_up` is the
         liveness of nodes as gossip sees it; `admit(bytes)` raises `DiskFull` or `Busy` when values
-        of that size are not taken now (deletes always are).
+        of that size are not taken now (deletes always are); `waiting` is for `Registers`.
         """
         self._env = env
         self._number = number
@@ -72,7 +73,9 @@ class KV:
         self._keeper = get_map if isinstance(get_map, MapKeeper) else None
         self._admit = admit
         current = get_map()
-        self.registers = Registers(store, number, current, digests=digests, hints=hints)
+        self.registers = Registers(
+            store, number, current, digests=digests, hints=hints, waiting=waiting
+        )
         self.replica = Replica(self.registers, store, env.clock, self._keeper)
         self.core = Coordinator(number, current, is_up=is_up)
         self._outbox = Outbox(

@@ -18,7 +18,7 @@ The fence is here too, at the moment a request is applied: one that carries an o
 last change of its partition's homes is refused, however long it waited before.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from struct import unpack_from
 from typing import Any, Protocol
 
@@ -119,8 +119,13 @@ class Registers:
         *,
         digests: Digests,
         hints: Hints | None = None,
+        waiting: Callable[[int], bool] = lambda partition: False,
     ) -> None:
-        """Serve the copies in `table` by `cluster_map`; the first batch has its state too."""
+        """Serve the copies in `table` by `cluster_map`; the first batch has its state too.
+
+        `waiting(partition)`: the copies there may be too old to be shown; see `metadata.rejoin`.
+        """
+        self._is_waiting = waiting
         self._table = table
         self._number = number
         self._map = cluster_map
@@ -155,6 +160,7 @@ class Registers:
         if row in self._unsettled:
             return None
         self._fence(epoch, partition)
+        self._check_shown(partition)
         return self._answer(row, self._table.get(row))
 
     @property
@@ -170,7 +176,16 @@ class Registers:
         Raises `StaleEpoch`, `Corrupt`.  Ask `unsettled` first.
         """
         self._fence(epoch, partition)
+        self._check_shown(partition)
         return self._table.scan(prefix, after, limit)
+
+    def _check_shown(self, partition: int) -> None:
+        """Raise `Busy` while the partition was not compared with its other homes."""
+        if self._is_waiting(partition):
+            raise Busy(
+                f"node {self._number} was away and compares partition {partition} with the other "
+                "homes before it shows it; `dfs node workers` shows storage-repair at it"
+            )
 
     def _answer(self, row: bytes, found: bytes | None) -> bytes:
         kept = self._hints.find(row)
@@ -245,8 +260,10 @@ class Registers:
             self._merge(row, partition, request[2], before)
             return None
         if kind == GET:
+            self._check_shown(partition)
             return self._answer(row, self._current(row))
         if kind == MINT:
+            self._check_shown(partition)
             _, _, context, value = request
             return self._mint(now_us, row, partition, context, value, before)
         if kind == HINT:

@@ -29,12 +29,17 @@ from metadata.kv import KV
 from metadata.loops import life_loops, loops
 from metadata.metrics import measure
 from metadata.nodelife import NodeLife
+from metadata.presence import Presence
+from metadata.scrub import StoreScrub
 from metadata.steps import Steps, Write
 from metadata.store.engine import Store
+from metadata.store.options import StoreOptions
 from metadata.synchronise import Synchroniser
 from metadata.syncworkers import workers as sync_workers
 
 VERSION = "0.1.0"
+LEAST_RESERVE = 8 << 20  # bytes
+MOST_RESERVE = 5 * (32 << 20)  # one table of each input of a merge, and of its output
 
 
 class MetadataNode:
@@ -55,8 +60,13 @@ class MetadataNode:
         get_map: Callable[[], ClusterMap],
         *,
         folder: Folder | None = None,
+        reserve: int = 0,
     ) -> None:
-        """Keep what the node is made of; nothing is opened before `run`."""
+        """Keep what the node is made of; nothing is opened before `run`.
+
+        `reserve` is how many bytes at most are set aside for work on a full disk.
+        """
+        self._reserve = reserve
         self._env = env
         self._number = number
         self._get_map = get_map
@@ -72,6 +82,7 @@ class MetadataNode:
         self.metrics_address = ""
         self.boot: Boot | None = None
         self.life: NodeLife | None = None
+        self.presence: Presence | None = None
 
     async def run(
         self,
@@ -86,14 +97,16 @@ class MetadataNode:
         """
         env = self._env
         self._started = env.clock.monotonic()
-        self.store = store = await Store.open(env)
+        self.store = store = await Store.open(env, options=self._options())
         self.sync = sync = Synchroniser(env, self._number, self._get_map, store)
         sync.load()
         self.blobs = blobs = sync.blobs
         self.kv = kv = KV(
             env, self._number, self._get_map, store,
-            digests=sync.digests, hints=sync.keeper, admit=self._room.check_write,
+            digests=sync.digests, hints=sync.keeper, is_up=self.is_up,
+            admit=self._room.check_write, waiting=sync.pull_first.waiting,
         )  # fmt: skip
+        sync.alive = self.is_up
         sync.writer = kv.replica
         self.journals = journals = JournalHost(env, self._number, self._get_map)
         client = BlobClient(env.rpc, self._get_map, env.clock)
@@ -101,11 +114,12 @@ class MetadataNode:
         self.homes = homes = Homes(
             env, self._number, self._get_map, journals, client, store, folder=folder
         )
-        self.workers = loops(env.clock, store, journals, homes)
+        self.workers = (*loops(env.clock, store, journals, homes), StoreScrub(env, store))
         handlers: dict[str, Handler] = {
             "ping": self._ping,
             "map.get": self._map_get,
             "node.status": self._status,
+            "node.lsm": self._lsm,
             **worker_handlers(lambda: self.workers),
             **blobs.handlers(),
             **journals.handlers(),
@@ -146,7 +160,17 @@ class MetadataNode:
         synchronising = sync_workers(env, sync, self._lost_registers)
         self.workers += (*life_loops(env.clock, life), *synchronising)
         boot.begin()
-        handlers |= life.handlers()
+        entropy, hints, *_ = synchronising
+
+        def returned(node: int) -> None:
+            entropy.returned(node)
+            hints.returned(node)
+
+        self.presence = presence = Presence(
+            env, number, keeper, boot=boot.boot, load=self._load,
+            returned=returned, usurped=boot.on_usurped,
+        )  # fmt: skip
+        handlers |= life.handlers() | presence.gossip.handlers()
         real = life.guarded(handlers) | boot.handlers()
         early = {name: real[name] for name in ("ping", "map.get", "node.status", "node.boot")}
         serving = boot.gate(real) | early
@@ -160,6 +184,7 @@ class MetadataNode:
         keeper.subscribe(synchronising[0].map_changed)
         for worker in synchronising:
             nursery.start_soon(worker.run)
+        nursery.start_soon(presence.run)
         serving.update(real)  # the server looks methods up in this very dict
         boot.admitted.set()
         await boot.run()
@@ -168,6 +193,25 @@ class MetadataNode:
         """Mint under another name from now on; what follows is in the same queue, behind it."""
         self.kv.registers.actors.renew()
         yield Write(())
+
+    def _options(self) -> StoreOptions:
+        """A reserve as large as the store, up to what a merge can need; small nodes need little."""
+        if not self._reserve:
+            return StoreOptions()
+        disk = self._env.disk
+        held = 0
+        for name in disk.listdir("lsm"):
+            file = disk.open(f"lsm/{name}")
+            held += file.size()
+            file.close()
+        return StoreOptions(reserve_bytes=min(self._reserve, max(LEAST_RESERVE, held)))
+
+    def is_up(self, node: int) -> bool:
+        """Whether metadata node `node` answers, as far as gossip knows."""
+        return self.presence is None or self.presence.is_up(node)
+
+    def _load(self) -> float:
+        return float(self.kv.statistics().get("under_way", 0))
 
     def measure(self, page: Page) -> None:
         """Write the numbers of now into a page of metrics."""
@@ -178,7 +222,7 @@ class MetadataNode:
             store=self.store.statistics(),
             journals=self.journals.statistics(),
             homes=self.homes.statistics(),
-            kv=self.kv.statistics(),
+            kv={**self.kv.statistics(), **self.sync.statistics()},
         )
         page.workers(self.workers)
         measure_limit(page, self._room.level().label)
@@ -188,6 +232,9 @@ class MetadataNode:
         if self.store.quarantined:
             return f"quarantined tables: {', '.join(map(str, self.store.quarantined))}"
         return "the disk is full" if self._room.level() == Level.FULL else ""
+
+    def _lsm(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
+        return (self.store.lsm(),), b""
 
     def _ping(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
         node_map = self._get_map()
@@ -226,6 +273,7 @@ class MetadataNode:
                 "volumes": tuple(self.homes.status()),
                 "store": statistics,
                 "kv": self.kv.statistics(),
+                "sync": self.sync.statistics(),
                 "life": self.life.status() if self.life is not None else {},
             },
         ), b""

@@ -131,6 +131,20 @@ class Synchroniser:
             ops, self._marks = self._marks, []
             await self._submit([(RAW, ops)])
 
+    def statistics(self) -> dict[str, Any]:
+        """Sums over all targets of hints, and what synchronisation counted since the start."""
+        hints = self.hints.status(self.now())
+        return {
+            "hints": sum(t["count"] for t in hints),
+            "hints_bytes": sum(t["bytes"] for t in hints),
+            "hints_age": max((t["age"] for t in hints), default=0.0),
+            "hints_stored": sum(t["stored"] for t in hints),
+            "hints_delivered": sum(t["delivered"] for t in hints),
+            "hints_dropped": sum(t["dropped"] for t in hints),
+            "merkle_drift": self.digests.drift,
+            "waiting_partitions": len(self.pull_first.partitions()),
+        }
+
     def _holds(self, partition: int) -> bool:
         return bool(self.digests.total(REGISTERS, partition))
 
