@@ -6,7 +6,7 @@ their side of a transition has nothing to do.
 
 from functools import cache
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -23,6 +23,9 @@ from dfs.testing.processes import SimProcesses
 from dfs.volume import entries
 from metadata.checkpoint import inline_folder
 from metadata.service import MetadataNode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CLUSTER_ID = b"maps that change"
 SALT = b"salt of volumes."
@@ -177,6 +180,7 @@ class MapCluster:
         self.nursery = nursery
         self.clock: Clock = SystemClock()
         self.maps: dict[int, ClusterMap] = {}
+        self.on_map: Callable[[ClusterMap], None] = lambda _new: None  # a map is seen first
         self.entries: dict[bytes, dict[int, bytes]] = {}
         initial = first_map(nodes)
         self.machines = {n: self.machine_class(self, n, initial) for n in range(1, nodes + 1)}
@@ -199,6 +203,8 @@ class MapCluster:
 
     def observe_map(self, new: ClusterMap, number: int) -> None:
         """A machine has this map now; raises `Violation` if another has one of that epoch."""
+        if new.epoch not in self.maps:
+            self.on_map(new)
         known = self.maps.setdefault(new.epoch, new)
         if known != new:
             raise Violation(f"node {number} has another map of epoch {new.epoch}")

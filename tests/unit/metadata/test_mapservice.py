@@ -11,10 +11,11 @@ from dfs.cluster.map import METADATA, ClusterMap
 from dfs.errors import Busy, DfsError, InvalidArgument, NotFound, StaleEpoch
 from dfs.hashing import digest, partition_of
 from dfs.ids import MAP_JOURNAL
+from dfs.rpc.mapkeeper import MapKeeper
 from dfs.testing.mapcluster import CLUSTER_ID, MapCluster, first_map, member
 from dfs.testing.network import SimNetwork
 from dfs.volume import entries
-from metadata.mapservice import decode_entry, encode_entry, genesis_of
+from metadata.mapservice import MapService, decode_entry, encode_entry, genesis_of
 from metadata.mapsteps import check_step
 
 
@@ -69,6 +70,22 @@ async def test_a_map_is_agreed_once_and_known_everywhere():
             await client.call(cluster.machines[2].address, "map.get", (9,), timeout=5)
 
     await run_cluster(body)
+
+
+class AnyFollows(MapService):
+    def rule_follows(self, newest, new):
+        return True
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(MapService, 2), (AnyFollows, 3)])
+def test_only_the_first_of_two_successors_counts(kind, expected):
+    old = first_map(3)
+    service = kind(None, 1, MapKeeper(old), None)
+    service._count(1, genesis_of(old))
+    for seq, rack in enumerate("qp", 2):
+        service._count(seq, encode_entry(0, "", relabelled(old, rack).encode()))
+    assert len(service._counted) == expected
+    assert service._counted[1][3] == relabelled(old, "q")
 
 
 async def test_racing_proposals_leave_one_map():
