@@ -7,6 +7,7 @@ signals sent to the pids of the pid files, which are this cluster's own.
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -15,7 +16,19 @@ import sys
 import time
 from pathlib import Path
 
+import trio
+
+from dfs.client.connect import ClusterRef, connect
+from dfs.clock import SystemClock
+from dfs.cluster.map import METADATA
+from dfs.disk import RealDisk
+from dfs.env import Env
+from dfs.errors import DfsError
+from metadata.registers import GET, PREFIX, partition_of_row, row_of
+from metadata.store.engine import Store
+
 ROLES = ("metadata", "chunkserver")
+COPIES = 3
 
 
 def free_ports(count):
@@ -39,11 +52,12 @@ def free_ports(count):
 
 
 class LocalCluster:
-    """Three nodes (two processes each) in one directory, and the mounts made from it."""
+    """Some nodes (a process for each of `roles`) in one directory, and the mounts made from it."""
 
-    def __init__(self, base, nodes=3):
+    def __init__(self, base, nodes=3, roles=ROLES):
         self.dir = Path(base) / "cluster"
         self.nodes = [f"node{i + 1}" for i in range(nodes)]
+        self.roles = roles
         self.mounts = []
         self.env = {**os.environ, "DFS_CLUSTER": str(self.dir / "cluster.json"), "NO_COLOR": "1"}
 
@@ -66,14 +80,50 @@ class LocalCluster:
 
     def init(self):
         base = free_ports(2 * len(self.nodes))
+        if self.roles != ROLES:
+            spec = self.spec(
+                [f"tcp://127.0.0.1:{base + i}" for i in range(len(self.nodes) + COPIES)]
+            )
+            self.dfs("cluster", "init", "--dir", self.dir, "--spec", spec)
+            return self
         self.dfs(
             "cluster", "init", "--dir", self.dir, "--nodes", len(self.nodes), "--base-port", base
         )
         return self
 
+    def spec(self, addresses):
+        """Write the description of a cluster of metadata nodes, each in a zone of its own.
+
+        Copies are as many as there are chunkservers, so the first three nodes have one.
+        """
+        nodes = [
+            {"name": name, "zone": f"zone{i + 1}", "host": f"host-{name}"}
+            | {"metadata_addr": addresses[i]}
+            for i, name in enumerate(self.nodes)
+        ]
+        for node, address in zip(nodes, addresses[len(nodes) :], strict=False):
+            node["chunk_addr"] = address
+        path = self.dir.parent / "spec.json"
+        path.write_text(json.dumps({"nodes": nodes}))
+        return path
+
     def up(self, *names):
         self.dfs("cluster", "up", "--dir", self.dir, *names)
         return self
+
+    def refused(self, *args, **kw):
+        """Run `dfs ...`, which fails with one line; returns that line."""
+        done = self.dfs(*args, check=False, **kw)
+        assert done.returncode == 1, (args, done.stdout, done.stderr)
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        return done.stderr.strip()
+
+    def apply(self, *edit, wait=60):
+        """Stage one edit, if given, and apply what is staged; waits so many seconds for the end."""
+        if edit:
+            self.dfs("cluster", "node", *edit)
+        epoch = json.loads(self.dfs("cluster", "plan", "--json").stdout)["epoch"]
+        return self.dfs("cluster", "apply", "--epoch", epoch, "--wait", wait)
 
     def down(self, *names):
         self.dfs("cluster", "down", "--dir", self.dir, *names)
@@ -81,7 +131,8 @@ class LocalCluster:
     def pid(self, node, role):
         return int((self.dir / "run" / f"{node}-{role}.pid").read_text())
 
-    def kill(self, node, roles=ROLES, sig=signal.SIGKILL):
+    def kill(self, node, roles=None, sig=signal.SIGKILL):
+        roles = self.roles if roles is None else roles
         for role in roles:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid(node, role), sig)
@@ -91,7 +142,7 @@ class LocalCluster:
 
     def kill_all(self):
         """kill -9 of every process of the cluster, mounts included, as close together as possible."""
-        pids = [self.pid(n, r) for n in self.nodes for r in ROLES]
+        pids = [self.pid(n, r) for n in self.nodes for r in self.roles]
         pids += [int(p.read_text()) for p in (self.dir / "run").glob("mount*.pid")]
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -116,6 +167,88 @@ class LocalCluster:
 
     def status(self, check=False):
         return json.loads(self.dfs("cluster", "status", "--json", check=check).stdout)
+
+    def ask(self, work):
+        """The result of `await work(cluster)` over a connection of our own."""
+
+        async def main():
+            async with connect(ClusterRef.load(self.dir / "cluster.json"), name="test") as c:
+                return await work(c)
+
+        return trio.run(main)
+
+    def map(self):
+        """The newest map that any metadata node has."""
+
+        async def newest(c):
+            await c.refresh_map()
+            return c.get_map()
+
+        return self.ask(newest)
+
+    def node_status(self, *names):
+        """What the metadata nodes say of themselves; those that are silent are left out."""
+
+        async def work(c):
+            found = {}
+            for node in c.get_map().nodes:
+                if names and node.name not in names:
+                    continue
+                with contextlib.suppress(DfsError):
+                    (status,), _ = await c.rpc.call(node.metadata_addr, "node.status", timeout=3)
+                    found[node.name] = status
+            return found
+
+        return self.ask(work)
+
+    def copies(self, keys, space=0):
+        """key -> {home: register bytes, or the error}, as each home itself answers."""
+
+        async def work(c):
+            await c.refresh_map()
+            current = c.get_map()
+            wanted = {}  # node -> rows
+            for key in keys:
+                row = row_of(space, key)
+                for home in current.read_homes(METADATA, partition_of_row(row)):
+                    wanted.setdefault(home, []).append((key, row))
+            found = {key: {} for key in keys}
+            for home, rows in wanted.items():
+                for i in range(0, len(rows), 100):
+                    part = rows[i : i + 100]
+                    requests = tuple((GET, row) for _, row in part)
+                    (replies,), _ = await c.rpc.call(
+                        current.address(METADATA, home), "reg.batch", (home, requests),
+                        timeout=10, epoch=current.epoch,
+                    )  # fmt: skip
+                    for (key, _), reply in zip(part, replies, strict=True):
+                        found[key][current.node(home).name] = reply
+            return found
+
+        return self.ask(work)
+
+    def differing(self, keys):
+        """Keys whose homes do not all hold the same bytes."""
+        return [key for key, held in self.copies(keys).items() if len(set(held.values())) > 1]
+
+    def rows(self, node):
+        """The registers in the store of a node that is down: row -> bytes."""
+        env = Env(
+            SystemClock(), RealDisk(self.dir / node / "metadata"), None, None, random.Random(1)
+        )
+
+        async def work():
+            store = await Store.open(env)
+            try:
+                return dict(store.iterate(PREFIX, bytes((PREFIX[0] + 1,))))
+            finally:
+                store.close()
+
+        return trio.run(work)
+
+    def log(self, node, role="metadata"):
+        """All that a daemon said."""
+        return (self.dir / "log" / f"{node}-{role}.log").read_text(errors="replace")
 
     def logs(self, lines=15):
         text = ""
