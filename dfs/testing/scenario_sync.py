@@ -15,13 +15,15 @@ from typing import Any
 from dfs.cluster.map import METADATA, ClusterMap
 from dfs.errors import DfsError, Unreachable
 from dfs.testing.sync_maps import NOW, moved_row, transition
-from dfs.testing.sync_nodes import SyncNode, row_in, run
+from dfs.testing.sync_nodes import SyncNode, row_in
+from dfs.testing.sync_nodes import run as drive
 from metadata.antientropy import AntiEntropy, members
 from metadata.hints import Hints
 from metadata.merkle import Change, Digests, Op, partition_of_row
 from metadata.steps import Call, Steps
 from metadata.tombstones import Tombstones
 
+NAME = "sync"
 HOUR = 3600_000_000
 MUTANTS = {
     "notall": "a tombstone is purged though a home did not answer",
@@ -160,7 +162,7 @@ class Scenario:
 
     def drive(self, number: int, steps: Steps[Any]) -> Any:
         """Run a protocol; some of its messages get a twin that arrives much later."""
-        return run(self.nodes, number, self._watched(number, steps), self.now, down=[*self.down])
+        return drive(self.nodes, number, self._watched(number, steps), self.now, down=[*self.down])
 
     def _watched(self, number: int, steps: Steps[Any]) -> Steps[Any]:
         send, error = None, None
@@ -309,7 +311,7 @@ class Scenario:
                 call.method, sender, call.epoch, call.args, self.now
             )
             try:
-                run(self.nodes, call.node, steps, self.now)
+                drive(self.nodes, call.node, steps, self.now)
             except DfsError:
                 continue
 
@@ -366,3 +368,12 @@ def find(mutant: str, seeds: range) -> int | None:
         except ViolationError:
             return seed
     return None
+
+
+def run(seed: int, *, mutant: str | None = None) -> list[str]:
+    """Violations of the trace of a seed; empty is good."""
+    try:
+        play(seed, mutant or "")
+    except ViolationError as e:
+        return [str(e)]
+    return []
