@@ -208,12 +208,21 @@ def salvage_table(
     return (None if copy is None else tuple(copy)), tuple(lost)
 
 
-def check_table(root: str, prefix: str, table: tuple[Any, ...]) -> str:
-    """Read every block of a table; returns what is wrong with it, empty if nothing is."""
+def check_table(root: str, prefix: str, table: tuple[Any, ...]) -> tuple[tuple[int, str], ...]:
+    """Read every block of a table; returns (block, what is wrong) of the bad ones.
+
+    Block -1 is the whole table: it cannot be opened.
+    """
+    meta = Meta(*table)
     try:
-        source: Table = open_table(disk_at(root), prefix, Meta(*table), 0)
-        for _ in source.scan(b""):
-            pass
+        source: Table = open_table(disk_at(root), prefix, meta, 0)
+        count = len(source.load().first_keys)
     except Corrupt as e:
-        return str(e)
-    return ""
+        return ((-1, str(e)),)
+    bad: list[tuple[int, str]] = []
+    for i in range(source.first_block(meta.first), count):
+        try:
+            source.block(i)
+        except Corrupt as e:
+            bad.append((i, str(e)))
+    return tuple(bad)

@@ -307,7 +307,6 @@ class Maintenance:
         wrong = []
         for table in [t for r in s.runs for t in r.tables]:
             wrong += await self._check(table)
-        s.wake()
         return wrong
 
     async def verify_step(self) -> bool:
@@ -316,23 +315,34 @@ class Maintenance:
         names = sorted(n for n in tables if n > self.verify_cursor)
         if names:
             self.verify_cursor = names[0]
-            if await self._check(tables[names[0]]):
-                self._s.wake()
+            await self._check(tables[names[0]])
         if len(names) > 1:
             return False
         self.verify_cursor = ""
         return True
 
     async def _check(self, table: Table) -> list[str]:
+        """Read a table; what is bad counts as lost at once, as when a read had met it."""
         s = self._s
-        why = await s.env.processes.run(
+        bad = await s.env.processes.run(
             f"{JOBS}check_table", s.env.disk.path(), s.prefix, tuple(table.meta)
         )
-        live = {t.meta.name for r in s.runs for t in r.tables}  # it may have been merged away
-        if not why or table.meta.name not in live:
-            return []
-        self._found_damaged(table.meta.name, why)
-        return [why]
+        name = table.meta.name
+        for run in s.runs:  # the table may have been merged away meanwhile, or in part
+            for live in run.tables:
+                if live.meta.name == name:
+                    return [why for i, why in bad if self._mark(run, live, i, why)]
+        return []
+
+    def _mark(self, run: Run, table: Table, block: int, why: str) -> bool:
+        """Let the keys of a bad block be lost; whether any of them is in use here."""
+        try:
+            if block >= 0 and table.range_of(block)[1] <= table.meta.first:
+                return False
+        except Corrupt:  # neither can its index be read any more
+            block = -1
+        self._s.on_damage(run, table, None if block < 0 else block, Corrupt(why, table.meta.name))
+        return True
 
 
 def _from(run: Run, start: bytes) -> Run:

@@ -12,6 +12,7 @@ from dfs.testing.disk import SimDisk
 from dfs.testing.processes import SimProcesses
 from metadata.store.engine import Store
 from metadata.store.options import StoreOptions
+from metadata.store.reader import Run
 
 SMALL = StoreOptions(memtable_bytes=8000, block_bytes=500, table_bytes=6000, fanout=3)
 
@@ -188,6 +189,48 @@ async def test_verify_finds_what_nobody_read():
     await work(store)
     assert await store.verify() == []
     assert audit(store, model)
+
+
+async def test_what_verify_finds_is_lost_at_once():
+    """Before anything was salvaged: the listeners know, and so does whoever asks."""
+    env = make_env()
+    store, model = await filled(env)
+    told = []
+    store.on_damage(lambda *loss: told.append(loss))
+    block, whole = tables(env.disk)[:2]
+    env.disk.flip(f"lsm/{block}", 700)
+    env.disk.flip(f"lsm/{whole}", env.disk.open(f"lsm/{whole}").size() - 10)
+    store = await Store.open(env, options=SMALL)  # with no index in memory
+    store.on_damage(lambda *loss: told.append(loss))
+    await store.verify()
+    losses = store.lost()
+    assert [name for _, _, name in losses] == [block, whole]
+    assert sorted(told) == losses
+    lost = audit(store, model)
+    assert lost == {k for k in model if any(a <= k < b for a, b, _ in losses)}
+    assert 10 < len(lost) < 200
+    assert sorted(told) == losses  # the reads told nothing new
+    await work(store)
+    assert audit(store, model) == lost
+    assert store.lost() == losses
+
+
+async def test_verify_of_a_table_in_use_in_part():
+    """A merge in steps leaves the rest of a table: damage before that is no loss."""
+    env = make_env()
+    store, _ = await filled(env, 60)
+    run = store._state.runs[-1]
+    table = run.tables[-1]
+    table.load()
+    cut = table.cut(table.range_of(2)[0])
+    store._state.runs = [Run(run.level, [*run.tables[:-1], cut], ())]
+    env.disk.flip(f"lsm/{table.meta.name}", 20)
+    assert await store.verify() == []
+    assert store.lost() == []
+    env.disk.flip(f"lsm/{table.meta.name}", 1100)
+    assert len(await store.verify()) == 1
+    ((first, _, _),) = store.lost()
+    assert first >= cut.meta.first
 
 
 async def test_a_read_error_is_damage_too():
