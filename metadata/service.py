@@ -52,6 +52,7 @@ class MetadataNode:
 
     boot_class: type[Boot] = Boot
     life_class: type[NodeLife] = NodeLife
+    journals_class: type[JournalHost] = JournalHost
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class MetadataNode:
         )  # fmt: skip
         sync.alive = self.is_up
         sync.writer = kv.replica
-        self.journals = journals = JournalHost(env, self._number, self._get_map)
+        self.journals = journals = self.journals_class(env, self._number, self._get_map)
         client = BlobClient(env.rpc, self._get_map, env.clock)
         folder = self._folder or process_folder(env.processes, self._get_map)
         self.homes = homes = Homes(
@@ -160,11 +161,12 @@ class MetadataNode:
         synchronising = sync_workers(env, sync, self._lost_registers)
         self.workers += (*life_loops(env.clock, life), *synchronising)
         boot.begin()
-        entropy, hints, *_ = synchronising
+        entropy, hints, _, _, repair = synchronising
 
         def returned(node: int) -> None:
             entropy.returned(node)
             hints.returned(node)
+            repair.returned(node)
 
         self.presence = presence = Presence(
             env, number, keeper, boot=boot.boot, load=self._load,
@@ -181,7 +183,9 @@ class MetadataNode:
         await nursery.start(self.kv.run)
         await nursery.start(life.run)
         await sync.start()
-        keeper.subscribe(synchronising[0].map_changed)
+        keeper.subscribe(entropy.map_changed)
+        keeper.subscribe(repair.map_changed)
+        keeper.subscribe(synchronising[-1].map_changed)
         for worker in synchronising:
             nursery.start_soon(worker.run)
         nursery.start_soon(presence.run)

@@ -6,7 +6,8 @@
 | `hints` | looks every 10 s for targets that are alive and came back 0 to 10 s ago |
 | `tombstones` | every hour |
 | `digests` | builds what is missing at the start, and recomputes everything once a week |
-| `storage-repair` | when the store reports losses; pulls partitions that wait (`metadata.rejoin`) |
+| `storage-repair` | every minute: losses of the store; with a new map, then every 3 s: waiting ones |
+  while partitions wait (`metadata.rejoin`) |
 """
 
 import logging
@@ -15,15 +16,15 @@ from collections.abc import Callable, Sequence
 import trio
 
 from dfs import codec
-from dfs.cluster.map import ClusterMap
+from dfs.cluster.map import METADATA, ClusterMap
 from dfs.env import Env
 from dfs.errors import Corrupt, DfsError
 from dfs.hashing import PARTITIONS
 from dfs.pace import Bandwidth
 from dfs.workers import Worker
-from metadata.antientropy import Outcome
+from metadata.antientropy import Outcome, members
 from metadata.merkle import BLOBS, REGISTERS, TABLES, Table
-from metadata.repair import affected, pull_partition, rebuild, repair_lost
+from metadata.repair import affected, enough, pull_partition, rebuild, repair_lost
 from metadata.steps import Steps, Write
 from metadata.store.engine import Store
 from metadata.synchronise import Synchroniser
@@ -34,6 +35,7 @@ SLICE = 256  # partitions exchanged under one time stamp
 JITTER = 10.0  # seconds within which a node that came back gets its hints
 _FIRST_BYTE = {REGISTERS: b"r", BLOBS: b"b"}
 CHECK = b"ndigestcheck"  # row: (format, when the last check ended, table, partition to go on with)
+PULL_AGAIN = 3.0  # seconds until partitions that could not be compared yet are tried again
 SNAPSHOT_USES = 64  # partitions recomputed on one snapshot
 
 
@@ -283,7 +285,12 @@ class StorageRepair(SyncWorker):
     ) -> None:
         """`lost_registers` gives the node another name to mint under (`metadata.actors`)."""
         super().__init__(env, sync, interval, first=1.0)
+        self._usual = interval
         self._lost_registers = lost_registers
+
+    def map_changed(self, _old: ClusterMap, _new: ClusterMap) -> None:
+        """Partitions may wait here since: pull them at once; for `MapKeeper.subscribe`."""
+        self.wake()
 
     async def run_once(self) -> int:
         """Repair, rebuild, pull; returns the partitions that became whole."""
@@ -300,7 +307,7 @@ class StorageRepair(SyncWorker):
             await sync.run(steps)
             for table in TABLES:
                 await self._rebuild(table, affected(losses, table))
-        done = 0
+        done = await self._finish_equal()
         waiting = sync.pull_first.partitions()
         for i, partition in enumerate(waiting):
             self.fraction = i / len(waiting)
@@ -309,7 +316,48 @@ class StorageRepair(SyncWorker):
                 done += 1
         left = len(sync.pull_first.partitions())
         self.progress = f"{left} partitions wait for their other homes" if left else ""
+        # while they wait they are a copy less for every reader
+        self._interval = min(PULL_AGAIN, self._usual) if left else self._usual
         return done
+
+    def returned(self, _node: int) -> None:
+        """A home that may be needed is alive again."""
+        if self.sync.pull_first.partitions():
+            self.wake()
+
+    async def _finish_equal(self) -> int:
+        """Let partitions wait no more that are equal at enough other homes; one call for each.
+
+        The usual outcome for a node that comes back: it took part in all that happened.
+        """
+        sync = self.sync
+        waiting = sync.pull_first.partitions()
+        if not waiting or not sync.digests.built(REGISTERS):
+            return 0
+        cluster = sync.get_map()
+        homes = {p: members(cluster, p) for p in waiting}
+        equal: dict[int, list[int]] = {p: [] for p in waiting}
+        for peer in sorted({x for row in homes.values() for x in row} - {sync.me}):
+            shared = [p for p in waiting if peer in homes[p]]
+            try:
+                found = await sync.run(sync.antientropy.differing(peer, REGISTERS, shared))
+            except DfsError as e:
+                self.last_error = f"node {peer}: {e}"
+                continue
+            differing = set(found)
+            for p in shared:
+                if p not in differing:
+                    equal[p].append(peer)
+        changed = sync.get_map()
+        done = [
+            p
+            for p in waiting
+            if enough(cluster, p, sync.me, equal[p])
+            and changed.last_change(METADATA, p) == cluster.last_change(METADATA, p)
+        ]
+        if done:
+            await sync.run(_write(sync.pull_first.finish(done)))
+        return len(done)
 
     async def _rebuild(self, table: int, partitions: Sequence[int]) -> None:
         snapshots = _Snapshots(self.sync.store)

@@ -364,7 +364,11 @@ class Load:
             there = set()
 
             async def look(key):
-                entry = await kv.get(key, level=level)
+                try:
+                    entry = await kv.get(key, level=level)
+                except DfsError as e:
+                    self.violations.append(f"the end of {key!r}: {e}")
+                    return
                 if entry.values:
                     there.add(key)
                 self._final(key, entry.values)

@@ -17,7 +17,7 @@ from dfs.testing.sync_maps import first_map
 from dfs.testing.sync_nodes import key_row
 from metadata import versions
 from metadata.merkle import BLOBS, REGISTERS, TABLES
-from metadata.registers import HINT, MERGE, MINT, Registers
+from metadata.registers import HINT, MERGE, MINT, RAW, Registers
 from metadata.replica import Replica
 from metadata.store.engine import Store
 from metadata.synchronise import Synchroniser
@@ -271,4 +271,34 @@ async def test_blobs_from_before_digests_are_counted_before_they_are_compared():
         assert one.sync.digests.drift == 0
         await two.antientropy.run_once()
         assert two.rows() == blobs
+        nursery.cancel_scope.cancel()
+
+
+async def test_partitions_that_wait_are_pulled_at_once_and_again_soon():
+    async with trio.open_nursery() as nursery:
+        cluster = Cluster(nursery)
+        one, two, three = await cluster.start()
+        await one.put(b"a")
+
+        async def wait(partition):
+            await two.writer.write([(RAW, two.sync.pull_first.begin([partition]))])
+
+        nursery.start_soon(two.repair.run)
+        await trio.sleep(5)  # its first round is over, the next one is a minute away
+        await wait(7)
+        two.repair.map_changed(cluster.map, cluster.map)
+        await trio.sleep(1)
+        assert two.sync.pull_first.partitions() == []
+
+        one.crash()
+        three.crash()
+        await wait(7)
+        two.repair.map_changed(cluster.map, cluster.map)
+        await trio.sleep(20)
+        assert two.sync.pull_first.partitions() == [7]
+        assert "1 partitions wait" in two.repair.progress
+        await nursery.start(one.start)
+        await nursery.start(three.start)
+        await trio.sleep(15)
+        assert two.sync.pull_first.partitions() == []
         nursery.cancel_scope.cancel()
