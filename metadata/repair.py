@@ -43,7 +43,7 @@ def pull_partition(node: AntiEntropy, partition: int, now: int) -> Steps[bool]:
             answered.append(peer)
     if node.get_map().last_change(METADATA, partition) != cluster.last_change(METADATA, partition):
         return False
-    if not _enough(cluster, partition, node.me, answered):
+    if not enough(cluster, partition, node.me, answered):
         return False
     ghosts = yield from _ghosts(node, partition, answered, now)
     if not ghosts:
@@ -54,7 +54,8 @@ def pull_partition(node: AntiEntropy, partition: int, now: int) -> Steps[bool]:
     return True
 
 
-def _enough(cluster: ClusterMap, partition: int, me: int, answered: Sequence[int]) -> bool:
+def enough(cluster: ClusterMap, partition: int, me: int, answered: Sequence[int]) -> bool:
+    """Whether every acknowledged write is at one of the other homes that answered."""
     for homes in cluster.write_sets(METADATA, partition):
         others = [x for x in homes if x != me]
         needed = min(len(others), cluster.n - cluster.w + 1)

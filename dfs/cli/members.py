@@ -307,16 +307,33 @@ async def _wait(cluster: Cluster, members: Membership, seconds: float) -> None:
     end = trio.current_time() + seconds
     while True:
         newest = await members.newest()
+        comparing: list[str] = []
         if newest.transition is None:
-            click.echo(f"done: epoch {newest.epoch} is stable")
-            return
+            comparing = await _comparing(cluster, newest)
+            if not comparing:
+                click.echo(f"done: epoch {newest.epoch} is stable")
+                return
         if trio.current_time() > end:
+            why = comparing or await missing(cluster) or ["nobody says why"]
             raise DfsError(
                 f"after {seconds:g} s the change is still under way (epoch {newest.epoch}): "
-                f"{'; '.join(await missing(cluster)) or 'nobody says why'}. It goes on by itself; "
-                "`dfs cluster status` shows it"
+                f"{'; '.join(why)}. It goes on by itself; `dfs cluster status` shows it"
             )
         await trio.sleep(_POLL)
+
+
+async def _comparing(cluster: Cluster, newest: ClusterMap) -> list[str]:
+    """Nodes that came back to partitions and do not show them yet."""
+    answers = await statuses(cluster.rpc, newest)
+    found = []
+    for (number, _), answer in sorted(answers.items()):
+        waiting = (
+            answer.get("sync", {}).get("waiting_partitions", 0) if isinstance(answer, dict) else 0
+        )
+        if waiting:
+            name = newest.node(number).name
+            found.append(f"{name} compares {count(waiting, 'partition')} with the other homes")
+    return found
 
 
 async def missing(cluster: Cluster) -> list[str]:
