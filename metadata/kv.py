@@ -83,8 +83,6 @@ class KV:
         )
         self._scanner = Scanner(env.rpc, number, self.core, get_map, self._offer, self._read)
         self._ticker: Task | None = None  # parked: nothing is under way
-        if store.quarantined:
-            self.registers.actors.renew()  # what was lost may have held dots of this node
 
     def handlers(self) -> dict[str, Handler]:
         """For the node's dispatch table; see `metadata/KV.md`."""
