@@ -6,8 +6,7 @@
 | `hints` | looks every 10 s for targets that are alive and came back 0 to 10 s ago |
 | `tombstones` | every hour |
 | `digests` | builds what is missing at the start, and recomputes everything once a week |
-| `storage-repair` | each minute; at once after a new map; every 3 s while partitions wait |
-"""
+| `storage-repair` | every minute, for losses; with a new map, then every 3 s, while partitions wait |
 
 import logging
 from collections.abc import Callable, Sequence
