@@ -54,6 +54,7 @@ class Outcome:
     pushed: int = 0
     fresh: int = 0  # rows left alone
     errors: list[str] = field(default_factory=list)  # partitions that could not be compared
+    failed: list[int] = field(default_factory=list)  # those partitions
 
     def add(self, other: "Outcome") -> None:
         """Sum up."""
@@ -62,6 +63,7 @@ class Outcome:
         self.pushed += other.pushed
         self.fresh += other.fresh
         self.errors += other.errors
+        self.failed += other.failed
 
 
 def members(cluster: ClusterMap, partition: int) -> tuple[int, ...]:
@@ -359,16 +361,24 @@ class AntiEntropy:
     def push_partition(
         self, partition: int, to: int, now: int, *, tables: Sequence[int] = TABLES
     ) -> Steps[Outcome]:
-        """Give a new home everything this node holds of a partition, durably.
+        """Give a new home one partition; see `push_partitions`."""
+        return self.push_partitions((partition,), to, now, tables=tables)
+
+    def push_partitions(
+        self, partitions: Sequence[int], to: int, now: int, *, tables: Sequence[int] = TABLES
+    ) -> Steps[Outcome]:
+        """Give a new home everything this node holds of some partitions, durably.
 
         Call it after this node has learned of the transition: what it accepts from then on goes to
-        both sets of homes by itself.  When it returns without `errors`, `to` holds all of it.
-        After a failure call it again; what is there is not sent again.
+        both sets of homes by itself.  When it returns, `to` holds all of each partition that is not
+        in `failed`.  After a failure call it again; what is there is not sent again.  Partitions
+        that are equal already cost four calls, however many they are.
         """
         if any(not self.digests.built(table) for table in tables):
-            return Outcome(errors=["the digests of this node are not complete yet"])
+            text = "the digests of this node are not complete yet"
+            return Outcome(errors=[text], failed=list(partitions))
         outcome = yield from self.exchange(
-            to, now, tables=tables, partitions=(partition,), forced=True, pull=False
+            to, now, tables=tables, partitions=partitions, forced=True, pull=False
         )
         cluster = self.get_map()
         for table in tables:  # what digests call equal may still be on its way to the disk there
@@ -408,6 +418,7 @@ class _Exchange:
         except Corrupt as e:
             if len(partitions) == 1:
                 self.outcome.errors.append(f"partition {partitions[0]}: {e}")
+                self.outcome.failed.append(partitions[0])
             else:
                 for partition in partitions:
                     yield from self.run((partition,))

@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 LOOK = 0.5  # seconds between looks
 HAND_OVER = 2.0  # seconds between two tellings of the new members
 PATIENCE = 3.0  # seconds a member waits for those before it to move a volume
-AGAIN = 2.0  # seconds after a failed attempt
+AGAIN = (0.3, 2.0)  # seconds after a failed attempt: first, longest
 AT_ONCE = 8  # volumes moved at the same time
-PING = 2.0
+PING = 1.0
 
 
 class JournalMoves:
@@ -49,6 +49,7 @@ class JournalMoves:
         self._homes = homes
         self._since: dict[bytes, float] = {}  # volume -> when it was seen at the wrong members
         self._due: dict[bytes, float] = {}
+        self._pause: dict[bytes, float] = {}
         self._moving: set[bytes] = set()
         self._handed = 0.0
         self.moved = 0
@@ -58,8 +59,10 @@ class JournalMoves:
         """Move volumes until cancelled."""
         async with trio.open_nursery() as nursery:
             while True:
-                await trio.sleep(LOOK)
+                seen = self._keeper().epoch
                 self._look(nursery)
+                with trio.move_on_after(LOOK):
+                    await self._keeper.wait_for(seen + 1)
 
     def _look(self, nursery: trio.Nursery) -> None:
         now = self._env.clock.monotonic()
@@ -91,6 +94,7 @@ class JournalMoves:
                 nursery.start_soon(self._move, volume, current)
         self._since = wrong
         self._due = {v: t for v, t in self._due.items() if v in wrong}
+        self._pause = {v: t for v, t in self._pause.items() if v in wrong}
         self.waiting = {v: t for v, t in self.waiting.items() if v in wrong}
 
     async def _move(self, volume: bytes, current: ClusterMap) -> None:
@@ -115,12 +119,14 @@ class JournalMoves:
 
     def _later(self, volume: bytes, why: str) -> None:
         self.waiting[volume] = why
-        self._due[volume] = self._env.clock.monotonic() + AGAIN
+        pause = self._pause.get(volume, AGAIN[0])
+        self._pause[volume] = min(2 * pause, AGAIN[1])
+        self._due[volume] = self._env.clock.monotonic() + pause
         log.info("volume %s cannot move yet: %s", volume.hex(), why)
 
     async def _silent(self, current: ClusterMap, target: tuple[int, ...]) -> list[int]:
-        """Those of the new homes that do not answer, or have an older map."""
-        ready = {self._number}
+        """Those of the new homes that do not answer, or have an older map, until most are ready."""
+        ready = {self._number} & set(target)
 
         async def ask(number: int) -> None:
             try:
@@ -129,6 +135,8 @@ class JournalMoves:
                 )
                 if epoch >= current.epoch and node_id == current.node(number).node_id:
                     ready.add(number)
+                if len(ready) > len(target) // 2:
+                    nursery.cancel_scope.cancel()
             except (DfsError, ConfigError) as e:
                 log.debug("node %d: %s", number, e)
 

@@ -7,24 +7,27 @@ say; here is only who is asked and when.  Nodes that do not answer are left out,
 thresholds are made for.
 """
 
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
 from typing import Any
 
 import trio
 
 from dfs.cluster.joint import RULES, ChunkProgress, Progress, Rules, lacking
 from dfs.cluster.map import CHUNK, METADATA, ClusterMap
-from dfs.env import Buffer, Context, Env, Handler, Priority, Reply
-from dfs.errors import DfsError, RemoteProtocolError
+from dfs.cluster.node import Node
+from dfs.env import Context, Env, Handler, Priority, Reply
+from dfs.errors import Busy, DeadlineExceeded, DfsError, RemoteProtocolError
 from dfs.rpc.mapkeeper import MapKeeper
 from metadata.mapservice import MapService
 
 log = logging.getLogger(__name__)
 
-LOOK = 1.0  # seconds between polls
-ASK = 5.0  # seconds a node may take to report
+LOOK = (0.05, 1.0)  # seconds between polls: at the beginning of an epoch, when nothing happens
+SLOWER = 0.1  # of the age of the epoch: how the first becomes the second
+ASK = (1.0, 4.0)  # seconds a node may take to report, in each attempt
+FOLLOW = 0.5  # seconds a node may take to get the map that it is asked about
 PATIENCE = 10.0  # seconds without a step until the next voter acts as well
 TELL = 10.0  # seconds between log lines that say the same
 
@@ -54,8 +57,15 @@ class MapDriver:
         """`map.progress() -> fields of Progress`, `map.waiting() -> (epoch, phases, reasons)`."""
         return {"map.progress": self._on_progress, "map.waiting": self._on_waiting}
 
-    async def _on_progress(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
+    async def _on_progress(self, ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
+        if ctx.epoch > self._keeper().epoch:  # the question is how this node learns of the map
+            with contextlib.suppress(Busy):  # then what it says is of the map it has
+                await self._keeper.catch_up(ctx.epoch, self._voters(), timeout=FOLLOW)
         return (await self._report()).fields(), b""
+
+    def _voters(self) -> list[str]:
+        current = self._keeper()
+        return [current.address(METADATA, v) for v in current.voters if v != self._number]
 
     def _on_waiting(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
         current = self._keeper()
@@ -65,16 +75,24 @@ class MapDriver:
     async def run(self) -> None:
         """Drive transitions until cancelled."""
         while True:
-            await trio.sleep(LOOK * self._env.random.uniform(0.8, 1.2))
             current = self._keeper()
-            if current.transition is None or not self._mine(current):
+            if current.transition is None:
                 self.waiting = ()
+                await self._keeper.wait_for(current.epoch + 1)
                 continue
-            try:
-                await self._drive(current)
-            except DfsError as e:
-                self.waiting = (f"the voters of the map: {e}",)
-                log.info("cannot drive the transition now: %s", e)
+            mine = self._mine(current)
+            if mine:
+                try:
+                    await self._drive(current)
+                except DfsError as e:
+                    self.waiting = (f"the voters of the map: {e}",)
+                    log.info("cannot drive the transition now: %s", e)
+            else:
+                self.waiting = ()
+            age = self._env.clock.monotonic() - self._since[1]
+            pause = min(LOOK[1], LOOK[0] + SLOWER * age) * self._env.random.uniform(0.8, 1.2)
+            with trio.move_on_after(pause):
+                await self._keeper.wait_for(current.epoch + 1)
 
     def _mine(self, current: ClusterMap) -> bool:
         now = self._env.clock.monotonic()
@@ -119,34 +137,27 @@ class MapDriver:
 
     async def _ask_all(self, current: ClusterMap, role: str) -> Mapping[int, Any]:
         """The reports of all nodes of the role that answer."""
+        found: dict[int, Any] = {}
+        async with trio.open_nursery() as nursery:
+            for node in current.nodes:
+                if node.address(role):
+                    nursery.start_soon(self._ask, node, role, current.epoch, found)
+        return found
+
+    async def _ask(self, node: Node, role: str, epoch: int, found: dict[int, Any]) -> None:
         method = "map.progress" if role == METADATA else "chunk.progress"
         decode = Progress.from_fields if role == METADATA else ChunkProgress.from_fields
-        nodes = [node for node in current.nodes if node.address(role)]
-        found: dict[int, Any] = {}
-        left = len(nodes)
-        done = trio.Event()
-
-        def answered(number: int, answer: tuple[Any, Buffer] | DfsError) -> None:
-            nonlocal left
-            left -= 1
-            if isinstance(answer, DfsError):
-                log.debug("node %d reports nothing: %s", number, answer)
-            else:
-                try:
-                    found[number] = decode(answer[0])
-                except RemoteProtocolError as e:
-                    log.warning("node %d: %s", number, e)
-            if not left:
-                done.set()
-
-        for node in nodes:
-            self._env.rpc.request(
-                node.address(role),
-                method,
-                timeout=ASK,
-                on_reply=partial(answered, node.number),
-                priority=Priority.HIGH,
-                epoch=current.epoch,
-            )
-        await done.wait()
-        return found
+        for timeout in ASK:
+            try:
+                answer, _ = await self._env.rpc.call(
+                    node.address(role), method, timeout=timeout, priority=Priority.HIGH, epoch=epoch
+                )
+                found[node.number] = decode(answer)
+            except DeadlineExceeded as e:
+                log.debug("node %d reports nothing: %s", node.number, e)
+                continue
+            except RemoteProtocolError as e:
+                log.warning("node %d: %s", node.number, e)
+            except DfsError as e:
+                log.debug("node %d reports nothing: %s", node.number, e)
+            return

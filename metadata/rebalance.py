@@ -6,12 +6,17 @@ is all there is to push.  Each new home has a task of its own, so that one which
 its own partitions waiting.  What was pushed is remembered durably (row `n` `rebalance`): after a
 restart the push goes on where it was.
 
-What moves a partition is passed in as `push(partition, to)`, which returns the number of bytes or
-rows it sent once all of it is durable there, and raises when it is not.
+Partitions are pushed in batches, since most cost a comparison and no more: a batch grows while it
+is done quickly, shrinks while it is slow, and what fails of it is tried again.
+
+What moves partitions is passed in as `push(partitions, to, rest)`; it says which of them failed
+once all of the others is durable there, raises when it cannot say, and awaits
+`rest(bytes, backlog)` between its steps.
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import trio
@@ -19,27 +24,26 @@ import trio
 from dfs.cluster.joint import BITMAP_SIZE, bitmap, has
 from dfs.cluster.map import METADATA, ClusterMap
 from dfs.codec import pack, unpack
-from dfs.env import Env, Priority
+from dfs.env import Env
 from dfs.errors import Corrupt, DfsError
-from dfs.hashing import PARTITIONS, digest
 from dfs.rpc.mapkeeper import MapKeeper
-from metadata.blobs import PREFIX
+from metadata.antientropy import Outcome
 from metadata.store.engine import Store
+from metadata.synchronise import Resting
 
 log = logging.getLogger(__name__)
 
 KEY = b"nrebalance"
 FORMAT = 1
-LOOK = 0.5  # seconds between looks for a transition
+LOOK = 0.05  # seconds between looks whether this node is fenced
 SAVE_EVERY = 5.0  # seconds between notes of what was pushed
-AGAIN = (1.0, 30.0)  # seconds after a failed push: first, longest
-STREAMS = 8  # partitions pushed to one new home at the same time
+AGAIN = (0.2, 5.0)  # seconds after a failed push: first, longest
+STREAMS = 4  # batches pushed to one new home at the same time
 RATE = 64 << 20  # bytes a second and new home
-PUT_TIMEOUT = 5.0  # seconds for one request, which has at most 64 blobs
+BATCH = (1, 64, 1024)  # partitions: least, at first, most
+QUICK, SLOW = 0.3, 2.0  # seconds: a batch that took less (more) makes the next one larger (smaller)
 
-GROUP = 64  # blobs in one request
-
-Push = Callable[[int, int], Awaitable[int]]
+Push = Callable[[Sequence[int], int, Resting], Awaitable[Outcome]]
 
 
 class Rebalance:
@@ -56,7 +60,7 @@ class Rebalance:
         self._done: dict[int, set[int]] = {}  # new home -> partitions
         self._dirty = False
         self._saved_at = 0.0
-        self.sent = 0  # bytes or rows, since the start
+        self.sent = 0  # bytes, since the start
         self.left = 0  # (partition, new home) pairs to go
         self.errors: dict[int, str] = {}  # new home -> why its last push failed
 
@@ -76,7 +80,9 @@ class Rebalance:
                 self._epoch, self._done = began, self._load(began)
                 self.left = 0
                 self.errors = {}
-            if began and self.rule_fenced(began):
+            if not began:
+                await self._keeper.wait_for(current.epoch + 1)
+            elif self.rule_fenced(began):
                 await self._push_all(current, began)
             else:
                 await trio.sleep(LOOK)
@@ -103,14 +109,15 @@ class Rebalance:
         self.left = sum(map(len, todo.values()))
         if not todo:
             await self._save(now=True)
-            await trio.sleep(LOOK)
+            await self._keeper.wait_for(current.epoch + 1)
             return
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._stop_with, nursery.cancel_scope, began)
             async with trio.open_nursery() as pushes:
                 for node, partitions in sorted(todo.items()):
-                    for stream in range(STREAMS):
-                        pushes.start_soon(self._push_to, node, partitions[stream::STREAMS])
+                    home = _Home(node, deque(partitions))
+                    for _ in range(STREAMS):
+                        pushes.start_soon(self._push_to, home)
             nursery.cancel_scope.cancel()
         await self._save(now=True)
 
@@ -119,27 +126,48 @@ class Rebalance:
             await self._keeper.wait_for(self._keeper().epoch + 1)
         scope.cancel()
 
-    async def _push_to(self, node: int, partitions: list[int]) -> None:
-        pause = AGAIN[0]
-        for p in partitions:
-            while True:
-                try:
-                    sent = await self.push(p, node)
-                except DfsError as e:
-                    self.errors[node] = str(e)
-                    log.info("pushing partition %d to node %d: %s", p, node, e)
-                    await trio.sleep(pause * self._env.random.uniform(0.5, 1.0))
-                    pause = min(2 * pause, AGAIN[1])
-                    continue
-                break
-            pause = AGAIN[0]
-            self.errors.pop(node, None)
-            self._done.setdefault(node, set()).add(p)
-            self._dirty = True
-            self.sent += sent
-            self.left -= 1
+    async def _push_to(self, home: "_Home") -> None:
+        """One stream: take batches until none are left, failed ones included."""
+        clock, node = self._env.clock, home.node
+
+        async def rest(size: int, _backlog: int) -> None:
+            self.sent += size
+            await trio.sleep(size * STREAMS / RATE)
+
+        while home.queue or home.under_way:
+            if not home.queue:  # what others are at may come back
+                await home.news.wait()
+                continue
+            batch = [home.queue.popleft() for _ in range(min(home.batch, len(home.queue)))]
+            home.under_way += 1
+            began = clock.monotonic()
+            failed: Sequence[int] = batch
+            try:
+                outcome = await self.push(batch, node, rest)
+            except DfsError as e:
+                why = str(e)
+            else:
+                failed = outcome.failed
+                why = outcome.errors[0] if failed else ""
+            missing = set(failed)
+            self._pushed(node, [p for p in batch if p not in missing])
+            home.took(clock.monotonic() - began, len(batch), bool(failed))
+            if failed:
+                self.errors[node] = why
+                log.info("pushing %d partitions to node %d: %s", len(failed), node, why)
+                pause = home.pause
+                await trio.sleep(pause * self._env.random.uniform(0.5, 1.0))
+                home.queue.extend(failed)
+            else:
+                self.errors.pop(node, None)
+            home.ended()
             await self._save()
-            await trio.sleep(sent * STREAMS / RATE)
+
+    def _pushed(self, node: int, partitions: list[int]) -> None:
+        if partitions:
+            self._done.setdefault(node, set()).update(partitions)
+            self._dirty = True
+            self.left -= len(partitions)
 
     # ------------------------------------------------------------------------------------ memory
 
@@ -169,45 +197,37 @@ class Rebalance:
         return {"left": self.left, "sent": self.sent, "failing": tuple(self.errors.values())}
 
 
+class _Home:
+    """What is to be pushed to one new home, shared by the streams to it."""
+
+    def __init__(self, node: int, queue: deque[int]) -> None:
+        self.node = node
+        self.queue = queue
+        self.under_way = 0  # batches
+        self.batch = BATCH[1]
+        self.pause = AGAIN[0]
+        self.news = trio.Event()
+
+    def took(self, seconds: float, size: int, failed: bool) -> None:
+        """Judge the next batch by one of `size`."""
+        least, _, most = BATCH
+        if failed:
+            self.pause = min(2 * self.pause, AGAIN[1])
+        else:
+            self.pause = AGAIN[0]
+        if seconds > SLOW or failed:
+            self.batch = max(least, min(self.batch, size // 2))
+        elif seconds < QUICK and size >= self.batch:
+            self.batch = min(most, 2 * self.batch)
+
+    def ended(self) -> None:
+        self.under_way -= 1
+        news, self.news = self.news, trio.Event()
+        news.set()
+
+
 def beginning(current: ClusterMap) -> int:
     """Epoch in which the metadata transition began, while in its first phase; else 0."""
     if current.phase(METADATA) != 1:
         return 0
     return current.last_change(METADATA, current.changed(METADATA)[0])
-
-
-class BlobPush:
-    """Pushes the blobs of a partition with `blob.put`; what is there already costs a look-up."""
-
-    def __init__(self, env: Env, keeper: MapKeeper, store: Store) -> None:
-        """Read blobs from `store`, row `b` hash."""
-        self._env = env
-        self._keeper = keeper
-        self._store = store
-
-    async def __call__(self, partition: int, to: int) -> int:
-        """Push one partition; the number of bytes sent."""
-        after = PREFIX + (partition << 4).to_bytes(2, "big")  # no name is as short as that
-        end = PREFIX + ((partition + 1) << 4).to_bytes(3, "big")[-2:]
-        if partition == PARTITIONS - 1:
-            end = bytes([PREFIX[0] + 1])
-        sent = 0
-        while True:
-            rows = self._store.scan(PREFIX, after, GROUP, end=end)
-            if not rows:
-                return sent
-            after = rows[-1][0]
-            good = [(key[1:], data) for key, data in rows if digest(data) == key[1:]]
-            names = [(name, len(data)) for name, data in good]
-            blobs = [data for _, data in good]
-            current = self._keeper()
-            await self._env.rpc.call(
-                current.address(METADATA, to),
-                "blob.put",
-                (tuple(names),),
-                blobs,
-                timeout=PUT_TIMEOUT,
-                priority=Priority.BACKGROUND,
-                epoch=current.epoch,
-            )
-            sent += sum(map(len, blobs))

@@ -10,10 +10,10 @@ from typing import Any, Protocol, TypeVar
 
 from dfs.cluster.map import METADATA, ClusterMap
 from dfs.env import Context, Env, Handler, Priority, Reply
-from dfs.errors import Busy, DfsError, InvalidArgument
+from dfs.errors import DeadlineExceeded, DfsError, InvalidArgument
 from dfs.rpc.mapkeeper import MapKeeper
 from metadata import versions
-from metadata.antientropy import AntiEntropy
+from metadata.antientropy import AntiEntropy, Outcome
 from metadata.blobs import Blobs
 from metadata.hints import DISK_SHARE, Hints
 from metadata.merkle import BLOBS, REGISTERS, Digests, Op
@@ -25,6 +25,9 @@ from metadata.tombstones import Tombstones
 
 T = TypeVar("T")
 TIMEOUT = 60.0  # seconds for one call; what is late counts as never
+# seconds for the attempts of one call of a push, which a whole transition waits for: a lost message
+# costs the first of them; a home that is slow gets longer ones
+ATTEMPTS = (2.0, 4.0, 8.0, 16.0, TIMEOUT)
 Resting = Callable[[int, int], Awaitable[None]]  # bytes moved, bytes to go
 
 
@@ -154,8 +157,18 @@ class Synchroniser:
 
     # -- driving
 
-    async def run(self, steps: Steps[T], rest: Resting | None = None) -> T:
-        """Drive a protocol to its end; raises what it raises."""
+    async def run(
+        self,
+        steps: Steps[T],
+        rest: Resting | None = None,
+        *,
+        attempts: Sequence[float] = (TIMEOUT,),
+    ) -> T:
+        """Drive a protocol to its end; raises what it raises.
+
+        A call that is not answered within the first of `attempts` (seconds) is made again with the
+        next one; all calls of these protocols may be made twice.
+        """
         send: Any = None
         error: DfsError | None = None
         try:
@@ -171,23 +184,33 @@ class Synchroniser:
                         if rest is not None:
                             await rest(effect.size, effect.backlog)
                     else:
-                        send = await self._execute(effect)
+                        send = await self._execute(effect, attempts)
                 except DfsError as e:
                     error = e
         finally:
             steps.close()
 
-    async def _execute(self, effect: Any) -> Any:
+    async def _call(self, call: Call, attempts: Sequence[float]) -> Any:
+        for timeout in attempts:
+            try:
+                result, _ = await self._env.rpc.call(
+                    self.get_map().address(METADATA, call.node),
+                    call.method,
+                    (self.me, *call.args),
+                    timeout=timeout,
+                    priority=Priority.BACKGROUND,
+                    epoch=call.epoch,
+                )
+            except DeadlineExceeded:
+                if timeout == attempts[-1]:
+                    raise
+            else:
+                return result
+        raise ValueError("no attempts")
+
+    async def _execute(self, effect: Any, attempts: Sequence[float]) -> Any:
         if isinstance(effect, Call):
-            result, _ = await self._env.rpc.call(
-                self.get_map().address(METADATA, effect.node),
-                effect.method,
-                (self.me, *effect.args),
-                timeout=TIMEOUT,
-                priority=Priority.BACKGROUND,
-                epoch=effect.epoch,
-            )
-            return result
+            return await self._call(effect, attempts)
         if isinstance(effect, Merge):
             return await self._merge(effect)
         if isinstance(effect, Purge):
@@ -233,15 +256,10 @@ class Synchroniser:
                 raise reply
         return replies
 
-    async def push(self, partition: int, to: int) -> int:
-        """Give a new home all of a partition; returns the rows it lacked.
-
-        Raises `Busy` when some of it could not be read or compared: try again.
-        """
-        outcome = await self.run(self.antientropy.push_partition(partition, to, self.now()))
-        if outcome.errors:
-            raise Busy(f"partition {partition} is not complete at node {to}: {outcome.errors[0]}")
-        return outcome.pushed
+    async def push(self, partitions: Sequence[int], to: int, rest: Resting) -> Outcome:
+        """Give a new home all of some partitions; it has those that are not in `failed`."""
+        steps = self.antientropy.push_partitions(partitions, to, self.now())
+        return await self.run(steps, rest, attempts=ATTEMPTS)
 
     # -- answering
 

@@ -6,7 +6,7 @@ their side of a transition has nothing to do.
 
 from functools import cache
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import trio
 
@@ -22,6 +22,8 @@ from dfs.testing.network import SimEndpoint, SimNetwork
 from dfs.testing.processes import SimProcesses
 from dfs.volume import entries
 from metadata.checkpoint import inline_folder
+from metadata.journals import Journal, JournalHost
+from metadata.journalstate import State
 from metadata.service import MetadataNode
 
 if TYPE_CHECKING:
@@ -56,6 +58,22 @@ def first_map(count: int) -> ClusterMap:
     """The map of metadata nodes 1 to `count`."""
     nodes = [member(n) for n in range(1, count + 1)]
     return ClusterMap.create(CLUSTER_ID, [*nodes, *(_chunks(n) for n in (101, 102, 103))])
+
+
+class _Watched(Journal):
+    """Reports each entry at the moment it is chosen here."""
+
+    def __init__(self, host: "JournalHost", volume: bytes, state: State) -> None:
+        super().__init__(host, volume, state)
+        watch = cast("_WatchedHost", host).watch
+        self.subscribe(lambda seq, payload: watch(volume, seq, payload))
+
+
+class _WatchedHost(JournalHost):
+    journal_class: type[Journal] = _Watched
+
+    def watch(self, volume: bytes, seq: int, payload: bytes) -> None:
+        raise NotImplementedError
 
 
 class Machine:
@@ -103,6 +121,8 @@ class Machine:
         cluster.observe_map(initial, self.number)
         folder = inline_folder(BlobClient(endpoint, keeper, cluster.clock))
         self.node = node = self.node_class(env, self.number, keeper, folder=folder)
+        observe = staticmethod(cluster.observe_entry)
+        node.journals_class = type("_Host", (_WatchedHost,), {"watch": observe})
         self._scope = trio.CancelScope()
         await cluster.nursery.start(self._run, node, keeper, self._scope)
 
@@ -129,7 +149,6 @@ class Machine:
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(keeper.poll)
-                    nursery.start_soon(self._observe, node)
                     await node.run(self.address, task_status=_Status())  # type: ignore[arg-type]
             except* DfsError as group:
                 self.error = group
@@ -139,23 +158,6 @@ class Machine:
                 self.endpoint.close()
         if not started:
             task_status.started()
-
-    async def _observe(self, node: MetadataNode) -> None:
-        """Watch every journal of the node for entries that differ from what others chose."""
-        seen: dict[bytes, int] = {}
-        while True:
-            await trio.sleep(0.1)
-            journals = getattr(node, "journals", None)
-            if journals is None:
-                continue
-            for volume in journals.volumes():
-                journal = journals.get(volume)
-                if journal is None:
-                    continue
-                after = max(journal.base, seen.get(volume, 0))
-                for seq, payload in journal.entries(after, 1 << 30):
-                    self.cluster.observe_entry(volume, seq, payload)
-                    seen[volume] = seq
 
     def crash(self) -> None:
         """Lose power."""
