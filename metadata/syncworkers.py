@@ -6,7 +6,8 @@
 | `hints` | looks every 10 s for targets that are alive and came back 0 to 10 s ago |
 | `tombstones` | every hour |
 | `digests` | builds what is missing at the start, and recomputes everything once a week |
-| `storage-repair` | every minute, for losses; with a new map, then every 3 s, while partitions wait |
+| `storage-repair` | each minute, for losses; at new maps, then each 3 s, while partitions wait |
+"""
 
 import logging
 from collections.abc import Callable, Sequence
