@@ -24,6 +24,7 @@ from dfs.workers import Worker
 from metadata.antientropy import Outcome, members
 from metadata.merkle import BLOBS, REGISTERS, TABLES, Table
 from metadata.repair import affected, enough, pull_partition, rebuild, repair_lost
+from metadata.renewals import Loss, renew_once
 from metadata.steps import Steps, Write
 from metadata.store.engine import Store
 from metadata.synchronise import Synchroniser
@@ -301,7 +302,7 @@ class StorageRepair(SyncWorker):
                 sync.antientropy,
                 sync.pull_first,
                 losses,
-                lost_registers=self._lost_registers,
+                lost_registers=lambda: self._renew(losses),
             )
             await sync.run(steps)
             for table in TABLES:
@@ -357,6 +358,9 @@ class StorageRepair(SyncWorker):
         if done:
             await sync.run(_write(sync.pull_first.finish(done)))
         return len(done)
+
+    def _renew(self, losses: Sequence[Loss]) -> Steps[None]:
+        yield from renew_once(self.sync.store, losses, self._lost_registers)
 
     async def _rebuild(self, table: int, partitions: Sequence[int]) -> None:
         snapshots = _Snapshots(self.sync.store)
