@@ -115,3 +115,18 @@ def workers(
     if name is None or len(wanted) > 1:
         raise click.UsageError("say which NODE, and one of --run, --pause and --resume")
     listing.steer(file, name, *wanted[0])
+
+
+@node.command()
+@click.argument("name", metavar="[NODE]", required=False)
+@cluster_option
+@json_option
+def members(name: str | None, cluster_path: str | None, as_json: bool) -> None:
+    """Show who is alive as NODE, or the first node that answers, has it from the gossip.
+
+    Other nodes may see it differently for some seconds. Liveness changes nothing about where data
+    belongs; it decides who is asked first and when hints are delivered.
+    """
+    from dfs.cli.gossip import show_members
+
+    show_members(cluster_file(cluster_path), name, as_json=as_json)

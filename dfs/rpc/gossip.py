@@ -112,7 +112,7 @@ class Gossip:
 
     def handlers(self) -> dict[str, Handler]:
         """What to serve at this daemon's address."""
-        return {METHOD: self._handle}
+        return {METHOD: self._handle, "node.members": self._on_members}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take part until cancelled, then say good-bye.
@@ -243,6 +243,30 @@ class Gossip:
         )  # fmt: skip
 
     # -------------------------------------------------------------------------------------- views
+
+    def _on_members(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
+        """`node.members() -> (map, ...)`: everybody else, as this daemon sees them."""
+        now = self._now()
+        found = []
+        for member in self.members():
+            row: dict[str, Any] = {
+                "number": member.number,
+                "role": member.role,
+                "status": member.status,
+                "since": now - member.since,
+                "boot": member.boot,
+                "incarnation": member.incarnation,
+            }
+            if member.vitals is not None:
+                row |= {
+                    "heartbeat": member.vitals.heartbeat,
+                    "map_epoch": member.vitals.epoch,
+                    "disk_total": member.vitals.total,
+                    "disk_free": member.vitals.free,
+                    "load": member.vitals.load,
+                }
+            found.append(row)
+        return (tuple(found),), b""
 
     def status(self, number: int, role: str) -> str:
         """Of a member: "alive", "suspect", "dead" (also: has left), "unknown" (never heard of)."""
