@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # Sets up .venv and what the tests need from Debian, then runs every check.
 #
-#   tests/run.sh [PYTEST ARGUMENTS]      e.g. tests/run.sh tests/unit -x
+#   tests/run.sh                         everything, in two halves side by side
+#   tests/run.sh PYTEST ARGUMENTS        e.g. tests/run.sh tests/unit -x: one pytest with these
+#
+# DFS_KILL_ROUNDS  how often everything is killed at a random moment (default 20; soak: 50)
 #
 # Exit status 0 only if all of ruff, mypy, import-linter and pytest are content.
 set -uo pipefail
@@ -22,6 +25,25 @@ stage() {
     durations+=("$(printf '%5d s  %s' $((SECONDS - start)) "$name")")
 }
 
+# pytest_in_halves: what computes (unit, property, simulations) beside what mostly waits (processes,
+# mounts).  The first half's output is kept and shown when both are done.
+pytest_in_halves() {
+    local real=(tests/integration tests/mount) log computing failed=0
+    local pytest=("$BIN/python" -m pytest --durations=15 -o)
+    log=$(mktemp) || return
+    "${pytest[@]}" cache_dir=.pytest_cache/computing tests "${real[@]/#/--ignore=}" >"$log" 2>&1 &
+    computing=$!
+    # shellcheck disable=SC2064 # the names are of this function
+    trap "kill $computing 2>/dev/null; rm -f '$log'" EXIT
+    "${pytest[@]}" cache_dir=.pytest_cache/real "${real[@]}" || failed=1
+    wait "$computing" || failed=1
+    say "pytest: all but ${real[*]}"
+    cat "$log"
+    rm -f "$log"
+    trap - EXIT
+    return "$failed"
+}
+
 start=$SECONDS
 (setup test git rsync sqlite3 tar attr) || exit 1
 require_fuse
@@ -32,7 +54,11 @@ stage "ruff check" "$BIN/ruff" check .
 stage "ruff format" "$BIN/ruff" format --check .
 stage "mypy" "$BIN/mypy"
 stage "import-linter" "$BIN/lint-imports"
-stage "pytest" "$BIN/python" -m pytest --durations=15 "$@"
+if [ $# -gt 0 ]; then
+    stage "pytest" "$BIN/python" -m pytest --durations=15 "$@"
+else
+    stage "pytest" pytest_in_halves
+fi
 
 printf '\n'
 printf '%s\n' "${durations[@]}"
