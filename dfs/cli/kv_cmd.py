@@ -209,6 +209,37 @@ def scan(
 @kv.command()
 @cluster_option
 @json_option
+@click.argument("key")
+def where(cluster_path: str | None, as_json: bool, key: str) -> None:
+    """Show where KEY lives: its partition, its homes, and who stands in for them."""
+    from dfs.cli.client import connected
+    from dfs.client.kv import partition_of_key
+    from dfs.cluster.map import METADATA
+
+    async def work() -> dict[str, Any]:
+        async with connected(cluster_file(cluster_path)) as cluster:
+            newest = cluster.get_map()
+            partition = partition_of_key(key.encode())
+            homes = newest.homes(METADATA, partition)
+            rest = [n for n in newest.preference(METADATA, partition) if n not in homes]
+            return {
+                "partition": partition,
+                "homes": [newest.node(n).name for n in homes],
+                "fallbacks": [newest.node(n).name for n in rest],
+            }
+
+    found = run_async(work)
+    if as_json:
+        echo_json(found)
+        return
+    click.echo(f"partition {found['partition']}, homes {', '.join(found['homes'])}")
+    if found["fallbacks"]:
+        click.echo(f"then {', '.join(found['fallbacks'])}")
+
+
+@kv.command()
+@cluster_option
+@json_option
 @click.argument("node", default="")
 def lsm(cluster_path: str | None, as_json: bool, node: str) -> None:
     """Show the storage engine of every metadata node, or of NODE.

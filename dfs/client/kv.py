@@ -70,6 +70,11 @@ class Entry(NamedTuple):
         return self.values[0] if self.values else None
 
 
+def partition_of_key(key: bytes, space: int = USER_SPACE) -> int:
+    """The partition of a register."""
+    return partition_of(digest(bytes([space]) + key))
+
+
 class KV:
     """Registers of one space of a cluster; cheap, holds no connection of its own."""
 
@@ -149,7 +154,7 @@ class KV:
         level = options.get("level")
         if level is not None and level not in LEVELS:
             raise InvalidArgument(f"no level {level!r}; there are {', '.join(LEVELS)}")
-        partition = partition_of(digest(bytes([self._space]) + key))
+        partition = partition_of_key(key, self._space)
         own = (self._space, key, *args, dict(options))
         return await self._call(None, method, own, partition)
 
@@ -175,7 +180,10 @@ class KV:
                 raise error or Unreachable("the cluster map names no metadata node")
             node = order[tried % len(order)]
             try:
-                return await self._attempt(node, method, args, min(left, ATTEMPT * 2.0**attempt))
+                patience = ATTEMPT * 2.0 ** (
+                    attempt // len(order)
+                )  # all are asked before one waits
+                return await self._attempt(node, method, args, min(left, patience))
             except NoQuorum as e:
                 error = e
                 tried += 1
