@@ -39,6 +39,7 @@ from metadata.store.engine import Store
 log = logging.getLogger(__name__)
 
 LONGEST = 30.0  # seconds an operation may take, whatever its caller is ready to wait
+MARGIN = (0.25, 0.2)  # seconds, share of the time given: what an answer needs to get back in time
 _REMOTE = frozenset((GET, MERGE, HINT))
 _ELSEWHERE = (Unreachable, DeadlineExceeded, Busy)
 
@@ -131,7 +132,7 @@ class KV:
         now = self._env.clock.monotonic()
         try:
             effects = self.core.start_get(
-                now, answer, row_of(space, key), _options(given), min(ctx.deadline, now + LONGEST)
+                now, answer, row_of(space, key), _options(given), _answer_by(now, ctx.deadline)
             )
         except NotHome as e:
             return self._forward(ctx, "kv.get", args, rest, e)
@@ -156,7 +157,7 @@ class KV:
         try:
             effects = self.core.start_put(
                 now, answer, row_of(space, key), context, value, _options(given),
-                min(ctx.deadline, now + LONGEST),
+                _answer_by(now, ctx.deadline),
             )  # fmt: skip
         except NotHome as e:
             return self._forward(ctx, "kv.put", args, rest, e)
@@ -352,6 +353,12 @@ class KV:
     def _unpark(self, _: object) -> Abort:
         self._ticker = None
         return Abort.SUCCEEDED
+
+
+def _answer_by(now: float, deadline: float) -> float:
+    """When to give up, so that the caller still hears who was missing."""
+    left = deadline - now
+    return now + min(left - min(MARGIN[0], left * MARGIN[1]), LONGEST)
 
 
 def _options(given: Any) -> Options:

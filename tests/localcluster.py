@@ -61,11 +61,11 @@ class LocalCluster:
         self.mounts = []
         self.env = {**os.environ, "DFS_CLUSTER": str(self.dir / "cluster.json"), "NO_COLOR": "1"}
 
-    def dfs(self, *args, check=True, timeout=120, **kw):
+    def dfs(self, *args, check=True, timeout=120, prefix=(), **kw):
         """Run `dfs ...`; returns the CompletedProcess (text)."""
         kw.setdefault("text", True)
         done = subprocess.run(
-            [sys.executable, "-m", "dfs.cli.main", *map(str, args)],
+            [*prefix, sys.executable, "-m", "dfs.cli.main", *map(str, args)],
             env=self.env,
             capture_output=True,
             timeout=timeout,

@@ -24,7 +24,8 @@ from dfs.rpc.mapkeeper import MapKeeper
 
 FILE_FORMAT = 1
 CLUSTER_ID_SIZE = 16
-SEED_TIMEOUT = 3.0  # seconds one seed is given before the next is asked as well
+SEED_TIMEOUT = 6.0  # seconds a seed is given to answer
+HEAD_START = 0.5  # seconds a seed is given before the next is asked as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,7 @@ async def load_map(rpc: Rpc, seeds: tuple[str, ...]) -> ClusterMap:
 
     Raises `Unreachable` if none does, `WrongCluster` if all that answer are of another cluster.
 
-    Seeds are asked one after the other with a head start of `SEED_TIMEOUT` each, so that one that
+    Seeds are asked one after the other with a head start of `HEAD_START` each, so that one that
     swallows packets does not hold up the rest.
     """
     failures: dict[str, DfsError] = {}
@@ -139,7 +140,7 @@ async def load_map(rpc: Rpc, seeds: tuple[str, ...]) -> ClusterMap:
 
     async def ask(seed: str) -> None:
         try:
-            (encoded,), _ = await rpc.call(seed, "map.get", timeout=2 * SEED_TIMEOUT)
+            (encoded,), _ = await rpc.call(seed, "map.get", timeout=SEED_TIMEOUT)
             found.append(ClusterMap.decode(encoded))
             done.set()
         except DfsError as e:
@@ -152,7 +153,7 @@ async def load_map(rpc: Rpc, seeds: tuple[str, ...]) -> ClusterMap:
         for seed in asked:
             before = len(failures)
             nursery.start_soon(ask, seed)
-            with trio.move_on_after(SEED_TIMEOUT):
+            with trio.move_on_after(HEAD_START):
                 while not found and len(failures) == before:
                     with trio.move_on_after(0.05):
                         await done.wait()

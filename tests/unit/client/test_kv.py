@@ -13,6 +13,7 @@ from dfs.client.kv import BLIND, KV, MAX_VALUE, Entry
 from dfs.cluster.map import METADATA, ClusterMap
 from dfs.errors import (
     Busy,
+    DeadlineExceeded,
     InvalidArgument,
     NoQuorum,
     StaleEpoch,
@@ -191,3 +192,20 @@ async def test_wrong_arguments_never_leave(call: Callable[[KV], Any], text: str)
         with pytest.raises(InvalidArgument, match=text):
             await call(w.kv)
         assert not w.asked
+
+
+async def test_everybody_is_asked_before_anybody_is_waited_for_long(monkeypatch: Any) -> None:
+    """With two of three coordinators cut off there is time for the one that knows who is missing."""
+    asked: list[tuple[int, float]] = []
+
+    async def attempt(self: KV, node: int, _method: str, _args: Any, timeout: float) -> Any:
+        asked.append((node, timeout))
+        await trio.sleep(timeout)
+        raise DeadlineExceeded("nothing heard")
+
+    monkeypatch.setattr(KV, "_attempt", attempt)
+    async with world(lambda *_: None, serving=()) as w:
+        with pytest.raises(DeadlineExceeded):
+            await w.kv.get(b"k")
+    assert {node for node, _ in asked[:3]} == {1, 2, 3}
+    assert [timeout for _, timeout in asked[:4]] == [1.5, 1.5, 1.5, 3.0]

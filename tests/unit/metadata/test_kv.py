@@ -123,6 +123,8 @@ async def test_one_node_down_is_not_noticed_and_two_are_named():
             await w.call(first, "kv.get", 0, b"k", {})
         assert e.value.details[0] == "2 of 3"
         assert e.value.details[1][first] == "ok"
+        with pytest.raises(NoQuorum, match=f"node {first} ok"):  # in time, however short it is
+            await w.call(first, "kv.get", 0, b"k", {}, timeout=0.14)
 
 
 async def test_nobody_forwards_twice():
