@@ -31,9 +31,19 @@ REPLY = 48 << 20  # bytes of data in one answer
 class Blobs:
     """Serves `blob.*` from a store; also the node's own way to its blobs."""
 
-    def __init__(self, store: Store, digests: Digests | None = None) -> None:
-        """Keep blobs in `store` under `PREFIX`, and `digests` of them."""
+    def __init__(
+        self,
+        store: Store,
+        digests: Digests | None = None,
+        *,
+        admit: Callable[[int], None] = lambda size: None,
+    ) -> None:
+        """Keep blobs in `store` under `PREFIX`, and `digests` of them.
+
+        `admit(bytes)` raises `DiskFull` when no new blobs of that size are taken from others.
+        """
         self._store = store
+        self._admit = admit
         self._digests = digests
         self._writing = trio.Lock()
         self._bad: dict[bytes, None] = {}  # answered as absent until removed or put again
@@ -71,7 +81,9 @@ class Blobs:
         await self._store_all(list(zip(hashes, blobs, strict=True)))
         return hashes
 
-    async def _store_all(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
+    async def _store_all(
+        self, blobs: Sequence[tuple[bytes, bytes]], *, ours: bool = True
+    ) -> None:
         missing: list[tuple[bytes, bytes | None]] = []
         size = 0
         for blob_hash, data in blobs:
@@ -79,6 +91,8 @@ class Blobs:
             if self.get(blob_hash) is not None:
                 self.held += 1
                 continue
+            if not ours:
+                self._admit(size + len(data))
             missing.append((blob_hash, data))
             size += len(data)
             if size >= BATCH:
@@ -103,11 +117,14 @@ class Blobs:
     async def _write(self, blobs: Sequence[tuple[bytes, bytes | None]]) -> None:
         """Put blobs, or remove them (None), and return when reads see it."""
         async with self._writing:
-            ops: list[Op] = [(PREFIX + blob_hash, data) for blob_hash, data in blobs]
-            ops += self._digest_ops(ops)
-            await self._batch(ops)
-            for blob_hash, _ in blobs:
-                self._bad.pop(blob_hash, None)
+            await self._write_now(blobs)
+
+    async def _write_now(self, blobs: Sequence[tuple[bytes, bytes | None]]) -> None:
+        ops: list[Op] = [(PREFIX + blob_hash, data) for blob_hash, data in blobs]
+        ops += self._digest_ops(ops)
+        await self._batch(ops)
+        for blob_hash, _ in blobs:
+            self._bad.pop(blob_hash, None)
 
     def _digest_ops(self, ops: Sequence[Op]) -> list[Op]:
         if self._digests is None:
@@ -138,6 +155,18 @@ class Blobs:
         async with self._writing:
             await self._batch(make())
         await self._store.sync()
+
+    async def discard(self, hashes: Sequence[bytes], allowed: Callable[[], bool]) -> int:
+        """Remove blobs of partitions that are others' now; returns how many.
+
+        `allowed` is asked in turn with the writes: blobs that somebody puts later stay.
+        """
+        async with self._writing:
+            if not allowed():
+                return 0
+            found = [h for h in hashes if self._holds(PREFIX + h)]
+            await self._write_now([(h, None) for h in found])
+        return len(found)
 
     async def remove_bad(self) -> int:
         """Remove the bad copies met so far from the store; returns how many."""
@@ -170,7 +199,7 @@ class Blobs:
             blobs.append((blob_hash, blob))
         if at != len(data):
             raise InvalidArgument(f"{len(data) - at} bytes of data belong to no blob")
-        await self._store_all(blobs)
+        await self._store_all(blobs, ours=False)
         return (len(blobs),), b""
 
     def _get(

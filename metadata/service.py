@@ -23,6 +23,7 @@ from dfs.workers import Listed, lines
 from dfs.workers import handlers as worker_handlers
 from metadata.boot import Boot
 from metadata.checkpoint import process_folder
+from metadata.discard import Discard
 from metadata.homes import Folder, Homes
 from metadata.journals import JournalHost
 from metadata.kv import KV
@@ -100,6 +101,7 @@ class MetadataNode:
         self._started = env.clock.monotonic()
         self.store = store = await Store.open(env, options=self._options())
         self.sync = sync = Synchroniser(env, self._number, self._get_map, store)
+        sync.admit_write, sync.admit_move = self._room.check_write, self._room.check_move
         sync.load()
         self.blobs = blobs = sync.blobs
         self.kv = kv = KV(
@@ -159,7 +161,8 @@ class MetadataNode:
             env, number, keeper, store, self.journals, self.homes, sync.push
         )
         synchronising = sync_workers(env, sync, self._lost_registers)
-        self.workers += (*life_loops(env.clock, life), *synchronising)
+        discard = Discard(env, sync)
+        self.workers += (*life_loops(env.clock, life), *synchronising, discard)
         boot.begin()
         entropy, hints, _, _, repair = synchronising
 
@@ -186,7 +189,8 @@ class MetadataNode:
         keeper.subscribe(entropy.map_changed)
         keeper.subscribe(repair.map_changed)
         keeper.subscribe(synchronising[-1].map_changed)
-        for worker in synchronising:
+        keeper.subscribe(discard.map_changed)
+        for worker in (*synchronising, discard):
             nursery.start_soon(worker.run)
         nursery.start_soon(presence.run)
         serving.update(real)  # the server looks methods up in this very dict

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from dfs.cluster.map import METADATA, ClusterMap
 from dfs.env import Context, Env, Handler, Priority, Reply
-from dfs.errors import DeadlineExceeded, DfsError, InvalidArgument
+from dfs.errors import DeadlineExceeded, DfsError, DiskFull, InvalidArgument
 from dfs.rpc.mapkeeper import MapKeeper
 from metadata import versions
 from metadata.antientropy import AntiEntropy, Outcome
@@ -19,7 +19,7 @@ from metadata.hints import DISK_SHARE, Hints
 from metadata.merkle import BLOBS, REGISTERS, Digests, Op
 from metadata.registers import DISCARD, MERGE, PURGE, RAW, Request
 from metadata.rejoin import PullFirst
-from metadata.steps import Accept, Call, Correct, Merge, Purge, Rest, Steps, Write
+from metadata.steps import Accept, Call, Correct, Item, Merge, Purge, Rest, Steps, Write
 from metadata.store.engine import Store
 from metadata.tombstones import Tombstones
 
@@ -55,13 +55,18 @@ def is_tombstone(register: bytes) -> bool:
 class HintKeeper:
     """`Hints` as the replica of registers wants them: with this node's clock."""
 
-    def __init__(self, hints: Hints, now: Callable[[], int]) -> None:
-        """`now` gives wall time in microseconds."""
+    def __init__(
+        self, hints: Hints, now: Callable[[], int], admit: Callable[[int], None]
+    ) -> None:
+        """`now` gives wall time in microseconds; `admit` is for bytes of values."""
         self._hints = hints
         self._now = now
+        self._admit = admit
 
     def add(self, row: bytes, register: bytes, target: int, written: int) -> list[Op]:
-        """See `Hints.add`."""
+        """See `Hints.add`; values are refused with `DiskFull`, deletes are not."""
+        if not is_tombstone(register):
+            self._admit(len(register))
         return self._hints.add(row, register, target, written, self._now())
 
     def find(self, row: bytes) -> Sequence[bytes]:
@@ -93,12 +98,15 @@ class Synchroniser:
         self.store = store
         self.alive = alive
         self.writer: Writer
+        # Raise `DiskFull` when so many bytes of values are not taken: at all, or from other nodes.
+        self.admit_write: Callable[[int], None] = lambda size: None
+        self.admit_move: Callable[[int], None] = lambda size: None
         self._marks: list[Op] = []
         self.digests = Digests(store)
-        self.blobs = Blobs(store, self.digests)
+        self.blobs = Blobs(store, self.digests, admit=lambda size: self.admit_write(size))
         self.pull_first = PullFirst(store)
         self.hints = Hints(me, get_map, store, lambda: env.disk.usage()[0] // DISK_SHARE)
-        self.keeper = HintKeeper(self.hints, self.now)
+        self.keeper = HintKeeper(self.hints, self.now, lambda size: self.admit_move(size))
         self.antientropy = AntiEntropy(me, get_map, store, self.digests, self.pull_first, newest)
         self.tombstones = Tombstones(
             me,
@@ -291,13 +299,45 @@ class Synchroniser:
         return answer
 
     def _answer(self, method: str, epoch: int, sender: int, *args: Any) -> Steps[tuple[Any, ...]]:
+        if method == "sync.push":
+            return self._take_push(epoch, sender, *args)
         return self.antientropy.handle(method, sender, epoch, args, self.now())
+
+    def _take_push(
+        self, epoch: int, sender: int, table: int, items: Sequence[Item], sent: int
+    ) -> Steps[tuple[Any, ...]]:
+        """What others push is refused on a disk that fills up, but for deletes: they free space."""
+
+        def take(some: Sequence[Item]) -> Steps[tuple[Any, ...]]:
+            return self.antientropy.handle(
+                "sync.push", sender, epoch, (table, some, sent), self.now()
+            )
+
+        deletes = [item for item in items if table == REGISTERS and is_tombstone(item[1])]
+        size = sum(len(value) for _, value in items) - sum(len(value) for _, value in deletes)
+        try:
+            if size:
+                self.admit_move(size)
+        except DiskFull:
+            if deletes:
+                yield from take(deletes)
+            raise
+        return (yield from take(items))
 
     def _purge(self, method: str, epoch: int, sender: int, *args: Any) -> Steps[tuple[Any, ...]]:
         return self.tombstones.handle(method, sender, epoch, args)
 
     def _take_hints(self, epoch: int, sender: int, items: Any) -> Steps[tuple[Any, ...]]:
-        return self.hints.handle(sender, epoch, items, self.now())
+        deletes = [item for item in items if is_tombstone(item[1])]
+        size = sum(len(item[1]) for item in items) - sum(len(item[1]) for item in deletes)
+        try:
+            if size:
+                self.admit_move(size)
+        except DiskFull:
+            if deletes:
+                yield from self.hints.handle(sender, epoch, deletes, self.now())
+            raise
+        return (yield from self.hints.handle(sender, epoch, items, self.now()))
 
     def _list_hints(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
         return (tuple(self.hints.status(self.now())),), b""

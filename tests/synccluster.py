@@ -47,7 +47,12 @@ class Node:
         )
         self.sync.load()
         self.registers = registers = Registers(
-            self.store, number, cluster.map, digests=self.sync.digests, hints=self.sync.keeper
+            self.store,
+            number,
+            cluster.map,
+            digests=self.sync.digests,
+            hints=self.sync.keeper,
+            waiting=self.sync.pull_first.waiting,
         )
         self.sync.writer = self.writer = Replica(registers, self.store, self.env.clock)
         self.scope = trio.CancelScope()
@@ -114,3 +119,11 @@ class Cluster:
             await self.nursery.start(node.start)
             await node.check.run_once()
         return self.nodes.values()
+
+    async def move(self, new):
+        """All nodes learn of a newer map."""
+        old, self.map = self.map, new
+        for node in self.nodes.values():
+            node.registers.follow(new)
+            node.sync.map_changed(old, new)
+            await node.sync.settle_marks()
