@@ -81,9 +81,7 @@ class Blobs:
         await self._store_all(list(zip(hashes, blobs, strict=True)))
         return hashes
 
-    async def _store_all(
-        self, blobs: Sequence[tuple[bytes, bytes]], *, ours: bool = True
-    ) -> None:
+    async def _store_all(self, blobs: Sequence[tuple[bytes, bytes]], *, ours: bool = True) -> None:
         missing: list[tuple[bytes, bytes | None]] = []
         size = 0
         for blob_hash, data in blobs:

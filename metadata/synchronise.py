@@ -55,9 +55,7 @@ def is_tombstone(register: bytes) -> bool:
 class HintKeeper:
     """`Hints` as the replica of registers wants them: with this node's clock."""
 
-    def __init__(
-        self, hints: Hints, now: Callable[[], int], admit: Callable[[int], None]
-    ) -> None:
+    def __init__(self, hints: Hints, now: Callable[[], int], admit: Callable[[int], None]) -> None:
         """`now` gives wall time in microseconds; `admit` is for bytes of values."""
         self._hints = hints
         self._now = now

@@ -23,8 +23,8 @@ from dfs.pace import Bandwidth
 from dfs.workers import Worker
 from metadata.antientropy import Outcome, members
 from metadata.merkle import BLOBS, REGISTERS, TABLES, Table
-from metadata.repair import affected, enough, pull_partition, rebuild, repair_lost
 from metadata.renewals import Loss, renew_once
+from metadata.repair import affected, enough, pull_partition, rebuild, repair_lost
 from metadata.steps import Steps, Write
 from metadata.store.engine import Store
 from metadata.synchronise import Synchroniser
