@@ -14,6 +14,7 @@ from typing import Any
 
 import trio
 
+from chunkserver.boot import ChunkBoot
 from chunkserver.catchup import CatchUp
 from chunkserver.handover import HandOver
 from chunkserver.membership import Presence
@@ -47,7 +48,8 @@ class ChunkNode:
     """One chunkserver.  `store` and `workers` are there once `run` has recovered the disk."""
 
     store_class: type[Segments] = Segments
-    presence_class: type[Presence] | None = Presence  # None: no gossip
+    presence_class: type[Presence] | None = Presence  # None: no gossip, no boot number
+    boot_class: type[ChunkBoot] = ChunkBoot
 
     def __init__(
         self,
@@ -75,6 +77,7 @@ class ChunkNode:
         self.workers: tuple[Worker, ...] = ()
         self.metrics_address = ""
         self.presence: Presence | None = None
+        self.life: ChunkBoot | None = None
 
     async def run(
         self, address: str, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED
@@ -107,8 +110,12 @@ class ChunkNode:
         keeper = self._get_map
         if isinstance(keeper, MapKeeper) and self.presence_class is not None:
             number = await env.disk.run(next_boot, env.disk)
+            node = keeper().node(self._number)
+            self.life = self.boot_class(env, node, keeper, number)
+            while await self.life.tell():  # gossip begins with a number that is new
+                pass
             self.presence = self.presence_class(
-                env, self._number, keeper, self.catch_up, boot=number, load=self._load
+                env, self._number, keeper, self.catch_up, boot=self.life.boot, load=self._load
             )
         unsubscribe = self._follow_map()
         try:
@@ -117,6 +124,8 @@ class ChunkNode:
                     nursery.start_soon(worker.run)
                 if self.presence is not None:
                     nursery.start_soon(self.presence.run)
+                if self.life is not None:
+                    nursery.start_soon(self.life.run)
                 await env.rpc.serve(address, self.handlers(), started=task_status.started)
         finally:
             unsubscribe()

@@ -10,8 +10,11 @@ that somebody has seen already, with another nonce, was used by a later life of 
 While it runs, a node takes a new number every ten minutes: a copy is younger than that or it is
 noticed.  What remains is a copy made in the last minutes of the node's life.
 
+Chunkservers have their numbers remembered here too, with other consequences: see
+`chunkserver.boot`.
+
 On disk: the file `life`, (format, number, nonce) as a `dfs.codec` tuple; at others the row
-`n` `boot/` node id, the same.
+`n` `boot/` node id, the same; for a chunkserver `n` `boot/` node id `/chunk`.
 """
 
 import logging
@@ -19,7 +22,7 @@ from typing import Any
 
 import trio
 
-from dfs.cluster.map import METADATA, ClusterMap, Node
+from dfs.cluster.map import CHUNK, METADATA, ROLES, ClusterMap, Node
 from dfs.codec import pack, unpack
 from dfs.env import Context, Env, Handler, Priority, Reply
 from dfs.errors import Busy, ConfigError, Corrupt, DfsError, InvalidArgument
@@ -196,31 +199,32 @@ class Boot:
     # ---------------------------------------------------------------------------------- others
 
     def handlers(self) -> dict[str, Handler]:
-        """`node.boot(number, node_id, boot, nonce) -> (boot, nonce)` seen of that node id."""
+        """`node.boot`; see `dfs.wire.messages`."""
         return {"node.boot": self._on_boot}
 
     async def _on_boot(self, _ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
-        number, node_id, boot, nonce = args
+        number, node_id, boot, nonce, role = (*args, METADATA)[:5]
         if (
             type(number) is not int
             or type(boot) is not int
             or type(node_id) is not bytes
             or type(nonce) is not bytes
+            or role not in ROLES
         ):
-            raise InvalidArgument("node.boot takes (number, node id, boot number, nonce)")
+            raise InvalidArgument("node.boot takes (number, node id, boot number, nonce, role)")
         current = self._keeper()
         if banned(current, node_id):
             raise ConfigError(
                 f"node {number} (id {node_id.hex()}) was removed from the cluster: its data "
                 "directory cannot come back. Format an empty one and add it as a new node"
             )
-        if node_id == self._node.node_id:
+        if node_id == self._node.node_id and role == METADATA:
             seen: Seen = (self.boot, self.nonce)  # somebody runs as this very node
             if boot > self.boot and nonce != self.nonce:
                 self.on_usurped(self._words("a process that just asked it", boot))
             return seen, b""
         async with self._noting:
-            key = ROW + node_id
+            key = ROW + node_id + (b"/chunk" if role == CHUNK else b"")
             stored = self._store.get(key)
             seen = (0, b"") if stored is None else _decode(stored, f"row {key!r}")
             if boot > seen[0]:
