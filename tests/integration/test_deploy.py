@@ -43,7 +43,10 @@ class Compose:
 
     def container(self, name, command=None):
         service = self.file["services"][name]
-        command = command or [word.replace("$$", "$") for word in service["command"]]
+        # containers of this machine share one network: each listens on its own address of it
+        command = command or [
+            word.replace("$$", "$").replace("0.0.0.0:", f"{name}:") for word in service["command"]
+        ]
         return Container(
             command,
             [self._volume(v) for v in service.get("volumes", [])],
@@ -147,10 +150,9 @@ class Kubernetes:
         assert privileged or context["capabilities"] == {"drop": ["ALL"]}
         assert "command" not in container  # it would replace the image's tini
         # containers of this machine share one network: each listens on its own address of it
+        own = f"{pod}.{pod.rpartition('-')[0]}.dfs.svc"
         words = [
-            word.replace("$(POD_NAME)", pod).replace(
-                "tcp://0.0.0.0:", f"tcp://{pod}.{pod.rpartition('-')[0]}.dfs.svc:"
-            )
+            word.replace("$(POD_NAME)", pod).replace("0.0.0.0:", f"{own}:")
             for word in container["args"]
         ]
         volumes = {v["name"]: v for v in template.get("volumes", [])}
@@ -308,8 +310,16 @@ def unit(name, instance):
     lines = (DEPLOY / f"systemd/{name}@.service").read_text().splitlines()
     service = dict(line.split("=", 1) for line in lines if "=" in line and line[0] != "#")
     assert service["EnvironmentFile"] == "-/etc/dfs/dfs.env"
-    words = service["ExecStart"].replace("%i", instance).replace("/opt/dfs/.venv/", "/opt/dfs/")
-    return words.replace("$DFS_DAEMON_OPTIONS", "--insecure-listen-any").split(), service["User"]
+    command = service["ExecStart"].replace("%i", instance).replace("/opt/dfs/.venv/", "/opt/dfs/")
+    environment = {
+        "$DFS_DAEMON_OPTIONS": "--insecure-listen-any",
+        "$DFS_METADATA_OPTIONS": "--metrics 9101",
+        "$DFS_CHUNKSERVER_OPTIONS": "",
+    }
+    for variable, value in environment.items():
+        command = command.replace(variable, value)
+    assert "$" not in command
+    return command.split(), service["User"]
 
 
 def test_systemd_daemons(tmp_path):
