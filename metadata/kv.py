@@ -26,6 +26,7 @@ from dfs.errors import (
     Unreachable,
     to_wire,
 )
+from dfs.rpc.budget import InFlight
 from dfs.rpc.mapkeeper import MapKeeper
 from metadata.coordinator import DONE, SEND, TICK, Coordinator, Effect
 from metadata.operation import Ticket
@@ -61,12 +62,14 @@ class KV:
         is_up: Callable[[int], bool] = lambda number: True,
         admit: Callable[[int], None] = lambda size: None,
         waiting: Callable[[int], bool] = lambda partition: False,
+        inflight: InFlight | None = None,
     ) -> None:
         """Serve the registers in `store`.
 
         `get_map` may be a `MapKeeper`: then newer maps are learned and followed.  `is_up` is the
         liveness of nodes as gossip sees it; `admit(bytes)` raises `DiskFull` or `Busy` when values
         of that size are not taken now (deletes always are); `waiting` is for `Registers`.
+        Copies on their way to other nodes are charged to `inflight`.
         """
         self._env = env
         self._number = number
@@ -80,8 +83,9 @@ class KV:
         self.replica = Replica(self.registers, store, env.clock, self._keeper)
         self.core = Coordinator(number, current, is_up=is_up)
         self._outbox = Outbox(
-            env.rpc, env.clock, number, get_map, on_reply=self._on_reply, observe=self.core.observe
-        )
+            env.rpc, env.clock, number, get_map, on_reply=self._on_reply,
+            observe=self.core.observe, inflight=inflight,
+        )  # fmt: skip
         self._scanner = Scanner(env.rpc, number, self.core, get_map, self._offer, self._read)
         self._ticker: Task | None = None  # parked: nothing is under way
 

@@ -2,6 +2,10 @@
 
 What is queued during one pass of the loop leaves in one `reg.batch` per peer, reads apart from
 writes: the answer to a batch with a write waits for the peer's disk.
+
+Copies under way are charged (`dfs.rpc.budget.InFlight`) until they are answered or given up.  Those
+for a peer that has its share wait here; each answer lets the next ones go.  When the peer has been
+full for five seconds they are refused with `Busy`, and the coordinator leaves hints instead.
 """
 
 from collections.abc import Callable
@@ -13,7 +17,8 @@ from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_resch
 from dfs.clock import Clock
 from dfs.cluster.map import METADATA, ClusterMap
 from dfs.env import Buffer, Rpc
-from dfs.errors import ConfigError, DfsError, ProtocolError, Unreachable, from_wire
+from dfs.errors import Busy, ConfigError, DfsError, ProtocolError, Unreachable, from_wire
+from dfs.rpc.budget import Flight, InFlight
 from metadata.coordinator import ATTEMPT
 from metadata.operation import Ticket
 from metadata.registers import GET, Request
@@ -23,6 +28,7 @@ BATCH_BYTES = 4 << 20
 ERROR = "!"  # first of the reply to a request that was refused: code, text, details
 
 _Lane = tuple[int, int, bool]  # node, map epoch, whether it is for reads
+_Held = tuple[int, list[Request], list[Ticket]]  # map epoch
 
 
 class Outbox:
@@ -37,8 +43,11 @@ class Outbox:
         *,
         on_reply: Callable[[Ticket, Any], None],
         observe: Callable[[int, float], None],
+        inflight: InFlight | None = None,
     ) -> None:
         """`observe(node, seconds)` is told how long each batch took."""
+        self.inflight = inflight or InFlight()
+        self._held: dict[int, list[_Held]] = {}  # peer at its limit -> what waits for room
         self._rpc = rpc
         self._clock = clock
         self._number = number
@@ -48,6 +57,7 @@ class Outbox:
         self._lanes: dict[_Lane, tuple[list[Request], list[Ticket]]] = {}
         self._flusher: Task | None = None  # parked: nothing is queued
         self.batches = 0
+        self.refused = 0  # requests for peers that were slow
         self.requests = 0
 
     def put(self, node: int, epoch: int, request: Request, ticket: Ticket) -> None:
@@ -77,6 +87,10 @@ class Outbox:
         return Abort.SUCCEEDED
 
     def _send(self, node: int, epoch: int, requests: list[Request], tickets: list[Ticket]) -> None:
+        if node in self._held and requests[0][0] != GET:
+            self._held[node].append((epoch, requests, tickets))
+            self._refuse_if_slow(node)
+            return
         start = 0
         while start < len(requests):
             end = start
@@ -86,14 +100,47 @@ class Outbox:
                 if len(request) > 2:
                     size += len(request[2])
                 end += 1
-            self._send_one(node, epoch, tuple(requests[start:end]), tickets[start:end])
+            if size and not self.inflight.has_room(node, size, self._clock.monotonic()):
+                held = epoch, requests[start:], tickets[start:]
+                self._held.setdefault(node, []).append(held)
+                self._refuse_if_slow(node)
+                return
+            self._send_one(node, epoch, tuple(requests[start:end]), tickets[start:end], size)
             start = end
 
+    def _refuse_if_slow(self, node: int) -> None:
+        """Give up what waits for a peer that has been full for long; its answers wake us else."""
+        now = self._clock.monotonic()
+        if not self.inflight.slow(node, now):
+            return
+        error = Busy(f"node {node} is slow: too many bytes have waited for it for too long")
+        for _, _, tickets in self._held.pop(node):
+            self.refused += len(tickets)
+            for ticket in tickets:
+                self._on_reply(ticket, error)
+
+    def _release(self, node: int) -> None:
+        """A copy for the peer ended: let go what waits, as far as there is room."""
+        held = self._held.pop(node, None)
+        if held is not None:
+            for epoch, requests, tickets in held:
+                self._send(node, epoch, requests, tickets)
+
     def _send_one(
-        self, node: int, epoch: int, requests: tuple[Request, ...], tickets: list[Ticket]
+        self,
+        node: int,
+        epoch: int,
+        requests: tuple[Request, ...],
+        tickets: list[Ticket],
+        size: int,
     ) -> None:
         sent = self._clock.monotonic()
-        done = partial(self._answered, node, tickets, sent)
+        flight: Flight | None = None
+        if size:
+            flight = self.inflight.charge(size)
+            flight.send(node)
+            flight.close()
+        done = partial(self._answered, node, tickets, sent, flight)
         try:
             address = self._get_map().address(METADATA, node)
         except ConfigError:  # removed meanwhile; the operation is planned again by that map
@@ -115,8 +162,13 @@ class Outbox:
         node: int,
         tickets: list[Ticket],
         sent: float,
+        flight: Flight | None,
         answer: tuple[Any, Buffer] | DfsError,
     ) -> None:
+        if flight is not None:
+            flight.ended(node)
+            if self._held:
+                self._release(node)
         on_reply = self._on_reply
         self._observe(node, self._clock.monotonic() - sent)
         if isinstance(answer, DfsError):
@@ -134,4 +186,10 @@ class Outbox:
 
     def statistics(self) -> dict[str, int]:
         """Counters since the start."""
-        return {"batches": self.batches, "batched": self.requests}
+        return {
+            "batches": self.batches,
+            "batched": self.requests,
+            "inflight_bytes": self.inflight.used,
+            "held_back": sum(len(t) for held in self._held.values() for _, _, t in held),
+            "refused_slow": self.refused,
+        }

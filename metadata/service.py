@@ -18,6 +18,7 @@ from dfs.env import Context, Env, Handler, Reply
 from dfs.limits import DiskWatch, Level, Limits
 from dfs.metrics import Page, measure_limit
 from dfs.rpc.blobs import BlobClient
+from dfs.rpc.budget import InFlight
 from dfs.rpc.mapkeeper import MapKeeper
 from dfs.workers import Listed, lines
 from dfs.workers import handlers as worker_handlers
@@ -104,15 +105,16 @@ class MetadataNode:
         sync.admit_write, sync.admit_move = self._room.check_write, self._room.check_move
         sync.load()
         self.blobs = blobs = sync.blobs
+        self._inflight = inflight = InFlight()
         self.kv = kv = KV(
             env, self._number, self._get_map, store,
             digests=sync.digests, hints=sync.keeper, is_up=self.is_up,
-            admit=self._room.check_write, waiting=sync.pull_first.waiting,
+            admit=self._admit, waiting=sync.pull_first.waiting, inflight=inflight,
         )  # fmt: skip
         sync.alive = self.is_up
         sync.writer = kv.replica
         self.journals = journals = self.journals_class(env, self._number, self._get_map)
-        client = BlobClient(env.rpc, self._get_map, env.clock)
+        client = BlobClient(env.rpc, self._get_map, env.clock, inflight=inflight)
         folder = self._folder or process_folder(env.processes, self._get_map)
         self.homes = homes = Homes(
             env, self._number, self._get_map, journals, client, store, folder=folder
@@ -213,6 +215,11 @@ class MetadataNode:
             held += file.size()
             file.close()
         return StoreOptions(reserve_bytes=min(self._reserve, max(LEAST_RESERVE, held)))
+
+    def _admit(self, size: int) -> None:
+        """Raise `DiskFull` or `Busy` when a client's value of that size is not taken now."""
+        self._room.check_write(size)
+        self._inflight.check(size)
 
     def is_up(self, node: int) -> bool:
         """Whether metadata node `node` answers, as far as gossip knows."""

@@ -35,6 +35,7 @@ from dfs.errors import (
     Unreachable,
 )
 from dfs.hashing import digest, partition_of
+from dfs.rpc.budget import Flight, InFlight
 from dfs.rpc.mapkeeper import MapKeeper
 
 PUT_BYTES = 8 << 20  # of blobs in one request
@@ -52,8 +53,19 @@ _Answer = tuple[Any, Buffer] | DfsError
 class BlobClient:
     """Puts and gets blobs; cheap to share, holds no connection of its own."""
 
-    def __init__(self, rpc: Rpc, get_map: Callable[[], ClusterMap], clock: Clock) -> None:
-        """`get_map` gives the newest known map at each call."""
+    def __init__(
+        self,
+        rpc: Rpc,
+        get_map: Callable[[], ClusterMap],
+        clock: Clock,
+        *,
+        inflight: InFlight | None = None,
+    ) -> None:
+        """`get_map` gives the newest known map at each call.
+
+        `inflight` bounds the bytes of puts under way; default: bounds of this client alone.
+        """
+        self.inflight = inflight or InFlight()
         self.rpc = rpc
         self.get_map = get_map
         self.clock = clock
@@ -67,7 +79,19 @@ class BlobClient:
         """
         hashes = [digest(blob) for blob in blobs]
         if hashes:
-            await _Put(self, dict(zip(hashes, blobs, strict=True)), timeout).run()
+            todo = dict(zip(hashes, blobs, strict=True))
+            flight = None
+            with trio.move_on_after(timeout):
+                flight = await self.inflight.acquire(sum(map(len, todo.values())))
+            if flight is None:
+                raise Busy(
+                    f"{self.inflight.used} bytes of writes have been under way here for "
+                    f"{timeout:g} s: the homes of blobs are slow; try again"
+                )
+            try:
+                await _Put(self, todo, timeout, flight).run()
+            finally:
+                flight.close()
         return hashes
 
     async def get_many(
@@ -186,8 +210,11 @@ class _Batch:
 class _Put(_Batch):
     """One `put_many`."""
 
-    def __init__(self, client: BlobClient, blobs: dict[bytes, bytes], timeout: float) -> None:
+    def __init__(
+        self, client: BlobClient, blobs: dict[bytes, bytes], timeout: float, flight: Flight
+    ) -> None:
         super().__init__(client, timeout)
+        self.flight = flight  # charged until the last copy ended, not only W of them
         self.count = len(blobs)
         self.todo = blobs  # those on fewer than W homes
         self.holders: dict[bytes, set[int]] = {h: set() for h in blobs}
@@ -200,7 +227,8 @@ class _Put(_Batch):
             if now >= self.deadline:
                 raise self.verdict()
             for node, group in self.groups(now):
-                self.put(node, group)
+                if self.has_room(node, group, now):
+                    self.put(node, group)
             if any(self.hopeless(name) for name in self.todo):
                 raise self.verdict()
             later = min((t for t in self.retry_at.values() if t > now), default=inf)
@@ -226,12 +254,25 @@ class _Put(_Batch):
                 size += length
             yield node, group
 
+    def has_room(self, node: int, names: list[bytes], now: float) -> bool:
+        """Whether the node may be sent these now; else when to look again is noted."""
+        inflight = self.client.inflight
+        if inflight.has_room(node, sum(len(self.todo[name]) for name in names), now):
+            return True
+        if inflight.slow(node, now):
+            self.failed(node, Busy("takes writes too slowly: too many bytes wait for it"))
+        else:
+            self.retry_at[node] = now + _PAUSE[0]
+        return False
+
     def put(self, node: int, names: list[bytes]) -> None:
         blobs = [self.todo[name] for name in names]
+        size = sum(map(len, blobs))
         for name in names:
             self.asked[name].add(node)
 
         def answered(answer: _Answer) -> None:
+            self.flight.ended(node, size)
             for name in names:
                 self.asked[name].discard(node)
             if isinstance(answer, DfsError):
@@ -248,6 +289,7 @@ class _Put(_Batch):
                     self.todo.pop(name, None)
 
         args = (tuple((name, len(blob)) for name, blob in zip(names, blobs, strict=True)),)
+        self.flight.send(node, size)
         self.send(node, "blob.put", args, blobs, answered)
 
     def hopeless(self, name: bytes) -> bool:

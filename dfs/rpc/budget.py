@@ -107,8 +107,8 @@ class InFlight:
         self._full: dict[int, tuple[float, float]] = {}  # first and last refusal in a row
         self._room = trio.lowlevel.ParkingLot()
 
-    def acquire_nowait(self, size: int) -> "Flight":
-        """Charge the process; raises `Busy` if it is at its limit."""
+    def check(self, size: int) -> None:
+        """Raise `Busy` if the process is at its limit."""
         # A value larger than the limit is let through alone.
         if self.used and self.used + size > self.limit:
             self.refused += 1
@@ -116,8 +116,16 @@ class InFlight:
                 f"{self.used} bytes of writes are under way here already, of {self.limit} allowed; "
                 "try again"
             )
+
+    def charge(self, size: int) -> "Flight":
+        """Charge the process, whatever its limit: for what was let in already."""
         self.used += size
         return Flight(self, size)
+
+    def acquire_nowait(self, size: int) -> "Flight":
+        """Charge the process; raises `Busy` if it is at its limit."""
+        self.check(size)
+        return self.charge(size)
 
     async def acquire(self, size: int) -> "Flight":
         """Charge the process; waits while it is at its limit."""
@@ -192,6 +200,8 @@ class Flight:
 
     __slots__ = ("_all", "_closed", "_copies", "_size")
 
+    # Copies may be parts: a request with some of the values that were charged together.
+
     def __init__(self, everything: InFlight, size: int) -> None:
         """Made by `InFlight.acquire`."""
         self._all = everything
@@ -199,17 +209,17 @@ class Flight:
         self._copies: dict[int, int] = {}
         self._closed = False
 
-    def send(self, peer: int) -> None:
-        """A copy leaves for the peer (one more, if some did before)."""
+    def send(self, peer: int, size: int | None = None) -> None:
+        """A copy leaves for the peer (one more, if some did before); `size`: a part of it."""
         self._copies[peer] = self._copies.get(peer, 0) + 1
-        self._all._send(peer, self._size)
+        self._all._send(peer, self._size if size is None else size)
 
-    def ended(self, peer: int) -> None:
-        """A copy was answered, refused or given up."""
+    def ended(self, peer: int, size: int | None = None) -> None:
+        """A copy, or the part of `size` bytes, was answered, refused or given up."""
         self._copies[peer] -= 1
         if not self._copies[peer]:
             del self._copies[peer]
-        self._all._ended(peer, self._size)
+        self._all._ended(peer, self._size if size is None else size)
         self._finish()
 
     def close(self) -> None:
