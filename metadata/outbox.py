@@ -48,6 +48,7 @@ class Outbox:
         """`observe(node, seconds)` is told how long each batch took."""
         self.inflight = inflight or InFlight()
         self._held: dict[int, list[_Held]] = {}  # peer at its limit -> what waits for room
+        self.inflight.on_ended(self._release)
         self._rpc = rpc
         self._clock = clock
         self._number = number
@@ -121,8 +122,7 @@ class Outbox:
 
     def _release(self, node: int) -> None:
         """A copy for the peer ended: let go what waits, as far as there is room."""
-        held = self._held.pop(node, None)
-        if held is not None:
+        if self._held and (held := self._held.pop(node, None)) is not None:
             for epoch, requests, tickets in held:
                 self._send(node, epoch, requests, tickets)
 
@@ -167,8 +167,6 @@ class Outbox:
     ) -> None:
         if flight is not None:
             flight.ended(node)
-            if self._held:
-                self._release(node)
         on_reply = self._on_reply
         self._observe(node, self._clock.monotonic() - sent)
         if isinstance(answer, DfsError):

@@ -7,6 +7,7 @@ servers.
 """
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import trio
@@ -106,6 +107,11 @@ class InFlight:
         self._peers: dict[int, int] = {}  # bytes under way, > 0
         self._full: dict[int, tuple[float, float]] = {}  # first and last refusal in a row
         self._room = trio.lowlevel.ParkingLot()
+        self._listeners: list[Callable[[int], None]] = []
+
+    def on_ended(self, listener: Callable[[int], None]) -> None:
+        """Call `listener(peer)` whenever a copy for the peer ended, so that it may have room."""
+        self._listeners.append(listener)
 
     def check(self, size: int) -> None:
         """Raise `Busy` if the process is at its limit."""
@@ -180,6 +186,8 @@ class InFlight:
         if left * 2 <= self.per_peer:
             self._full.pop(peer, None)
         self._room.unpark_all()
+        for listener in self._listeners:
+            listener(peer)
 
     def _release(self, size: int) -> None:
         self.used -= size
