@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dfs.cli.context import cluster_file, cluster_option, json_option
+from dfs.cli.context import cluster_file, cluster_option, count, json_option
 from dfs.cli.context import run as run_async
 from dfs.cli.member_cmd import node
 from dfs.errors import ConfigError
@@ -62,7 +62,7 @@ def init(directory: Path, nodes: int, base_port: int, zones: int | None, spec: P
     from dfs.cli.local import ClusterDir
     from dfs.cli.spec import local_nodes, read_spec
     from dfs.cluster.address import is_local
-    from dfs.cluster.map import ClusterMap
+    from dfs.cluster.map import ROLES, ClusterMap
 
     if spec is None:
         members, params = local_nodes(nodes, zones or min(3, nodes), base_port), None
@@ -76,6 +76,14 @@ def init(directory: Path, nodes: int, base_port: int, zones: int | None, spec: P
         f"made cluster {new.cluster_id.hex()[:8]} with {len(new.nodes)} nodes "
         f"({new.n} copies, {new.w} of them before a write is acknowledged) in {target.path}"
     )
+    counts = {role: sum(node.weight(role) > 0 for node in new.nodes) for role in ROLES}
+    least = min(counts, key=lambda role: counts[role])
+    if new.n < 3 <= max(counts.values()):
+        click.echo(
+            f"WARNING: {count(counts[least], f'{least} node')} only, so of everything, metadata "
+            f"too, there {'is 1 copy' if new.n == 1 else f'are {new.n} copies'}",
+            err=True,
+        )
     away = len(new.nodes) - len(here)
     if away:
         click.echo(
