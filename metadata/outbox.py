@@ -90,6 +90,7 @@ class Outbox:
     def _send(self, node: int, epoch: int, requests: list[Request], tickets: list[Ticket]) -> None:
         if node in self._held and requests[0][0] != GET:
             self._held[node].append((epoch, requests, tickets))
+            self.inflight.has_room(node, BATCH_BYTES, self._clock.monotonic())  # still wanted
             self._refuse_if_slow(node)
             return
         start = 0
