@@ -27,7 +27,7 @@ from dfs.cluster.address import is_address, is_local
 from dfs.cluster.map import ClusterMap
 from dfs.datadir import PROGRAMS, Marker, read_map, read_marker
 from dfs.disk import RealDisk
-from dfs.env import Env
+from dfs.env import Disk, Env
 from dfs.errors import ConfigError, DfsError
 from dfs.memory import tune_allocator
 from dfs.metrics import MetricsServer, Page, measure_disk, measure_rpc, parse_listen
@@ -36,6 +36,8 @@ from dfs.rpc.mapkeeper import MapKeeper
 from dfs.rpc.processes import WorkerProcesses
 
 log = logging.getLogger(__name__)
+
+FORK = "fork"  # in the data directory: what was said when two maps of one epoch were met
 
 
 class Service(Protocol):
@@ -132,6 +134,8 @@ class _Service:
             clock=clock,
             random=random,
             own=self.address,
+            alarm=read_alarm(disk),
+            note=lambda text: disk.write_atomic(FORK, text.encode()),
         )
         async with WorkerProcesses() as processes:
             env = Env(clock, disk, endpoint, processes, random)
@@ -209,6 +213,17 @@ def load_map(disk: RealDisk, seed: Path | None, marker: Marker) -> ClusterMap:
     if not own.exists() or own.read_bytes() != newest.encode():
         disk.write_atomic("map", newest.encode())
     return newest
+
+
+def read_alarm(disk: Disk) -> str:
+    """What a former run noted about a fork of the map; "" if it met none."""
+    if not disk.exists(FORK):
+        return ""
+    file = disk.open(FORK)
+    try:
+        return file.pread(file.size(), 0).decode(errors="replace") or "the cluster map is forked"
+    finally:
+        file.close()
 
 
 def check_not_removed(cluster: ClusterMap, node_id: bytes) -> None:

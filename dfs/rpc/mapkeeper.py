@@ -8,7 +8,7 @@ makes "this node is fenced at epoch e" a statement others may build on.
 Maps form a chain.  Two maps of one epoch, or a successor that does not name the map here as its
 predecessor, cannot come out of the consensus; seeing one means that a disk was restored, that
 somebody edited a file, or a defect.  It sets `forked`: writes are refused from then on, in words,
-until a process is started on a directory with the right map.  Guessing would be worse.
+restarts included, until an operator has settled which map is right.  Guessing would be worse.
 
 A *guard* around a handler compares the epoch of each request with the map here: newer means that
 this node is behind and fetches the map first; older than the last change of what the request
@@ -61,11 +61,18 @@ class MapKeeper:
         random: Random | None = None,
         seeds: Sequence[str] = (),
         own: str = "",
+        alarm: str = "",
+        note: Callable[[str], None] | None = None,
     ) -> None:
-        """Begin with `initial`, which is durable already; `own` is an address never asked."""
+        """Begin with `initial`, which is durable already; `own` is an address never asked.
+
+        `note` keeps the words about a fork where the next start finds them and gives them back as
+        `alarm`: a restart alone settles nothing.
+        """
         self.current = initial
-        self.forked = False
-        self.alarm = ""  # what is wrong, for people; "" when nothing is
+        self.forked = bool(alarm)
+        self.alarm = alarm  # what is wrong, for people; "" when nothing is
+        self._note = note
         self.behind = 0  # newest epoch heard of
         self.seeds = tuple(seeds)
         self.own = own
@@ -173,13 +180,18 @@ class MapKeeper:
         text = (
             f"two different cluster maps of epoch {epoch} exist: {here} here, {other.hex()[:16]} "
             f"{'at ' + source if source else 'elsewhere'}. Writes are refused. Find out which one "
-            "most voters have (`dfs cluster map --all`), remove the file `map` of the others and "
-            "start them again"
+            "most voters have (`dfs cluster map --history` shows the digests that they agreed on). "
+            "Stop every node that says this, remove its file `fork`, where the map is the other "
+            "one its file `map` too, and start it again"
         )
         if not self.forked:
             log.error("%s", text)
-        self.forked = True
-        self.alarm = self.alarm or text
+            self.forked, self.alarm = True, text
+            if self._note is not None:
+                try:
+                    self._note(text)
+                except (DfsError, OSError) as e:  # it is forked all the same, until a restart
+                    log.error("the fork cannot be noted on the disk: %s", e)  # noqa: TRY400
 
     # ---------------------------------------------------------------------------------- catching up
 

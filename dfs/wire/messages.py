@@ -7,11 +7,24 @@ by their map number.  `volume` is a 16-byte volume id; hashes are 32-byte BLAKE3
 
 Every node (both roles)
     ping()                               -> (role, node_number, node_id, map_epoch)
-    map.get()                            -> (map_bytes,)
+    map.get(epoch=0)                     -> (map_bytes,)            # 0: the newest; metadata nodes have some older ones
+        errors: NotFound
+    swim(kind, ...)                      cast; gossip, see dfs/cluster/GOSSIP.md
     node.status()                        -> (map of str -> value)   # see `STATUS_FIELDS`
     node.workers()                       -> ((map of str -> value, ...),)   # background loops, see `dfs.workers.STATUS`
     node.steer(worker, "run"|"pause"|"resume") -> (map of str -> value,)    # its status then
         errors: NotFound, InvalidArgument
+
+Metadata node: the cluster map and the node's life (metadata/MEMBERSHIP.md).  A header with a newer epoch
+makes a node fetch that map before it answers.
+    map.propose(epoch, map_bytes, note="", told=0) -> (epoch,)      # the map that follows `epoch`; idempotent
+        told=1: do not pass it on.  errors: StaleEpoch (with the newest map), InvalidArgument, NoQuorum, NotHome
+    map.history()                        -> (((epoch, digest, stamp_ns, note), ...),)   # those that are kept
+    map.progress()                       -> fields of `dfs.cluster.joint.Progress`
+    map.waiting()                        -> (epoch, (metadata_phase, chunk_phase), (reason, ...), drives)
+    node.boot(number, node_id, boot, nonce, role="metadata") -> (boot, nonce)   # the highest ever seen; durable
+        errors: ConfigError (the id was removed)
+    node.lsm()                           -> (map of str -> value,)  # levels of the store, see `dfs kv lsm`
 
 Metadata node: blobs (immutable, content-addressed; design.md section 4)
     blob.put(((hash, length), ...)) data=the blobs, one after the other

@@ -7,6 +7,8 @@ import trio
 
 from dfs.clock import SystemClock
 from dfs.cluster.map import METADATA, ClusterMap, Node
+from dfs.daemon import FORK, read_alarm
+from dfs.disk import RealDisk
 from dfs.env import Context
 from dfs.errors import Busy, Corrupt, ForkedMap, StaleEpoch, WrongCluster
 from dfs.rpc.mapkeeper import MapKeeper
@@ -110,6 +112,38 @@ def test_a_successor_of_another_map_is_a_fork():
     keeper = MapKeeper(two)
     with pytest.raises(ForkedMap):
         keeper.offer(third)
+
+
+def test_a_fork_is_still_there_after_a_restart(tmp_path):
+    one, _ = chain(2)
+    disk = RealDisk(tmp_path)
+
+    def started():
+        return MapKeeper(
+            one, alarm=read_alarm(disk), note=lambda text: disk.write_atomic(FORK, text.encode())
+        )
+
+    keeper = started()
+    assert not keeper.forked
+    keeper.heard(1, b"x" * 32, "tcp://a:1")
+    for process in (keeper, started()):
+        assert process.forked
+        with pytest.raises(Busy, match="7878787878787878 at tcp://a:1") as caught:
+            process.check(1, ())
+        assert one.digest.hex()[:16] in str(caught.value)
+        assert "remove its file `fork`" in str(caught.value)
+    (tmp_path / FORK).unlink()
+    assert not started().forked
+
+
+def test_a_fork_that_cannot_be_noted_is_one_all_the_same(caplog):
+    def full(_text):
+        raise OSError("disk full")
+
+    keeper = MapKeeper(chain(2)[0], note=full)
+    keeper.heard(1, b"x" * 32)
+    assert keeper.forked
+    assert "cannot be noted" in caplog.text
 
 
 def test_gossip_shows_forks_and_news_without_raising():
