@@ -307,6 +307,17 @@ class StorageRepair(SyncWorker):
             await sync.run(steps)
             for table in TABLES:
                 await self._rebuild(table, affected(losses, table))
+        try:
+            return await self._pull()
+        finally:  # an error must not keep them waiting for the usual time
+            left = len(sync.pull_first.partitions())
+            self.progress = f"{left} partitions wait for their other homes" if left else ""
+            # while they wait they are a copy less for every reader
+            self._interval = min(PULL_AGAIN, self._usual) if left else self._usual
+
+    async def _pull(self) -> int:
+        """Let partitions wait no more that were compared."""
+        sync = self.sync
         done = await self._finish_equal()
         waiting = sync.pull_first.partitions()
         for i, partition in enumerate(waiting):
@@ -314,10 +325,6 @@ class StorageRepair(SyncWorker):
             if await sync.run(pull_partition(sync.antientropy, partition, sync.now()), self._rest):
                 await sync.run(_write(sync.pull_first.finish([partition])))
                 done += 1
-        left = len(sync.pull_first.partitions())
-        self.progress = f"{left} partitions wait for their other homes" if left else ""
-        # while they wait they are a copy less for every reader
-        self._interval = min(PULL_AGAIN, self._usual) if left else self._usual
         return done
 
     def returned(self, _node: int) -> None:

@@ -25,6 +25,7 @@ from dfs.errors import (
     Busy,
     DeadlineExceeded,
     DfsError,
+    DiskFull,
     InvalidArgument,
     NoQuorum,
     NotHome,
@@ -170,7 +171,7 @@ class KV:
         deadline = clock.monotonic() + self._timeout
         attempt = 0
         tried = 0
-        without: set[int] = set()  # coordinators that found no quorum: others may see more nodes
+        without: set[int] = set()  # found no quorum, or have no room: others may
         error: DfsError | None = None
         while True:
             # the map may change between attempts
@@ -180,12 +181,11 @@ class KV:
                 raise error or Unreachable("the cluster map names no metadata node")
             node = order[tried % len(order)]
             try:
-                patience = ATTEMPT * 2.0 ** (
-                    attempt // len(order)
-                )  # all are asked before one waits
+                # all are asked before one of them is waited for
+                patience = ATTEMPT * 2.0 ** (attempt // len(order))
                 return await self._attempt(node, method, args, min(left, patience))
-            except NoQuorum as e:
-                error = e
+            except (NoQuorum, DiskFull) as e:
+                error = e if isinstance(e, NoQuorum) or error is None else error
                 tried += 1
                 without.add(node)
                 if without.issuperset(order):

@@ -11,15 +11,19 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from kvload import Load, many
+from kvload import Load
 from localcluster import LocalCluster, free_ports, wait_gone, wait_until
 
-from dfs.client.kv import KV
+from dfs.cluster.map import METADATA
+from dfs.errors import DiskFull, InvalidArgument
+from metadata.registers import partition_of_row, row_of
+
+pytestmark = pytest.mark.mount
 
 METADATA_ONLY = ("metadata",)
+ROOMY, FULL = "size=4g", "size=200m"  # 256 MiB are always kept free
 CONVERGED = 30.0  # seconds that homes are given to become equal
 
 
@@ -27,9 +31,16 @@ CONVERGED = 30.0  # seconds that homes are given to become equal
 def five(tmp_path_factory):
     """Five metadata nodes; every test leaves them whole, and all they ever acknowledged in them."""
     c = LocalCluster(tmp_path_factory.mktemp("five"), 5, METADATA_ONLY)
+    disk = c.dir / "node5" / "metadata"
     try:
-        yield c.init().up()
+        c.init()
+        marker = (disk / "MARKER").read_bytes()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", ROOMY, "dfs", disk], check=True)
+        (disk / "MARKER").write_bytes(marker)
+        yield c.up()
     finally:
+        c.dfs("cluster", "down", check=False)
+        subprocess.run(["umount", "-l", disk], check=False, capture_output=True)
         c.destroy()
 
 
@@ -90,4 +101,234 @@ def test_a_stopped_node_goes_on_where_it_was(five):
         load.wait_for_acks(50)
     load.check(level="quorum")
     print(f"  homes are equal after {converged(five, load):.1f} s")
+    load.check()
+
+
+# ------------------------------------------------------------------------------------------ clients
+
+
+def test_one_live_seed_is_enough_and_none_is_told(five, tmp_path):
+    file = json.loads((five.dir / "cluster.json").read_text())
+    dead = [f"tcp://127.0.0.1:{free_ports(3) + i}" for i in range(3)]
+    small = LocalCluster(tmp_path)
+    small.dir.mkdir()
+    seeds = (small.dir / "cluster.json").write_text
+
+    seeds(json.dumps(file | {"seeds": [*dead, file["seeds"][3]]}))
+    small.dfs("kv", "put", "by-one-seed", "v")
+    assert small.dfs("kv", "get", "by-one-seed").stdout == "v"
+    five.kill("node4", sig=signal.SIGSTOP)  # mute, not dead: it never says that it is gone
+    try:
+        began = time.monotonic()
+        seeds(json.dumps(file | {"seeds": [file["seeds"][3], file["seeds"][1]]}))
+        assert small.dfs("kv", "get", "by-one-seed").stdout == "v"
+        print(f"  a mute first seed costs {time.monotonic() - began:.1f} s")
+    finally:
+        five.kill("node4", sig=signal.SIGCONT)
+
+    seeds(json.dumps(file | {"seeds": dead}))
+    began = time.monotonic()
+    said = small.refused("kv", "get", "by-one-seed")
+    print(f"  all seeds dead: told after {time.monotonic() - began:.1f} s")
+    assert "no node of the cluster" in said
+    assert all(seed in said for seed in dead)
+    assert "dfs cluster up" in said
+
+
+# -------------------------------------------------------------------------------------- convergence
+
+
+def drop_hints(cluster, target):
+    """Forget every hint for a node; returns how many nodes had some."""
+
+    async def work(c):
+        number = next(n.number for n in c.get_map().nodes if n.name == target)
+        dropped = 0
+        for node in c.get_map().nodes:
+            if node.number != number:
+                try:
+                    await c.rpc.call(node.metadata_addr, "hints.drop", (number,), timeout=10)
+                except InvalidArgument:
+                    continue  # it has none
+                dropped += 1
+        return dropped
+
+    return cluster.ask(work)
+
+
+def test_anti_entropy_brings_what_no_hint_does(five):
+    five.kill("node3")
+    load = Load(five, prefix="sync-").preload(2000)
+    dropped = drop_hints(five, "node3")
+    assert dropped
+    time.sleep(31)  # what is younger than 30 s is left alone: it is taken to be on its way
+    began = time.monotonic()
+    five.up("node3")
+    print(f"  hints of {dropped} nodes dropped, up after {time.monotonic() - began:.1f} s")
+    print(f"  2000 keys are equal after {converged(five, load):.1f} s more")
+    load.check()
+
+
+# -------------------------------------------------------------------------------------------- disks
+
+
+def test_a_full_disk_refuses_and_recovers(five):
+    disk = five.dir / "node5" / "metadata"
+
+    def resize(size):
+        subprocess.run(["mount", "-o", f"remount,{size}", disk], check=True)
+
+    with Load(five, prefix="full-", seed=3) as load:
+        load.wait_for_acks(50)
+        load.enter("the disk of node5 is full")
+        resize(FULL)
+        try:
+            wait_until(
+                lambda: five.node_status("node5")["node5"]["disk_level"] == "full", 20, "full"
+            )
+            load.wait_for_acks(200)
+            said = five.ask(put_at_node5)
+            assert "take no new data" in five.dfs("cluster", "status", check=False).stdout
+            assert "under the reserve" in str(said), said
+            assert str(disk) in str(said)
+        finally:
+            resize(ROOMY)
+        load.enter("space again")
+        wait_until(lambda: five.node_status("node5")["node5"]["disk_level"] != "full", 20, "space")
+        load.wait_for_acks(50)
+    words = {text for text in load.words if "full" in text}
+    assert not words, words  # no client saw it: others took what node5 refused
+    load.check(level="quorum")
+    print(f"  homes are equal after {converged(five, load):.1f} s")
+    load.check()
+
+
+async def put_at_node5(c):
+    """What node5 itself says to a put and to a delete of a key of which it is a home."""
+    current = c.get_map()
+    number = next(n.number for n in current.nodes if n.name == "node5")
+    for i in range(100):
+        key = b"full-own-%d" % i
+        if number in current.read_homes(METADATA, partition_of_row(row_of(0, key))):
+            break
+    address = current.address(METADATA, number)
+    await c.rpc.call(address, "kv.put", (0, key, None, b"", {}), timeout=10, epoch=current.epoch)
+    try:
+        await c.rpc.call(
+            address, "kv.put", (0, key, b"v", b"", {}), timeout=10, epoch=current.epoch
+        )
+    except DiskFull as e:
+        return e
+    raise AssertionError("node5 took a value on a full disk")
+
+
+def test_flipped_bits_in_tables_are_found_and_repaired(five):
+    load = Load(five, prefix="bits-", seed=4).preload(300)
+    filler = Load(five, prefix="fill-", seed=5)
+
+    def tables():
+        return sorted((five.dir / "node2" / "metadata").rglob("*.sst"))
+
+    for _ in range(5):
+        filler.preload(100, pad=random.Random(1).randbytes(64 << 10))
+        if tables():
+            break
+    wait_until(tables, 10, "a memtable of node2 is flushed")
+    five.down("node2")
+    for table in tables():
+        size = table.stat().st_size
+        with table.open("r+b") as f:
+            for part in (2, 3, 5, 7):
+                f.seek(size // part)
+                byte = f.read(1)
+                f.seek(size // part)
+                f.write(bytes([byte[0] ^ 0x40]))
+    with load:
+        five.up("node2")
+        load.wait_for_acks(100)
+    filler.check(level="quorum")
+
+    def told():
+        errors = five.status()["errors"]
+        return any("node2" in e["node"] and e["role"] == "metadata" for e in errors)
+
+    wait_until(told, 30, "`dfs cluster status` shows the damage")
+    load.check()
+    filler.check()
+    print(f"  homes are equal after {converged(five, filler):.1f} s")
+
+
+# --------------------------------------------------------------------------- copies of a directory
+
+
+def replace(cluster, old, new, numbers):
+    """`dfs cluster node replace`, on a loopback port."""
+    address = f"tcp://127.0.0.1:{free_ports(numbers)}"
+    said = cluster.apply("replace", old, new, "--metadata", address, wait=60)
+    cluster.nodes[cluster.nodes.index(old)] = new
+    return said
+
+
+def test_an_old_copy_of_a_directory_is_refused_and_replaced(five):
+    load = Load(five, prefix="old-", seed=6).preload(50)
+    data = five.dir / "node4" / "metadata"
+    copy = five.dir / "copy"
+    with load:
+        five.down("node4")
+        shutil.copytree(data, copy)
+        five.up("node4")
+        load.wait_for_acks(300)
+        five.down("node4")
+        shutil.rmtree(data)
+        shutil.move(copy, data)
+        up = five.dfs("cluster", "up", "--dir", five.dir, "node4", check=False)
+        wait_until(lambda: "must not run on" in five.log("node4"), 20, "the copy is refused")
+        said = five.log("node4").splitlines()[-1]
+        print(f"  {up.returncode}: {up.stderr}{said}")
+        assert "dfs cluster node replace" in said
+        load.enter("node4 replaced")
+        replace(five, "node4", "node6", 1)
+        load.wait_for_acks(100)
+    load.check()
+
+
+def test_of_two_processes_with_one_id_one_stops(five):
+    load = Load(five, prefix="twin-", seed=7).preload(50)
+    copy = five.dir / "twin"
+    data = five.dir / "node3" / "metadata"
+    with load:
+        load.wait_for_acks(50)
+        shutil.copytree(data, copy)
+        load.enter("a twin of node3 runs")
+        own = [sys.executable, "-P", "-m", "metadata"]
+        own += ["--listen", f"tcp://127.0.0.1:{free_ports(1)}"]
+        log = five.dir / "log" / "twin.log"
+        with log.open("wb") as out:
+            twin = subprocess.Popen(
+                [*own, "--data", copy, "--map", five.dir / "node3" / "map"],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+            )
+        try:
+
+            def one_stopped():
+                return "must not run on" in five.log("node3") or twin.poll() is not None
+
+            wait_until(one_stopped, 30, "one of them stops")
+            load.wait_for_acks(100)
+        finally:
+            original_stopped = twin.poll() is None
+            twin.kill()
+            twin.wait()
+        said = five.log("node3") if original_stopped else log.read_text()
+        print(
+            f"  {'the original' if original_stopped else 'the twin'} stops: {said.splitlines()[-1]}"
+        )
+        assert "another process runs as the same node" in said
+        load.enter("node3 replaced")
+        if original_stopped:
+            wait_gone(five.pid("node3", "metadata"))
+            replace(five, "node3", "node7", 1)
+        load.wait_for_acks(100)
     load.check()

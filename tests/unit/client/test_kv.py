@@ -14,6 +14,7 @@ from dfs.cluster.map import METADATA, ClusterMap
 from dfs.errors import (
     Busy,
     DeadlineExceeded,
+    DiskFull,
     InvalidArgument,
     NoQuorum,
     StaleEpoch,
@@ -209,3 +210,23 @@ async def test_everybody_is_asked_before_anybody_is_waited_for_long(monkeypatch:
             await w.kv.get(b"k")
     assert {node for node, _ in asked[:3]} == {1, 2, 3}
     assert [timeout for _, timeout in asked[:4]] == [1.5, 1.5, 1.5, 3.0]
+
+
+async def test_a_coordinator_with_a_full_disk_is_not_the_last_word() -> None:
+    async with world(lambda *_: None) as w:
+        first = w.homes(b"k")[0]
+
+        def answer(node: int, *_: Any) -> Any:
+            if node == first:
+                raise DiskFull("no room here")
+            return b"new", 1, {}
+
+        w.answer = answer
+        assert (await w.kv.put(b"k", b"v")).context == b"new"
+
+        def full(*_: Any) -> Any:
+            raise DiskFull("no room anywhere")
+
+        w.answer = full
+        with pytest.raises(DiskFull):
+            await w.kv.put(b"k", b"v")
