@@ -12,6 +12,7 @@ from dfs.errors import Busy, Corrupt, DiskFull, NoQuorum, NotFound, Unreachable
 from dfs.hashing import digest, partition_of
 from dfs.rpc import blobs as module
 from dfs.rpc.blobs import BlobClient
+from dfs.rpc.budget import InFlight
 from dfs.testing.network import SimNetwork
 
 
@@ -265,3 +266,61 @@ async def test_lossy_network(seed):
             got = await w.client.get_many(names, timeout=30)
             assert {digest(b) for b in got.values()} == set(names)
         assert done >= 8
+
+
+async def test_puts_are_charged_until_the_last_copy_ended():
+    async with world(3) as w:
+        w.client.inflight = inflight = InFlight()
+        slow = w.nodes[3]
+        slow.delay = 1.5
+        await w.client.put_many([b"x" * 1000, b"y" * 500])
+        assert inflight.used == 1500  # W of N are enough to answer, not to forget
+        assert inflight.statistics(trio.current_time())["peers"] == {slow.number: 1500}
+        await trio.sleep(2)
+        assert inflight.statistics(trio.current_time())["peers"] == {}
+        assert inflight.used == 0
+
+
+async def test_a_failed_put_gives_its_bytes_back():
+    async with world(3) as w:
+        w.client.inflight = inflight = InFlight()
+        for store in w.nodes.values():
+            store.error = DiskFull("full")
+        with pytest.raises(DiskFull):
+            await w.client.put_many([b"x" * 1000])
+        await trio.sleep(2)
+        assert inflight.used == 0
+
+
+async def test_puts_wait_while_too_much_is_under_way_and_fail_in_words():
+    async with world(3) as w:
+        w.client.inflight = inflight = InFlight(limit=1000)
+        other = inflight.charge(900)
+        with pytest.raises(Busy, match="900 bytes of writes have been under way here for 3 s"):
+            await w.client.put_many([b"x" * 200], timeout=3)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(w.client.put_many, [b"x" * 200])
+            await trio.sleep(2)
+            assert [len(s.blobs) for s in w.nodes.values()] == [0, 0, 0]
+            other.close()
+        await trio.sleep(1)
+        assert [len(s.blobs) for s in w.nodes.values()] == [1, 1, 1]
+
+
+async def test_a_slow_home_is_left_out_of_puts():
+    async with world(3) as w:
+        w.client.inflight = inflight = InFlight(per_peer=1000)
+        busy = w.nodes[1]
+        stuck = inflight.charge(1000)
+        stuck.send(busy.number)
+        start = trio.current_time()
+        for i in range(8):
+            await w.client.put_many([b"%d" % i * 100])
+            await trio.sleep(1)
+        assert trio.current_time() - start < 9
+        assert busy.blobs == {}
+        assert inflight.slow(busy.number, trio.current_time())
+        stuck.ended(busy.number)
+        await w.client.put_many([b"last"])
+        await trio.sleep(1)
+        assert digest(b"last") in busy.blobs
