@@ -2,6 +2,8 @@
 
 import base64
 import binascii
+import os
+import shlex
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -56,6 +58,21 @@ def _options(*names: str) -> Callable[[F], F]:
     return add
 
 
+_hex_option = click.option(
+    "--hex", "as_hex", is_flag=True, help="Keys and values are hexadecimal: for binary ones."
+)
+
+
+def _bytes(text: str, what: str, *, as_hex: bool) -> bytes:
+    """What an argument says; one that is no UTF-8 is the bytes that were typed."""
+    if not as_hex:
+        return os.fsencode(text)
+    try:
+        return bytes.fromhex(text)
+    except ValueError as e:
+        raise InvalidArgument(f"{what} {text!r:.60} is not hexadecimal, as --hex says") from e
+
+
 def _chosen(options: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value for name, value in options.items() if value is not None and value is not False
@@ -75,39 +92,47 @@ def kv() -> None:
 @cluster_option
 @json_option
 @_options("n", "r", "pr")
+@_hex_option
 @click.argument("key")
-def get(cluster_path: str | None, as_json: bool, key: str, **options: Any) -> None:
+def get(
+    cluster_path: str | None, as_json: bool, as_hex: bool, key: str, **options: Any
+) -> None:
     """Print the value of KEY.
 
     With several values (siblings): all of them, newest first, one a line, and the context on
-    standard error. Exit status 1 if there is none.
+    standard error. Exit status 1 if there is none.  A value is written as it is; with --hex in
+    hexadecimal.
 
     \b
     Examples:
       dfs kv get colour
+      dfs kv get --hex 00ff
       dfs kv get colour --level all --json
     """
 
+    name = _bytes(key, "the key", as_hex=as_hex)
+
     async def work(store: "KV") -> "Entry":
-        return await store.get(key.encode(), **_chosen(options))
+        return await store.get(name, **_chosen(options))
 
     entry = _run(cluster_path, work)
     if as_json:
         echo_json(_as_dict(entry))
         return
     if not entry.values:
-        raise NotFound(f"{key}: no value")
+        raise NotFound(f"the key {_key_text(name)} has no value")
     with writing_stdout():
         out = standard_stream("stdout")
         for value in entry.values:
-            out.write(value)
-            if len(entry.values) > 1 or sys.stdout.isatty():
+            out.write(value.hex().encode() if as_hex else value)
+            if as_hex or len(entry.values) > 1 or sys.stdout.isatty():
                 out.write(b"\n")
         out.flush()
     if len(entry.values) > 1:
         click.echo(
             f"{count(len(entry.values), 'sibling')}; resolve: "
-            f"dfs kv put {key} VALUE --context {_show(entry.context)}",
+            f"dfs kv put {'--hex ' if as_hex else ''}{shlex.quote(key)} VALUE --context "
+            f"{_show(entry.context)}",
             err=True,
         )
 
@@ -118,6 +143,7 @@ def get(cluster_path: str | None, as_json: bool, key: str, **options: Any) -> No
 @_options("n", "w", "pw", "r")
 @click.option("--context", metavar="CONTEXT", help="What `get` printed: supersede just that.")
 @click.option("--blind", is_flag=True, help="Supersede nothing: leave a sibling if there is one.")
+@_hex_option
 @click.argument("key")
 @click.argument("value")
 def put(
@@ -125,6 +151,7 @@ def put(
     as_json: bool,
     context: str | None,
     blind: bool,
+    as_hex: bool,
     key: str,
     value: str,
     **options: Any,
@@ -138,12 +165,17 @@ def put(
       dfs kv put colour blue
       dfs kv put colour green --level all
       dfs kv put photo - < photo.jpg
+      dfs kv put --hex 00ff cafe
     """
-    content = standard_stream("stdin").read() if value == "-" else value.encode()
+    name = _bytes(key, "the key", as_hex=as_hex)
+    if value == "-":
+        content = standard_stream("stdin").read()
+    else:
+        content = _bytes(value, "the value", as_hex=as_hex)
     seen = _context(context, blind=blind)
 
     async def work(store: "KV") -> "Entry":
-        return await store.put(key.encode(), content, context=seen, **_chosen(options))
+        return await store.put(name, content, context=seen, **_chosen(options))
 
     _tell(_run(cluster_path, work), as_json=as_json)
 
@@ -153,15 +185,22 @@ def put(
 @json_option
 @_options("n", "w", "pw", "r")
 @click.option("--context", metavar="CONTEXT", help="What `get` printed: delete just that.")
+@_hex_option
 @click.argument("key")
 def delete(
-    cluster_path: str | None, as_json: bool, context: str | None, key: str, **options: Any
+    cluster_path: str | None,
+    as_json: bool,
+    context: str | None,
+    as_hex: bool,
+    key: str,
+    **options: Any,
 ) -> None:
     """Delete what KEY holds; harmless if it holds nothing."""
+    name = _bytes(key, "the key", as_hex=as_hex)
     seen = _context(context, blind=False)
 
     async def work(store: "KV") -> "Entry":
-        return await store.delete(key.encode(), context=seen, **_chosen(options))
+        return await store.delete(name, context=seen, **_chosen(options))
 
     _tell(_run(cluster_path, work), as_json=as_json)
 
@@ -172,12 +211,14 @@ def delete(
 @_options("n", "r", "pr")
 @click.option("--limit", type=click.IntRange(1), default=1000, show_default=True)
 @click.option("--keys", "only_keys", is_flag=True, help="Print keys without values.")
+@_hex_option
 @click.argument("prefix", default="")
 def scan(
     cluster_path: str | None,
     as_json: bool,
     limit: int,
     only_keys: bool,
+    as_hex: bool,
     prefix: str,
     **options: Any,
 ) -> None:
@@ -186,9 +227,12 @@ def scan(
     The order is complete as long as there are at most --limit keys; of more, some are shown.
     """
 
+    start = _bytes(prefix, "the prefix", as_hex=as_hex)
+    shown_as: Callable[[bytes], str] = bytes.hex if as_hex else _text
+
     async def work(store: "KV") -> "tuple[list[Entry], bool]":
         found: list[Entry] = []
-        async for entry in store.scan(prefix.encode(), **_chosen(options)):
+        async for entry in store.scan(start, **_chosen(options)):
             if len(found) == limit:
                 return found, True
             found.append(entry)
@@ -200,8 +244,9 @@ def scan(
         echo_json([_as_dict(entry) for entry in found])
     else:
         for entry in found:
-            shown = "" if only_keys else "\t" + " | ".join(_text(v) for v in entry.values)
-            click.echo(_text(entry.key) + shown)
+            values = "" if only_keys else "\t" + " | ".join(map(shown_as, entry.values))
+            name = entry.key.hex() if as_hex else _key_text(entry.key)
+            click.echo(name + values)
     if more:
         click.echo(f"there are more than {limit} keys: --limit shows more", err=True)
 
@@ -268,11 +313,20 @@ def _context(text: str | None, *, blind: bool) -> bytes | None:
     if blind:
         raise InvalidArgument("--blind supersedes nothing, --context something: give one of them")
     try:
-        return base64.urlsafe_b64decode(text.encode() + b"=" * (-len(text) % 4))
+        return base64.b64decode(
+            text.encode() + b"=" * (-len(text) % 4), altchars=b"-_", validate=True
+        )
     except (ValueError, binascii.Error) as e:
         raise InvalidArgument(
             f"{text!r:.60} is no context: use the one that `dfs kv get` shows"
         ) from e
+
+
+def _json_text(value: bytes) -> Any:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return {"hex": value.hex()}
 
 
 def _show(context: bytes) -> str:
@@ -297,17 +351,17 @@ def _text(value: bytes) -> str:
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
+def _key_text(key: bytes) -> str:
+    """A key in one line, such that different keys look different."""
+    text = key.decode(errors="backslashreplace")
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
+
+
 def _as_dict(entry: "Entry") -> dict[str, Any]:
-    """Values that are text as text, others as {"hex": ...}."""
-    values: list[Any] = []
-    for value in entry.values:
-        try:
-            values.append(value.decode())
-        except UnicodeDecodeError:
-            values.append({"hex": value.hex()})
+    """Key and values that are text as text, others as {"hex": ...}."""
     return {
-        "key": entry.key.decode(errors="backslashreplace"),
-        "values": values,
+        "key": _json_text(entry.key),
+        "values": [_json_text(value) for value in entry.values],
         "context": _show(entry.context),
         **({"info": entry.info} if entry.info else {}),
     }

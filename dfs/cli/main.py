@@ -29,6 +29,7 @@ COMMANDS = {
     "rm": ("dfs.cli.file_cmd", "rm", "Remove files or directories of a volume."),
     "du": ("dfs.cli.file_cmd", "du", "Add up the sizes below a directory."),
     "kv": ("dfs.cli.kv_cmd", "kv", "Read and write the cluster's key-value store."),
+    "hints": ("dfs.cli.hints_cmd", "hints", "List or drop what is kept for nodes that are away."),
     "mount": ("dfs.cli.mount_cmd", "mount", "Mount a volume on a directory."),
     "umount": ("dfs.cli.mount_cmd", "umount", "Unmount a directory."),
     "fsck": ("dfs.cli.check_cmd", "fsck", "Check a volume: tree, links, usage, chunk copies."),

@@ -148,6 +148,7 @@ def _numbers(answer: dict[str, Any]) -> dict[str, Any]:
         "to_move",
         "incomplete",
         "metrics",
+        "sync",
     )
     return {name: answer[name] for name in names if name in answer}
 
