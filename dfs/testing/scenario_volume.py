@@ -38,6 +38,7 @@ SECONDS = 40.0  # virtual, with faults
 SETTLE = 90.0  # virtual, without: longer than every retry and catch-up
 CLIENTS = 3
 VOLUME = "v"
+STRIKE = 0.02  # of all fsyncs are followed at once by a loss of power everywhere
 SIZES = (0, 10, 3000, 5000, 70_000, 200_000)
 
 MUTANTS = {
@@ -69,6 +70,7 @@ class _History:
     violations: list[str] = field(default_factory=list)
     done: int = 0
     failed: int = 0
+    strike: trio.Event = field(default_factory=trio.Event)  # set: lose all power now
 
 
 def run(seed: int, *, mutant: str | None = None) -> list[str]:
@@ -112,7 +114,7 @@ async def _main(seed: int, mutant: str | None, history: _History) -> None:
             async with trio.open_nursery() as nursery:
                 for i in range(CLIENTS):
                     nursery.start_soon(_client, world, f"client{i}", history, mutant)
-                nursery.start_soon(_weather, world)
+                nursery.start_soon(_weather, world, history)
         network.drop = network.duplicate = network.reorder = 0.0
         network.heal()
         for machine in world.machines:
@@ -125,23 +127,28 @@ async def _main(seed: int, mutant: str | None, history: _History) -> None:
 # ----------------------------------------------------------------------------------------- faults
 
 
-async def _weather(world: World) -> None:
-    """Machines die one at a time; sometimes all at once; the network is cut now and then."""
+async def _weather(world: World, history: _History) -> None:
+    """Machines die one at a time; sometimes all at once; the network is cut now and then.
+
+    Lightning strikes when a client says so: all machines die while a promise is youngest.
+    """
     random, network = world.random, world.network
     while True:
-        await trio.sleep(random.uniform(0.5, 5))
+        history.strike = trio.Event()
+        with trio.move_on_after(random.uniform(0.5, 5)):
+            await history.strike.wait()
         fault = random.random()
-        if fault < 0.45:
-            machine = random.choice(world.machines)
-            machine.crash()
-            await trio.sleep(random.uniform(0.1, 4))
-            await machine.start()
-        elif fault < 0.55:
+        if history.strike.is_set() or 0.45 <= fault < 0.55:
             for machine in world.machines:
                 machine.crash()
             await trio.sleep(random.uniform(0.1, 2))
             for machine in world.machines:
                 await machine.start()
+        elif fault < 0.45:
+            machine = random.choice(world.machines)
+            machine.crash()
+            await trio.sleep(random.uniform(0.1, 4))
+            await machine.start()
         elif fault < 0.8:
             cut = random.choice(world.machines)
             network.partition([cut.names()])
@@ -257,6 +264,8 @@ class _Worker:
             await self.fs.fsync(handle)
             record.synced = content
             record.later = []
+            if self.random.random() < STRIKE:
+                self.history.strike.set()
         finally:
             await self.fs.release(handle)
 
