@@ -74,7 +74,9 @@ def drop(cluster_path: str | None, target: str, holder: str | None) -> None:
     dropped = run_async(_drop, cluster_file(cluster_path), target, holder or "")
     total = sum(dropped.values())
     where = ", ".join(f"{n} at {name}" for name, n in dropped.items())
-    click.echo(f"dropped {count(total, 'hint')} for {target} ({where}); anti-entropy brings the rest")
+    click.echo(
+        f"dropped {count(total, 'hint')} for {target} ({where}); anti-entropy brings the rest"
+    )
 
 
 async def _collect(file: Path, name: str) -> tuple[dict[int, str], list[tuple[str, Any]]]:
@@ -147,20 +149,20 @@ def _print(names: dict[int, str], found: list[tuple[str, Any]]) -> None:
         if isinstance(kept, DfsError):
             errors.append(f"{holder}: {kept}")
             continue
-        for t in kept:
-            rows.append(
-                [
-                    holder,
-                    _name(names, t["node"]),
-                    str(t["count"]),
-                    human_size(t["bytes"]),
-                    f"{t['age']:.0f} s" if t["count"] else "-",
-                    str(t["stored"]),
-                    str(t["delivered"]),
-                    str(t["dropped"]),
-                    "left to anti-entropy" if t["dirty"] else "",
-                ]
-            )
+        rows += [
+            [
+                holder,
+                _name(names, t["node"]),
+                str(t["count"]),
+                human_size(t["bytes"]),
+                f"{t['age']:.0f} s" if t["count"] else "-",
+                str(t["stored"]),
+                str(t["delivered"]),
+                str(t["dropped"]),
+                "left to anti-entropy" if t["dirty"] else "",
+            ]
+            for t in kept
+        ]
     if len(rows) > 1:
         print_table(rows)
     elif len(errors) < len(found):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dfs.client.kv import KV, Entry
 
 F = TypeVar("F", bound=Callable[..., Any])
+_CHECK = 6  # bytes in front of a context
 _NUMBERS = {
     "n": "Replicas that take part.",
     "r": "Answers a read needs.",
@@ -94,9 +95,7 @@ def kv() -> None:
 @_options("n", "r", "pr")
 @_hex_option
 @click.argument("key")
-def get(
-    cluster_path: str | None, as_json: bool, as_hex: bool, key: str, **options: Any
-) -> None:
+def get(cluster_path: str | None, as_json: bool, as_hex: bool, key: str, **options: Any) -> None:
     """Print the value of KEY.
 
     With several values (siblings): all of them, newest first, one a line, and the context on
@@ -132,7 +131,7 @@ def get(
         click.echo(
             f"{count(len(entry.values), 'sibling')}; resolve: "
             f"dfs kv put {'--hex ' if as_hex else ''}{shlex.quote(key)} VALUE --context "
-            f"{_show(entry.context)}",
+            f"{_show(entry.key, entry.context)}",
             err=True,
         )
 
@@ -172,7 +171,7 @@ def put(
         content = standard_stream("stdin").read()
     else:
         content = _bytes(value, "the value", as_hex=as_hex)
-    seen = _context(context, blind=blind)
+    seen = _context(context, name, blind=blind)
 
     async def work(store: "KV") -> "Entry":
         return await store.put(name, content, context=seen, **_chosen(options))
@@ -197,7 +196,7 @@ def delete(
 ) -> None:
     """Delete what KEY holds; harmless if it holds nothing."""
     name = _bytes(key, "the key", as_hex=as_hex)
-    seen = _context(context, blind=False)
+    seen = _context(context, name, blind=False)
 
     async def work(store: "KV") -> "Entry":
         return await store.delete(name, context=seen, **_chosen(options))
@@ -307,19 +306,35 @@ def _run(cluster_path: str | None, work: Callable[["KV"], Any]) -> Any:
     return run_async(main)
 
 
-def _context(text: str | None, *, blind: bool) -> bytes | None:
+def _context(text: str | None, key: bytes, *, blind: bool) -> bytes | None:
     if text is None:
         return b"" if blind else None
     if blind:
         raise InvalidArgument("--blind supersedes nothing, --context something: give one of them")
     try:
-        return base64.b64decode(
+        plain = base64.b64decode(
             text.encode() + b"=" * (-len(text) % 4), altchars=b"-_", validate=True
         )
-    except (ValueError, binascii.Error) as e:
+    except (ValueError, binascii.Error):
+        plain = b""
+    context = plain[_CHECK:]
+    if len(plain) < _CHECK or plain[:_CHECK] != _check(key, context):
         raise InvalidArgument(
-            f"{text!r:.60} is no context: use the one that `dfs kv get` shows"
-        ) from e
+            f"{text!r:.60} is no context of the key {_key_text(key)}: use the one that "
+            "`dfs kv get` shows for this key"
+        )
+    return context
+
+
+def _check(key: bytes, context: bytes) -> bytes:
+    """What ties a context to its key: a node could not tell that it is another key's."""
+    from dfs.hashing import digest_parts
+
+    return digest_parts(b"dfs kv context", len(key).to_bytes(2, "big"), key, context)[:_CHECK]
+
+
+def _show(key: bytes, context: bytes) -> str:
+    return base64.urlsafe_b64encode(_check(key, context) + context).decode().rstrip("=")
 
 
 def _json_text(value: bytes) -> Any:
@@ -327,10 +342,6 @@ def _json_text(value: bytes) -> Any:
         return value.decode()
     except UnicodeDecodeError:
         return {"hex": value.hex()}
-
-
-def _show(context: bytes) -> str:
-    return base64.urlsafe_b64encode(context).decode().rstrip("=")
 
 
 def _tell(entry: "Entry", *, as_json: bool) -> None:
@@ -362,6 +373,6 @@ def _as_dict(entry: "Entry") -> dict[str, Any]:
     return {
         "key": _json_text(entry.key),
         "values": [_json_text(value) for value in entry.values],
-        "context": _show(entry.context),
+        "context": _show(entry.key, entry.context),
         **({"info": entry.info} if entry.info else {}),
     }
