@@ -9,6 +9,10 @@ Each limit is a part of the disk and a number of free bytes, whichever is reache
 percentage does not leave too little of a small disk.  A level that was reached is left only once
 one per cent more is free: a node at the border does not change its mind with every write.
 (Ceph's nearfull, backfillfull and full ratios.)
+
+Asking the kernel costs more than the rest of a small write's admission.  So while a disk is not
+even near its limits, clients' writes are let through without a look until `UNSEEN` bytes or
+`UNSEEN_WRITES` of them have come: little against the distance to `full`, which is two floors.
 """
 
 from collections.abc import Callable
@@ -16,6 +20,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from dfs.errors import ConfigError, DiskFull
+
+UNSEEN = 1 << 20  # bytes of clients' writes between two looks at a disk with room
+UNSEEN_WRITES = 64
 
 
 class Level(IntEnum):
@@ -82,6 +89,8 @@ class DiskWatch:
         self._usage = usage
         self._path = path
         self._level = Level.OK
+        self._unseen = 0  # bytes that may yet be written before the next look
+        self._unseen_writes = 0
         self.refused = 0
 
     def level(self) -> Level:
@@ -92,7 +101,14 @@ class DiskWatch:
 
     def check_write(self, size: int = 0) -> None:
         """Raise `DiskFull` if a client's `size` bytes must not be written any more."""
+        if self._unseen_writes > 0 and self._unseen >= size:
+            self._unseen -= size
+            self._unseen_writes -= 1
+            return
         self._check(Level.FULL, size, "delete data or add capacity")
+        room = self._level is Level.OK
+        self._unseen = UNSEEN if room else 0
+        self._unseen_writes = UNSEEN_WRITES if room else 0
 
     def check_move(self, size: int = 0) -> None:
         """Raise `DiskFull` if nothing is taken any more that another node could keep."""
@@ -102,8 +118,9 @@ class DiskWatch:
 
     def _check(self, limit: Level, size: int, advice: str) -> None:
         total, free = self._usage()
+        self._level = level = self.limits.level(total, free, self._level)
         # What is stored now is judged as if it were there; the level itself follows real numbers.
-        if self.limits.level(total, max(0, free - size), self.level()) >= limit:
+        if self.limits.level(total, max(0, free - size), level) >= limit:
             self.refused += 1
             raise DiskFull(
                 f"{self._path}: {free} of {total} bytes free, under the reserve of a disk that is "

@@ -31,7 +31,7 @@ from dfs.rpc.mapkeeper import MapKeeper
 from metadata.coordinator import DONE, SEND, TICK, Coordinator, Effect
 from metadata.operation import Ticket
 from metadata.outbox import ERROR, Outbox
-from metadata.quorum import DEFAULTS, Options
+from metadata.quorum import DEFAULTS, REQUEST_SIZE, Options, defaults_with
 from metadata.registers import GET, HINT, MERGE, Digests, Hints, Registers, Request, row_of
 from metadata.replica import Replica
 from metadata.scan import Scanner, scan_rows
@@ -306,10 +306,9 @@ class KV:
                 self._offer(effect[1])
 
     def _on_own(self, ticket: Ticket, replies: list[Any]) -> None:
-        self._on_reply(ticket, replies[0])
+        self._on_reply(self._env.clock.monotonic(), ticket, replies[0])
 
-    def _on_reply(self, ticket: Ticket, reply: Any) -> None:
-        now = self._env.clock.monotonic()
+    def _on_reply(self, now: float, ticket: Ticket, reply: Any) -> None:
         effects = self.core.on_reply(now, ticket, reply)
         if effects:
             self._do(now, effects)
@@ -370,6 +369,10 @@ def _options(given: Any) -> Options:
         return DEFAULTS
     if given.__class__ is not dict:
         raise InvalidArgument(f"options are a map, not {given!r:.60}")
+    if len(given) == 1:
+        request = given.get("request")
+        if request.__class__ is bytes and len(request) == REQUEST_SIZE:
+            return defaults_with(request)
     return Options(given)
 
 

@@ -45,6 +45,7 @@ _MASK = (1 << 256) - 1
 _BUCKET_KEY = b"dfs merkle buckets".ljust(32, b"\0")
 _ENTRY = 232  # bytes of a cached sum: two integers and its share of the dict
 PAGE = 500  # rows read at once
+_BITMAP = PARTITIONS * BUCKETS // 8  # bytes
 
 
 class Table(Protocol):
@@ -124,6 +125,9 @@ class Digests:
         self._entries = max(BUCKETS, cache_bytes // _ENTRY)
         self._cache: dict[int, int] = {}  # slot -> sum; the one used last is last
         self._totals = [[0] * PARTITIONS for _ in TABLES]
+        # A bit for each slot: unset if the store surely has no row of it.  So it is with most
+        # buckets of a small store, and reading those would search every table for nothing.
+        self._present = [bytearray(b"\xff") * _BITMAP for _ in TABLES]
         self._built: set[int] = set()
         self.damaged: dict[tuple[int, int], None] = {}  # partitions with sums that were lost
         self.drift = 0  # buckets that were found wrong; must stay 0
@@ -143,6 +147,8 @@ class Digests:
         self._built = set(marker[1:]) if marker[:1] == bytes([_FORMAT]) else set()
         for table in TABLES:
             totals = self._totals[table] = [0] * PARTITIONS
+            self._present[table] = bytearray(b"\xff") * _BITMAP
+            present = bytearray(_BITMAP)
             prefix = PREFIX + bytes([table])
             after = b""
             try:
@@ -150,9 +156,11 @@ class Digests:
                     for row, value in rows:
                         partition = int.from_bytes(row[2:4], "big")
                         totals[partition] += int.from_bytes(value, "big")
+                        present[partition << 5 | row[4] >> 3] |= 1 << (row[4] & 7)
                     after = rows[-1][0]
                     yield len(rows)
                 self._totals[table] = [total & _MASK for total in totals]
+                self._present[table] = present
             except Corrupt:
                 yield from self._load_damaged(table)
 
@@ -216,18 +224,23 @@ class Digests:
         result: list[Op] = []
         cache = self._cache
         for slot, delta in deltas.items():
-            table, partition, bucket = slot >> 20, slot >> 8 & 0xFFF, slot & 255
+            table, partition = slot >> 20, slot >> 8 & 0xFFF
+            present = self._present[table]
+            byte, bit = slot >> 3 & _BITMAP - 1, 1 << (slot & 7)
             known = cache.pop(slot, None)
-            if known is None:
-                self.misses += 1
-                known = self._read(table, partition, bucket)
-            else:
+            if known is not None:
                 self.hits += 1
+            elif present[byte] & bit:
+                self.misses += 1
+                known = self._read(table, partition, slot & 255)
+            else:
+                known = 0
+            present[byte] |= bit
             new = cache[slot] = (known + delta) & _MASK
             totals = self._totals[table]
             totals[partition] = (totals[partition] + delta) & _MASK
             value = new.to_bytes(DIGEST, "big") if new else None
-            result.append((bucket_row(table, partition, bucket), value))
+            result.append((bucket_row(table, partition, slot & 255), value))
         while len(cache) > self._entries:
             del cache[next(iter(cache))]
         return result

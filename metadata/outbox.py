@@ -32,7 +32,10 @@ _Held = tuple[int, list[Request], list[Ticket]]  # map epoch
 
 
 class Outbox:
-    """Sends for node `number`; calls `on_reply(ticket, reply or DfsError)` for every request."""
+    """Sends for node `number`; calls `on_reply(now, ticket, reply or DfsError)` for each request.
+
+    `now` is monotonic, and the same for all replies of a batch.
+    """
 
     def __init__(
         self,
@@ -41,7 +44,7 @@ class Outbox:
         number: int,
         get_map: Callable[[], ClusterMap],
         *,
-        on_reply: Callable[[Ticket, Any], None],
+        on_reply: Callable[[float, Ticket, Any], None],
         observe: Callable[[int, float], None],
         inflight: InFlight | None = None,
     ) -> None:
@@ -119,7 +122,7 @@ class Outbox:
         for _, _, tickets in self._held.pop(node):
             self.refused += len(tickets)
             for ticket in tickets:
-                self._on_reply(ticket, error)
+                self._on_reply(now, ticket, error)
 
     def _release(self, node: int) -> None:
         """A copy for the peer ended: let go what waits, as far as there is room."""
@@ -169,10 +172,11 @@ class Outbox:
         if flight is not None:
             flight.ended(node)
         on_reply = self._on_reply
-        self._observe(node, self._clock.monotonic() - sent)
+        now = self._clock.monotonic()
+        self._observe(node, now - sent)
         if isinstance(answer, DfsError):
             for ticket in tickets:
-                on_reply(ticket, answer)
+                on_reply(now, ticket, answer)
             return
         replies = answer[0][0] if answer[0] else ()
         if len(replies) != len(tickets):
@@ -181,7 +185,7 @@ class Outbox:
         for ticket, reply in zip(tickets, replies, strict=True):
             if reply.__class__ is tuple:
                 reply = from_wire(*reply[1:])
-            on_reply(ticket, reply)
+            on_reply(now, ticket, reply)
 
     def statistics(self) -> dict[str, int]:
         """Counters since the start."""

@@ -61,6 +61,16 @@ class Options:
 DEFAULTS = Options({})
 
 
+def defaults_with(request: bytes) -> Options:
+    """`Options({"request": request})`, what almost every put has; `request` is a valid id."""
+    options = Options.__new__(Options)
+    options.level = options.n = options.r = options.w = options.pr = options.pw = None
+    options.eventual = False
+    options.key = None
+    options.request = request
+    return options
+
+
 class Plan:
     """Who takes part in operations on one partition, by one map, with the same options."""
 

@@ -87,6 +87,8 @@ class KV:
         self._space = space
         self._timeout = timeout
         self._failed: dict[int, float] = {}  # node -> when it may be asked first again
+        self._epoch = -1  # of the map that the next is made from
+        self._orders: dict[int, tuple[int, ...]] = {}  # partition -> whom to ask, the homes first
 
     async def get(self, key: bytes, **options: Unpack[Options]) -> Entry:
         """Read a register.
@@ -143,7 +145,7 @@ class KV:
         self, key: bytes, value: bytes | None, context: bytes | None, options: Options
     ) -> Entry:
         # The same id for every attempt: a coordinator that did it already says so.
-        request = self._cluster.random.randbytes(16)
+        request = self._cluster.random.getrandbits(128).to_bytes(16, "big")
         new, _siblings, info = await self._ask(
             key, "kv.put", (value, context), {**options, "request": request}
         )
@@ -156,7 +158,7 @@ class KV:
         if level is not None and level not in LEVELS:
             raise InvalidArgument(f"no level {level!r}; there are {', '.join(LEVELS)}")
         partition = partition_of_key(key, self._space)
-        own = (self._space, key, *args, dict(options))
+        own = (self._space, key, *args, options)
         return await self._call(None, method, own, partition)
 
     async def _call(
@@ -168,15 +170,16 @@ class KV:
     ) -> Any:
         """Ask one node after the other until one answers for good or time is up."""
         clock = self._cluster.clock
-        deadline = clock.monotonic() + self._timeout
+        now = clock.monotonic()
+        deadline = now + self._timeout
         attempt = 0
         tried = 0
         without: set[int] = set()  # found no quorum, or have no room: others may
         error: DfsError | None = None
         while True:
             # the map may change between attempts
-            order = self._order(nodes or self._coordinators(partition))
-            left = deadline - clock.monotonic()
+            order = self._order(nodes or self._coordinators(partition), now)
+            left = deadline - now
             if left <= 0 or not order:
                 raise error or Unreachable("the cluster map names no metadata node")
             node = order[tried % len(order)]
@@ -203,6 +206,7 @@ class KV:
                 pause = min(0.5, 0.02 * 2.0 ** min(attempt, 10))
                 left = max(0.0, deadline - clock.monotonic())
                 await trio.sleep(min(left, pause * self._cluster.random.uniform(0.5, 1.0)))
+            now = clock.monotonic()
 
     async def _attempt(self, node: int, method: str, args: tuple[Any, ...], timeout: float) -> Any:
         cluster_map = self._cluster.get_map()
@@ -213,19 +217,28 @@ class KV:
             timeout=timeout,
             epoch=cluster_map.epoch,
         )
-        self._failed.pop(node, None)
+        if self._failed:
+            self._failed.pop(node, None)
         return result
 
     def _coordinators(self, partition: int) -> tuple[int, ...]:
         cluster_map = self._cluster.get_map()
-        homes = cluster_map.read_homes(METADATA, partition)
-        rest = cluster_map.preference(METADATA, partition)
-        return (*homes, *(node for node in rest if node not in homes))
+        if cluster_map.epoch != self._epoch:
+            self._epoch = cluster_map.epoch
+            self._orders.clear()
+        found = self._orders.get(partition)
+        if found is None:
+            homes = cluster_map.read_homes(METADATA, partition)
+            rest = cluster_map.preference(METADATA, partition)
+            found = (*homes, *(node for node in rest if node not in homes))
+            self._orders[partition] = found
+        return found
 
     def _everybody(self) -> tuple[int, ...]:
         nodes = self._cluster.get_map().nodes
         return tuple(node.number for node in nodes if node.metadata_addr)
 
-    def _order(self, nodes: Sequence[int]) -> list[int]:
-        now = self._cluster.clock.monotonic()
+    def _order(self, nodes: Sequence[int], now: float) -> Sequence[int]:
+        if not self._failed:
+            return nodes
         return sorted(nodes, key=lambda node: self._failed.get(node, 0.0) > now)

@@ -23,6 +23,7 @@ _BACKLOG = 1024
 _CONTROL_LOWAT = 128 << 10  # keep little in the kernel, so that priorities decide late
 _BULK_LOWAT = 4 << 20
 _USER_TIMEOUT = 20_000  # ms without an acknowledged byte after which the kernel gives up
+_SMALL_RECEIVE = 16 << 10
 _SENDS = 8  # sends in a row before other tasks get a turn
 
 
@@ -201,7 +202,7 @@ class Channel:
     receiver that has just answered a whole batch.
     """
 
-    __slots__ = ("_blocked", "_sender", "connection", "on_progress", "sock")
+    __slots__ = ("_blocked", "_drained", "_sender", "connection", "on_progress", "sock")
 
     def __init__(self, sock: socket.socket, connection: Connection) -> None:
         """Take over a connected, non-blocking socket."""
@@ -209,6 +210,7 @@ class Channel:
         self.connection = connection
         self.on_progress: Callable[[], None] | None = None  # called after bytes left
         self._sender: Task | None = None  # parked: nothing to send
+        self._drained = False  # the last receive took little
         self._blocked = False  # the kernel's buffer is full, the sender waits for it
 
     def close(self) -> None:
@@ -219,6 +221,8 @@ class Channel:
         """Events of the next bytes, perhaps none; raises `EOFError` at a clean end."""
         connection, sock = self.connection, self.sock
         buffer = connection.next_buffer()
+        if self._drained:
+            await trio.lowlevel.wait_readable(sock)
         while True:
             try:
                 n = sock.recv_into(buffer)
@@ -228,6 +232,9 @@ class Channel:
         if not n:
             connection.eof()
             raise EOFError
+        # After a few small messages the socket is nearly always empty: trying again right away
+        # would cost a system call and an exception.  Bulk keeps coming.
+        self._drained = n < _SMALL_RECEIVE
         events = connection.received(n)
         if n == len(buffer):
             await trio.lowlevel.checkpoint()  # a fast peer must not starve the other tasks

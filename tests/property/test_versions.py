@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from metadata.versions import (
     EMPTY,
+    _merged,
     covers,
     decode,
     encode,
@@ -64,6 +65,21 @@ def test_merge_is_commutative_associative_idempotent(actions):
     assert merge(a, a) == a
     assert merge(a, merge(a, b)) == merge(a, b)
     assert merge(a, EMPTY) == a
+
+
+@given(ACTIONS)
+def test_the_short_ways_of_merge_find_what_the_long_one_finds(actions):
+    world = World()
+    seen = [EMPTY]  # old states too: a copy that is sent late
+    for write, a, b, delete in actions:
+        if write:
+            world.write(a, b, delete)
+        else:
+            world.exchange(a, b or 0)
+        seen.append(world.copies[a])
+    for one in seen:
+        for other in seen:
+            assert merge(one, other) == _merged(*one, *other)
 
 
 @given(ACTIONS, st.permutations(range(4)))

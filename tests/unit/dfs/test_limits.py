@@ -3,7 +3,7 @@
 import pytest
 
 from dfs.errors import ConfigError, DiskFull
-from dfs.limits import DiskWatch, Level, Limits
+from dfs.limits import UNSEEN, UNSEEN_WRITES, DiskWatch, Level, Limits
 
 G = 1 << 30
 
@@ -121,3 +121,39 @@ def test_what_a_watch_refuses():
     watch.check_write()
     assert watch.refused == 4
     assert watch.level() == Level.BACKFILL
+
+
+def test_while_there_is_room_not_every_write_looks():
+    disk = Disk(1000 * G)
+    looks = []
+    watch = DiskWatch(Limits(), lambda: looks.append(1) or disk.usage(), "/data")
+    for _ in range(2 * (UNSEEN_WRITES + 1)):
+        watch.check_write(100)
+    assert len(looks) == 2
+    looks.clear()
+    watch.check_write(100)  # looks
+    watch.check_write(UNSEEN // 2)
+    watch.check_write(UNSEEN // 2)
+    assert len(looks) == 1
+    watch.check_write(UNSEEN // 2)
+    assert len(looks) == 2
+    watch.check_write(2 * UNSEEN)
+    assert len(looks) == 3
+
+
+def test_a_disk_that_fills_up_unseen_is_noticed_within_the_bounds():
+    disk = Disk(1000 * G)
+    watch = DiskWatch(Limits(), disk.usage, "/data")
+    watch.check_write(100)
+    disk.used(99)
+    for _ in range(UNSEEN_WRITES):
+        watch.check_write(100)
+    with pytest.raises(DiskFull):
+        watch.check_write(1)
+    disk.used(86)  # near: each write looks
+    watch.check_write(1)
+    disk.used(99)
+    with pytest.raises(DiskFull):
+        watch.check_write(1)
+    disk.used(10)  # and room is found at once
+    watch.check_write(1)

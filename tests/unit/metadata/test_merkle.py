@@ -317,3 +317,34 @@ def test_chosen_values_collide_under_xor_and_not_under_a_sum():
     assert forged != honest
     assert _totals(XorDigests, honest) == _totals(XorDigests, forged)
     assert _totals(Digests, honest) != _totals(Digests, forged)
+
+
+def test_buckets_without_a_row_are_not_read():
+    store = DictStore()
+    rng = Random(5)
+    digests = Digests(store)
+    digests.load()
+    rows = [register(rng.randrange(4096), b"%d" % i) for i in range(300)]
+    put(store, digests, *((row, b"v") for row in rows[:200]))
+    assert digests.misses == 0
+    put(store, digests, *((row, b"w") for row in rows[:100]))
+    assert digests.hits >= 100
+    again = Digests(store)
+    again.load()
+    put(store, again, *((row, None) for row in rows[:50]))
+    put(store, again, *((row, b"x") for row in rows[150:]))
+    assert 0 < again.misses <= 100
+    for row in rows:
+        partition = merkle.partition_of_row(REGISTERS, row)
+        assert drift(store, REGISTERS, partition) == {}
+
+
+def test_buckets_are_read_while_it_is_not_known_which_have_rows():
+    store = DictStore()
+    first = Digests(store)
+    first.load()
+    row = register(7, b"k")
+    put(store, first, (row, b"v"))
+    unloaded = Digests(store)
+    put(store, unloaded, (row, b"w"))
+    assert drift(store, REGISTERS, 7) == {}
