@@ -97,7 +97,7 @@ class Operation:
                 if node not in self.asked:
                     self._get(node)
         self.slow_at = now + core.patience(self.asked)
-        core.wake(self, self.slow_at)
+        core.wake(self, min(self.slow_at, self.deadline))
 
     def _get(self, node: int) -> None:
         self._send(node, GET, (GET, self.row), 0)
@@ -231,7 +231,7 @@ class Operation:
                 if not core.is_up(node):
                     self._hint(node)
         self.slow_at = now + core.patience(self.asked)
-        core.wake(self, self.slow_at)
+        core.wake(self, min(self.slow_at, self.deadline))
         self._check_written()
 
     def _durable(self) -> bool:

@@ -15,7 +15,7 @@ from dfs.errors import (
     TooManySiblings,
     Unreachable,
 )
-from dfs.testing.kv_oracle import Floor, ViolationError, Write
+from dfs.testing.kv_oracle import Floor, Seen, ViolationError, Write
 from metadata import versions
 from metadata.quorum import majority
 
@@ -50,18 +50,28 @@ class Operation:
     tried: dict[int, None] = field(default_factory=dict)
     last: bool = False
 
-    def wanted(self, m: ClusterMap) -> tuple[int, int] | None:
-        """(copies, on homes) in each write set; None if that depends on zones."""
+    def quotas(self, m: ClusterMap, me: int) -> list[tuple[tuple[int, ...], int, int]]:
+        """(members, copies, copies on homes) that coordinator `me` needs, derived apart."""
         level = self.options.get("level")
-        if level in ("local-quorum", "each-zone"):
-            return None
-        n = m.n
         w, pw = m.params.w, m.params.pw
         if level is not None:
-            w = {"one": 1, "all": n}.get(level, majority(n))
+            w = {"one": 1, "all": m.n}.get(level, majority(m.n))
             pw = 0 if level == "one" else w
         w = self.options.get("w", w)
-        return w, min(w, self.options.get("pw", pw))
+        pw = min(w, self.options.get("pw", pw))
+        zones = {node.number: node.zone for node in m.nodes}
+        found = []
+        for row in m.write_sets(METADATA, int.from_bytes(self.row[1:3], "big")):
+            near = {zones[n] for n in row}
+            if level == "local-quorum" and zones[me] in near:
+                near = {zones[me]}
+            elif level != "each-zone":
+                found.append((row, w, pw))
+                continue
+            for zone in sorted(near):
+                members = tuple(n for n in row if zones[n] == zone)
+                found.append((members, majority(len(members)), majority(len(members))))
+        return found
 
 
 class Client:
@@ -73,13 +83,14 @@ class Client:
         self.number = number
         self.count = 0
         self.current: tuple[Any, Operation] | None = None
-        self.contexts: dict[bytes, tuple[bytes, int]] = {}
+        self.contexts: dict[bytes, tuple[bytes, Seen]] = {}
         self.stopped = False
+        self.paused = False
         self.read_back = 0
 
     def begin(self) -> None:
         """Ask something soon."""
-        if not self.stopped:
+        if not self.stopped and not self.paused:
             pace = self.world.random.choice((0.1, 0.5, 2.0))
             self.world.scheduler.after(self.world.random.random() * pace, self._next)
 
@@ -87,32 +98,43 @@ class Client:
         """Nothing new."""
         self.stopped = True
 
+    def pause(self) -> None:
+        """Nothing new for a while."""
+        self.paused = True
+
+    def resume(self) -> None:
+        """Go on."""
+        if self.paused:
+            self.paused = False
+            self.begin()
+
     def _next(self) -> None:
-        if self.stopped or self.current is not None:
+        if self.stopped or self.paused or self.current is not None:
             return
-        world, random = self.world, self.world.random
+        world, random, theme = self.world, self.world.random, self.world.theme
         row = random.choice(world.rows)
         options: dict[str, Any] = {}
-        x = random.random()
-        if x < 0.35:
-            options["level"] = random.choice(
-                ("one", "quorum", "all", "local-quorum", "each-zone", "quorum")
-            )
-        elif x < 0.42:
-            options |= {"pw": 0, "pr": 0}
-        elif x < 0.46:
-            options["eventual"] = True
+        if random.random() < theme.weak:
+            x = random.random()
+            if x < 0.7:
+                options["level"] = random.choice(
+                    ("one", "quorum", "all", "local-quorum", "each-zone", "quorum")
+                )
+            elif x < 0.9:
+                options |= {"pw": 0, "pr": 0}
+            else:
+                options["eventual"] = True
         strict = options.get("level") in STRICT and not options.keys() & {"pw", "pr", "eventual"}
-        patience = random.choice((1.0, 4.0, 10.0))
+        patience = random.choice((0.05, 0.5, 1.0) if theme.impatient else (1.0, 4.0, 10.0))
         oracle = world.oracle
         write: Write | None = None
         context: bytes | None = b""
         kind = random.random()
         if kind < 0.55:
             value: bytes | None = b"%d.%d" % (self.number, self.count)
-            if random.random() < 0.25:
+            if random.random() < theme.deletes:
                 value = None
-            saw: int | None = 0
+            saw: Seen | None = (0, 0)
             if row in self.contexts and random.random() < 0.75:
                 context, saw = self.contexts[row]
             elif random.random() < 0.5:
@@ -130,6 +152,14 @@ class Client:
         self.world.operations[token] = operation
         self.current = token, operation
         self._send()
+
+    def delete(self, row: bytes) -> None:
+        """Delete whatever a quorum shows."""
+        write = self.world.oracle.write(row, None, None)
+        options = {"level": "quorum", "request": b"%08d%08d" % (self.number, self.count)}
+        self.world.writes[options["request"]] = write
+        floor = self.world.oracle.floor(row)
+        self._submit(Operation(row, options, write, None, 4.0, floor, True))
 
     def last_read(self, row: bytes) -> None:
         """A quorum read at the end, whatever else is going on here."""
@@ -149,12 +179,15 @@ class Client:
         world, random = self.world, self.world.random
         operation.tries += 1
         m = world.chain.at(random.randint(1, world.committed))
-        if world.calm or random.random() < 0.7:
+        if world.calm or random.random() >= world.theme.old_maps:
             m = world.chain.at(world.committed)
         homes = m.read_homes(METADATA, int.from_bytes(operation.row[1:3], "big"))
         if to is None:
             to = random.choice(homes if random.random() < 0.9 else list(world.nodes))
-            if operation.tried and random.random() < 0.4:
+            behind = [n for n in world.laggards if n in homes]
+            if behind and random.random() < 0.5:
+                to = random.choice(behind)
+            if operation.tried and random.random() < 0.6:
                 to = next(iter(operation.tried))
         operation.tried[to] = None
         attempt = (token, operation.tries)
@@ -202,12 +235,15 @@ class Client:
         oracle = self.world.oracle
         if operation.write is not None:
             oracle.acked(operation.write, strict=operation.strict)
+            if operation.strict:
+                self.world.check_quorums(operation.row)
             self._over()
             return
         values, context, _ = result
         vector = versions.decode_context(context)
         if operation.strict:
             past = oracle.read(operation.row, values, vector, operation.floor)
+            self.world.check_quorums(operation.row)
         else:
             past = oracle.returned(operation.row, values, vector)
         if operation.last:

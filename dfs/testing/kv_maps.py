@@ -1,8 +1,8 @@
 """Chains of real cluster maps for simulations, made once per process, and keys where they change.
 
 A chain is one cluster's history under an operator: create, then changes (add, drain, fill again,
-remove, replace), each begun and advanced twice.  Which epoch nodes may move to, and when, is the
-simulation's business: the maps of a chain are the same however the schedule goes.
+replace one, swap three), each begun and advanced twice.  Which epoch nodes may move to, and when,
+is the simulation's business: the maps of a chain are the same however the schedule goes.
 """
 
 from functools import cache
@@ -76,22 +76,31 @@ def chain(number: int) -> Chain:
     kinds: list[str] = []
     drained: list[int] = []
     for _ in range(CHANGES if size <= 9 else 2):
-        kind = random.choice(("add", "drain", "remove", "replace", "refill", "refill"))
+        kind = random.choice(("add", "drain", "swap", "swap", "replace", "refill", "refill"))
         full = [i for i, w in weights.items() if w > 0 and i not in drained]
         if kind == "refill" and not drained:
             kind = "drain"
-        if kind in ("drain", "remove") and len(full) <= n:
+        if kind == "drain" and len(full) <= n:
             kind = "add"
         leaving: list[int] = []
+        fresh_ones = 0
         if kind == "drain":
             drained.append(random.choice(full))
             weights[drained[-1]] = 0.0
         elif kind == "refill":
             weights[drained.pop()] = 1.0
-        if kind in ("remove", "replace"):
+        elif kind == "swap":  # few homes stay where they were
+            out = random.sample(full, min(3, len(full)))
+            back = drained if random.random() < 0.7 else []
+            drained = [i for i in drained if i not in back] + out
+            weights |= dict.fromkeys(out, 0.0) | dict.fromkeys(back, 1.0)
+            fresh_ones = max(0, len(out) - len(back))
+        elif kind == "replace":
             leaving = [random.choice(full)]
             del weights[leaving[0]]
         if kind in ("add", "replace"):
+            fresh_ones = 1
+        for _ in range(fresh_ones):
             weights[fresh] = 1.0
             fresh += 1
         kinds.append(kind)
@@ -112,7 +121,8 @@ def _temperatures(maps: list[ClusterMap]) -> tuple[tuple[int, ...], tuple[int, .
     for m in maps:
         if m.phase(METADATA) == 1:
             for partition in m.changed(METADATA):
-                counts[partition] += 1
+                old = m.old_homes(METADATA, partition)
+                counts[partition] += sum(n not in old for n in m.homes(METADATA, partition))
     order = sorted(range(len(counts)), key=lambda p: (-counts[p], p))
     return tuple(order[:8]), tuple(order[-8:])
 

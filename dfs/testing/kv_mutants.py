@@ -19,6 +19,7 @@ from metadata.merkle import REGISTERS, Change, Digests, Op, value_digest
 from metadata.operation import Operation
 from metadata.quorum import Plan, Quota
 from metadata.registers import Registers
+from metadata.rejoin import PullFirst
 from metadata.tombstones import Tombstones
 from metadata.versions import Register, Vector
 
@@ -67,7 +68,7 @@ class _AnyEpoch(Registers):
 
 
 class _AnyWrite(Registers):
-    reading = False
+    reading = True
 
     def _one(self, now_us: int, epoch: int, request: Any, *rest: Any) -> Any:
         self.reading = request[0] == registers.GET
@@ -384,6 +385,7 @@ class Classes:
         self.antientropy: type[AntiEntropy] = found.get("antientropy", AntiEntropy)
         self.tombstones: type[Tombstones] = found.get("tombstones", Tombstones)
         self.rules: Rules = found.get("rules", RULES)
+        self.pull_first: type[PullFirst] = found.get("pull_first", PullFirst)
         self._patch = _PATCHES.get(mutant or "")
 
     @contextmanager

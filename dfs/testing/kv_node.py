@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfs.cluster.joint import Progress, bitmap
 from dfs.cluster.map import METADATA, ClusterMap
-from dfs.errors import Busy, DeadlineExceeded, DfsError, NotHome, Unreachable
+from dfs.errors import Busy, DeadlineExceeded, DfsError, Unreachable
 from dfs.testing.kv_store import DictStore, Op
 from metadata import hints as hintfile
 from metadata import merkle, registers, steps, versions
@@ -20,7 +20,6 @@ from metadata.antientropy import members
 from metadata.coordinator import ATTEMPT, DONE, OFFER, SEND
 from metadata.merkle import REGISTERS
 from metadata.quorum import Options
-from metadata.rejoin import PullFirst
 from metadata.repair import pull_partition
 
 if TYPE_CHECKING:
@@ -30,6 +29,8 @@ Callback = Callable[[Any], None]
 BASE_US = 1_700_000_000_000_000  # what clocks show at time 0 of a schedule
 SUSPECTED = 5.0  # seconds for which a node that did not answer counts as down
 BACKGROUND = 60.0  # seconds a call of a background protocol is waited for
+HOUR = 3600.0
+LATE = ("sync.push", "hints.deliver")  # what looks at its age itself, and may be hours late
 
 
 class Node:
@@ -111,13 +112,14 @@ class Process:
         self.digests = classes.digests(store)
         self.digests.load()
         self.hints = classes.hints(self.number, self.get_map, store, lambda: 1 << 24)
-        self.pull_first = PullFirst(store)
+        self.pull_first = classes.pull_first(store)
         self.registers = classes.registers(
             store,
             self.number,
             self.map,
             digests=self.digests,
             hints=_HintsNow(node, self.hints),
+            waiting=lambda partition: self.pull_first.waiting(partition),
         )
         self.coordinator = classes.coordinator(self.number, self.map, is_up=self.is_up)
         self.coordinator.wall_us = node.wall_us()
@@ -146,6 +148,7 @@ class Process:
         self.queue: list[tuple[int, Any, Callback, bytes]] = []
         self.writing = False
         self.outgoing: dict[int, list[tuple[int, Any, Any]]] = {}
+        self.outgoing_since = 0.0
         self.flushing = False
         self.tick_at = inf
         self.tokens: dict[Any, float] = {}  # answers that clients wait for, and their deadlines
@@ -160,6 +163,7 @@ class Process:
             if world.mutant not in ("amnesia", "showsold"):
                 first += self.pull_first.begin(range(world.partitions))
             node.restored = False
+        first += self._followed(None, self.map)
         # durable before anything is served, as a node's start is
         ops, _ = self.registers.apply(node.wall_us(), [(self.map.epoch, ("o", first))])
         full, store.full = store.full, False
@@ -193,20 +197,17 @@ class Process:
             return
         self.node.saved_map = self.map = cluster_map
         self.registers.follow(cluster_map)
-        self._gained(old, cluster_map)
+        marks = self._followed(old, cluster_map)
+        if marks:
+            self.enqueue(("o", marks), lambda _: None)
         self.do(self.coordinator.on_map(self.world.scheduler.now, cluster_map))
 
-    def _gained(self, old: ClusterMap, new: ClusterMap) -> None:
+    def _followed(self, old: ClusterMap | None, new: ClusterMap) -> list[Op]:
         """A partition that comes back to a node with old rows is pulled before it is shown."""
-        back = [
-            partition
-            for partition in range(self.world.partitions)
-            if self.number in members(new, partition)
-            and self.number not in members(old, partition)
-            and merkle.rows_of(self.node.store, REGISTERS, partition)[0]
-        ]
-        if back and self.world.mutant != "regained_rows":
-            self.enqueue(("o", self.pull_first.begin(back)), lambda _: None)
+        return self.pull_first.follow(old, new, self.number, self._holds)
+
+    def _holds(self, partition: int) -> bool:
+        return bool(self.digests.total(REGISTERS, partition))
 
     # -------------------------------------------------------------------------------- the writer
 
@@ -228,6 +229,7 @@ class Process:
             return
         work, self.queue = self.queue, []
         node, store = self.node, self.node.store
+        before = {r[1]: store.get(r[1]) for _, r, _, _ in work if r[0] == registers.PURGE}
         ops, replies = self.registers.apply(node.wall_us(), [item[:2] for item in work])
         try:
             store.batch(ops)
@@ -240,12 +242,14 @@ class Process:
         for (_, request, _, write), reply in zip(work, replies, strict=True):
             if request[0] == "p" and not isinstance(reply, DfsError):
                 self.world.minted(self, write, request[2], reply)
+            elif request[0] == registers.PURGE and reply is True:
+                self.world.oracle.purge(request[1], before[request[1]], request[2])
         world = self.world
         if world.crash_at_write():
             node.crash()
             return
-        if world.mutant == "hasty":
-            for item, reply in zip(work, replies, strict=True):
+        for item, reply in zip(work, replies, strict=True):
+            if self._early(item):
                 item[2](reply)
         delay = world.random.random() * world.sync_time if not world.calm else 0.001
         world.scheduler.after(delay, lambda: self._durable(ops, work, replies))
@@ -262,13 +266,20 @@ class Process:
         for key, value in ops:
             if value is not None:
                 self._kept(key, value)
+            elif key[:1] == b"r":
+                world.oracle.dropped(key, self.number)
         if world.crash_at_write():
             self.node.crash()
             return
         self._next_batch()
-        if world.mutant != "hasty":
-            for item, reply in zip(work, replies, strict=True):
+        for item, reply in zip(work, replies, strict=True):
+            if not self._early(item):
                 item[2](reply)
+
+    def _early(self, item: Any) -> bool:
+        """Whether a broken node answers this before it is durable."""
+        mutant = self.world.mutant
+        return mutant == "hasty" or (mutant == "owncopy" and item[1][0] == "p")
 
     def _kept(self, key: bytes, value: bytes) -> None:
         """A row is on the disk."""
@@ -287,8 +298,6 @@ class Process:
         """A request for this node's replica: a read at once if it can be, all else in line."""
         if request[0] == "g":
             try:
-                if self.pull_first.waiting(registers.partition_of_row(request[1])):
-                    raise NotHome(f"node {self.number} has to pull this partition first")
                 found = self.registers.read(epoch, request[1])
             except DfsError as e:
                 callback(e)
@@ -308,8 +317,6 @@ class Process:
         self.coordinator.wall_us = self.node.wall_us()
         deadline = now + operation.patience
         try:
-            if self.pull_first.waiting(registers.partition_of_row(operation.row)):
-                raise NotHome(f"node {self.number} has to pull this partition first")
             options = Options(operation.options)
             self.tokens[token] = deadline
             if operation.write is None:
@@ -338,6 +345,7 @@ class Process:
                 self.outgoing.setdefault(node, []).append((epoch, request, ticket))
                 if not self.flushing:
                     self.flushing = True
+                    self.outgoing_since = self.world.scheduler.now
                     self.world.scheduler.after(0.0, self._flush)
             elif effect[0] == DONE:
                 _, token, result = effect
@@ -368,11 +376,16 @@ class Process:
         if not self.alive:
             return
         outgoing, self.outgoing = self.outgoing, {}
+        tardy = self.world.scheduler.now > self.outgoing_since + BACKGROUND
         for node, requests in outgoing.items():
             if node == self.number:
                 for epoch, request, ticket in requests:
                     write = ticket[0].options.request
                     self.local(epoch, request, partial(self._replied, ticket), write)
+                continue
+            if tardy:  # this node was stopped so long that its connections are gone
+                for _, _, ticket in requests:
+                    self._replied(ticket, Unreachable("the connection was closed meanwhile"))
                 continue
             by_epoch: dict[int, list[tuple[Any, Any]]] = {}
             for epoch, request, ticket in requests:
@@ -408,7 +421,11 @@ class Process:
         world = self.world
         number = world.next_call()
         self.calls[number] = callback
-        world.network.send(self.number, node, ("?", number, epoch, method, args))
+        message = ("?", number, epoch, method, args, world.scheduler.now)
+        world.network.send(self.number, node, message)
+        if method in LATE and world.theme.late and not world.calm and world.random.random() < 0.4:
+            delay = world.random.choice((0.02, 2.0, 3.5, 5.0, 30.0, 60.0)) * HOUR
+            world.scheduler.after(delay, lambda: world.deliver(self.number, node, message))
         world.scheduler.after(timeout, lambda: self._timeout(number, node))
 
     def _timeout(self, number: int, node: int) -> None:
@@ -431,7 +448,9 @@ class Process:
                     self.suspects.pop(source, None)
                 callback(message[2])
             return
-        _, number, epoch, method, args = message
+        _, number, epoch, method, args, sent = message
+        if method not in LATE and self.world.scheduler.now > sent + BACKGROUND:
+            return  # connections do not live so long without a sign of life
         if epoch > self.map.epoch:
             if self.world.random.random() < 0.1 and not self.world.calm:
                 self._reply(source, number, Busy("the newer map cannot be had"))
@@ -552,13 +571,13 @@ class Process:
         def conclude(replies: Any) -> None:
             gone = []
             for (row, _), reply in zip(effect.items, replies, strict=True):
-                data = held[row]
-                if reply and data is not None:
-                    self.world.oracle.purge(row, data)
-                gone.append(bool(reply) or self.node.store.get(row) is None)
+                if reply and held[row] is not None and not effect.ghosts:
+                    self.world.purged += 1
+                gone.append(bool(reply) or held[row] is None)
             go_on(tuple(gone))
 
-        self._all([("x", row, digest) for row, digest in effect.items], go_on, conclude)
+        kind = registers.DISCARD if effect.ghosts else registers.PURGE
+        self._all([(kind, row, digest) for row, digest in effect.items], go_on, conclude)
 
     # -------------------------------------------------------------------------------- background
 
@@ -612,16 +631,13 @@ class Process:
     def pull(self) -> None:
         """Catch up where this node has to before it is shown."""
         waiting = [p for p in self.pull_first.partitions() if p < self.world.partitions]
-        mine = [p for p in waiting if self.number in members(self.map, p)]
-        others = [p for p in waiting if p not in mine]
+        mine = [p for p in waiting if self.world.used(p) and self.number in members(self.map, p)]
+        others = [p for p in waiting if p not in mine]  # nobody wrote anything there
         if others:
             self.enqueue(("o", self.pull_first.finish(others)), lambda _: None)
         if not mine:
             return
         partition = self.world.random.choice(mine)
-        if not self.world.used(partition):
-            self.enqueue(("o", self.pull_first.finish([partition])), lambda _: None)
-            return
 
         def ended(result: Any) -> None:
             if result is True:
@@ -661,6 +677,7 @@ class Process:
             failed = isinstance(result, DfsError) or bool(result.errors)
             if not failed and self.node.pushed_in == began:
                 self.node.pushed.setdefault(b, {})[partition] = None
+                self.push()  # on to the next
 
         now = node.wall_us()
         self.background("push", lambda: self.anti.push_partition(partition, b, now), ended)

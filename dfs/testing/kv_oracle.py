@@ -18,11 +18,14 @@ A dot counts from the moment it can be known elsewhere (*exposed*): one that a c
 before it was sent or durable never was.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from dfs.hashing import digest
 from metadata import versions
 from metadata.versions import Register, Vector
+
+Seen = tuple[int, int]  # writes that may have been seen, and that certainly were
 
 
 class ViolationError(AssertionError):
@@ -38,6 +41,7 @@ class Write:
     value: bytes | None
     saw: int  # writes it may supersede
     must: int  # writes it certainly supersedes
+    sure: int = 0  # what each of its dots saw, if it was resent to a second coordinator
     sees: bool = False  # it has no context: it supersedes what its coordinator reads
     dots: set[tuple[bytes, int]] = field(default_factory=set)
     acked: bool = False
@@ -75,7 +79,7 @@ class Oracle:
         """Nothing was written."""
         self.rows: dict[bytes, History] = {}
         self.values: dict[bytes, Write] = {}
-        self._judged: set[tuple[bytes, bytes]] = set()
+        self._judged: dict[tuple[bytes, bytes], None] = {}  # in order
         self._count = 0
         self.decoded: dict[bytes, Register] = {}
 
@@ -88,12 +92,13 @@ class Oracle:
             found = self.rows[row] = History()
         return found
 
-    def write(self, row: bytes, value: bytes | None, saw: int | None) -> Write:
+    def write(self, row: bytes, value: bytes | None, saw: "Seen | None") -> Write:
         """A client is about to write; `saw` None: whatever its coordinator sees."""
         history = self.history(row)
         number = self._count
         self._count += 1
-        write = Write(number, row, value, saw or 0, saw or 0)
+        may, sure = saw or (0, 0)
+        write = Write(number, row, value, may, sure, sure)
         if saw is None:
             write.sees = True
             write.must = history.known
@@ -123,9 +128,10 @@ class Oracle:
     def seen(self, write: Write, vector: Vector) -> None:
         """What the coordinator of a write without a context read for it."""
         history = self.history(write.row)
-        write.saw |= self.past(
-            d.write for d in self.seen_by(history, vector) if d.write is not write
-        )
+        seen = [d.write for d in self.seen_by(history, vector) if d.write is not write]
+        may, sure = self.past(seen)
+        write.saw |= may
+        write.sure = write.sure & sure if write.dots else sure
 
     def seen_by(self, history: History, vector: Vector) -> list[Dot]:
         """The exposed dots that a vector covers."""
@@ -136,13 +142,13 @@ class Oracle:
             if hlc <= newest.get(actor, 0) and d.exposed
         ]
 
-    def past(self, writes: Iterable[Write]) -> int:
-        """The bits of writes and of everything that they saw."""
-        bits = 0
+    def past(self, writes: Iterable[Write]) -> "Seen":
+        """The bits of writes and of everything that they may have seen, and certainly saw."""
+        may = sure = 0
         for w in writes:
-            bits |= 1 << w.number
-            bits |= w.saw
-        return bits
+            may |= 1 << w.number | w.saw
+            sure |= 1 << w.number | w.sure
+        return may, sure
 
     # ------------------------------------------------------------------------------------ checks
 
@@ -150,7 +156,7 @@ class Oracle:
         """A register leaves a node, or is durable there: it must not hide anything."""
         if not data or (row, data) in self._judged:
             return
-        self._judged.add((row, data))
+        self._judged[row, data] = None
         history = self.history(row)
         register = self.decode(data)
         here = {(a, h) for a, h, _ in register[1]}
@@ -161,7 +167,7 @@ class Oracle:
                 if name in here or newest.get(name[0]) == name[1]:
                     dot.exposed = True
                 covered.append((name, dot))
-        superseded = 0
+        superseded = history.purged
         for _, dot in covered:
             superseded |= dot.write.saw
         for name, dot in covered:
@@ -189,15 +195,42 @@ class Oracle:
             if hlc <= newest.get(actor, 0):
                 (dot.hints if hint else dot.homes).add(node)
 
-    def purge(self, row: bytes, data: bytes) -> None:
-        """A replica forgets a tombstone."""
+    def dropped(self, row: bytes, node: int) -> None:
+        """A node has a row no more, durably."""
+        for dot in self.history(row).dots.values():
+            dot.homes.discard(node)
+
+    def missed(self, row: bytes, nodes: Sequence[int], quorum: int) -> int:
+        """The writes that an answer of some `quorum` of these nodes would not know, and should."""
+        history = self.rows.get(row)
+        if history is None or len(nodes) < quorum:
+            return 0
+        bits = 0
+        for number in _numbers(history.known & ~history.purged):
+            dots = [history.dots[name] for name in history.writes[number].dots]
+            if sum(not any(n in d.homes for d in dots) for n in nodes) >= quorum:
+                bits |= 1 << number
+        return bits
+
+    def risen(self, row: bytes, data: bytes) -> int:
+        """The values in a register that were purged, and so are back."""
+        history = self.rows.get(row)
+        if history is None or not history.purged:
+            return 0
+        live = sum(1 << history.dots[a, h].write.number for a, h, _ in self.decode(data)[1])
+        return live & history.purged & ~history.doubled
+
+    def purge(self, row: bytes, data: bytes | None, name: bytes) -> None:
+        """A replica forgets a tombstone of that digest; `data` is what its disk has of the row."""
+        if data is None or digest(data) != name:  # it came in the same batch
+            data = next(d for d in self.decoded if digest(d) == name)
         history = self.history(row)
         register = self.decode(data)
         if register[1]:
             raise ViolationError(f"purge: {row!r} still has values and was purged")
-        history.purged |= self.past(d.write for d in self.seen_by(history, register[0]))
+        history.purged |= self.past(d.write for d in self.seen_by(history, register[0]))[0]
 
-    def returned(self, row: bytes, values: Iterable[bytes], vector: Vector) -> int:
+    def returned(self, row: bytes, values: Iterable[bytes], vector: Vector) -> "Seen":
         """The causal past of what a read returned; checks that the values are of the row."""
         history = self.history(row)
         writes = []
@@ -209,12 +242,12 @@ class Oracle:
         writes += [d.write for d in self.seen_by(history, vector) if d.write.value is None]
         return self.past(writes)
 
-    def read(self, row: bytes, values: Iterable[bytes], vector: Vector, began: "Floor") -> int:
+    def read(self, row: bytes, values: Iterable[bytes], vector: Vector, began: "Floor") -> "Seen":
         """A strict read ended: nothing it should know is missing, nothing dead is back."""
         values = tuple(values)
         history = self.history(row)
-        past = self.returned(row, values, vector)
-        missing = began.known & ~past & ~history.purged
+        may, past = self.returned(row, values, vector)
+        missing = began.known & ~may & ~history.purged
         if missing:
             raise ViolationError(f"fresh: a read of {row!r} missed writes {_numbers(missing)}")
         live = sum(1 << self.values[v].number for v in set(values))
@@ -223,7 +256,7 @@ class Oracle:
             raise ViolationError(f"dead: {row!r} shows writes {_numbers(back)} again")
         history.known |= past
         history.dead |= past & ~live
-        return past
+        return may, past
 
     def acked(self, write: Write, *, strict: bool) -> None:
         """A client knows that its write happened."""
@@ -231,8 +264,8 @@ class Oracle:
         history = self.history(write.row)
         if strict:
             write.strict = True
-            history.known |= 1 << write.number | write.saw
-            history.dead |= write.saw
+            history.known |= 1 << write.number | write.sure
+            history.dead |= write.sure
             if write.must & ~write.saw & ~history.purged:
                 raise ViolationError(
                     f"fresh: write {write.number} was to supersede what is there, and missed "
@@ -243,6 +276,10 @@ class Oracle:
         """What a read that begins now has to know."""
         history = self.history(row)
         return Floor(history.known, history.dead)
+
+    def seen_registers(self, row: bytes, count: int) -> list[bytes]:
+        """Some registers that the row had on its way, the latest ones."""
+        return [data for name, data in self._judged if name == row][-count:]
 
     def final(self, row: bytes, register: Register) -> None:
         """The replicas agree on a register at the end: no acknowledged value is missing."""

@@ -4,12 +4,15 @@ A seed plays one trace of `dfs.testing.joint_cores` in every shape: homes that a
 overlap, N of 3, 4 and 5, W = N, R = N.
 """
 
-from collections.abc import Callable
 from random import Random
+from typing import TYPE_CHECKING
 
 from dfs.cluster.joint import RULES
 from dfs.testing import joint_mutants
 from dfs.testing.joint_cores import SHAPES, World
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["MUTANTS", "NAME", "run"]
 
