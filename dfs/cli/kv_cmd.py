@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import contextlib
 import os
 import shlex
 import sys
@@ -231,10 +232,11 @@ def scan(
 
     async def work(store: "KV") -> "tuple[list[Entry], bool]":
         found: list[Entry] = []
-        async for entry in store.scan(start, **_chosen(options)):
-            if len(found) == limit:
-                return found, True
-            found.append(entry)
+        async with contextlib.aclosing(store.scan(start, **_chosen(options))) as entries:
+            async for entry in entries:
+                if len(found) == limit:
+                    return found, True
+                found.append(entry)
         return found, False
 
     found, more = _run(cluster_path, work)
