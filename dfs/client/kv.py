@@ -14,7 +14,7 @@ Consistency is chosen per call: `level` is one of `LEVELS`, or the numbers n, r,
 one.  (DeCandia et al., "Dynamo", SOSP 2007; dotted version vectors: Almeida et al. 2014.)
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import trio
@@ -124,7 +124,9 @@ class KV:
         """Delete what the context has seen (default: what the coordinator sees); as `put`."""
         return await self._write(key, None, context, options)
 
-    async def scan(self, prefix: bytes = b"", **options: Unpack[Options]) -> AsyncIterator[Entry]:
+    async def scan(
+        self, prefix: bytes = b"", **options: Unpack[Options]
+    ) -> AsyncGenerator[Entry, None]:
         """Every register with values whose key starts with `prefix`.
 
         In the order of the hash space, not of the keys: each key once, if it is there all the time.
