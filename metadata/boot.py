@@ -37,7 +37,8 @@ FORMAT = 1
 NONCE = 16  # bytes
 ASK = 2.0  # seconds a node may take to note a number
 AGAIN = 0.5  # seconds between rounds of telling
-TELL = 10.0  # seconds between log lines while waiting
+TELL = 10.0  # seconds between log lines while waiting, and between questions while running
+ASK_AGAIN = 3  # nodes that are asked every `TELL` whether they know of another process
 BUMP = 600.0  # seconds between numbers while running
 WAIT = 10.0  # seconds a request waits for the node to be admitted
 
@@ -190,7 +191,10 @@ class Boot:
                     taken = self._env.clock.monotonic()
                     self._take(self.boot + 1)
                 current = self._keeper()
-                await self._tell_all(current, self._others(current))
+                others = self._others(current)
+                # whoever copied this directory has told the others: ask some of them
+                self.noted -= set(self._env.random.sample(others, min(ASK_AGAIN, len(others))))
+                await self._tell_all(current, others)
 
     async def _watch(self) -> None:
         await self._usurped.wait()

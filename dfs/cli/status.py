@@ -15,7 +15,7 @@ from dfs.cli.members import missing, transition_words
 from dfs.cli.network import partitions_without_quorum, reach, statuses
 from dfs.client.connect import Cluster
 from dfs.client.registry import CREATED
-from dfs.cluster.map import CHUNK, METADATA, ROLES, ClusterMap
+from dfs.cluster.map import METADATA, ROLES, ClusterMap
 from dfs.datadir import PROGRAMS
 from dfs.errors import DfsError
 from dfs.hashing import PARTITIONS
@@ -95,8 +95,7 @@ def summarise(cluster: ClusterMap, answers: Answers) -> dict[str, Any]:
                 entry["error"] = reason(answer, node.address(role))
             else:
                 entry.update(_numbers(answer))
-                if role == CHUNK:
-                    entry["full"] = answer.get("disk_level") == Level.FULL.label
+                entry["full"] = answer.get("disk_level") == Level.FULL.label
                 if answer.get("map_epoch", cluster.epoch) != cluster.epoch:
                     text = f"has the map of epoch {answer['map_epoch']}, not {cluster.epoch}"
                     errors.append(_error(node.name, role, text, 1))

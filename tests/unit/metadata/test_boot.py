@@ -126,3 +126,25 @@ async def test_numbers_grow_while_a_node_runs():
         assert cluster.machines[1].node.boot.boot > before
 
     await run_cluster(body)
+
+
+async def test_a_twin_that_nobody_talks_to_is_noticed():
+    """Another process on a copy has told the others a later number; the first one asks them."""
+
+    async def body(cluster):
+        await cluster.start()
+        for machine in cluster.machines.values():
+            await admitted(machine)
+        first = cluster.machines[3]
+        twin = cluster.network.endpoint("twin")
+        node_id = cluster.machines[1].node._get_map().node(3).node_id
+        for number in (1, 2):
+            args = (3, node_id, first.node.boot.boot + 1, b"another nonce...")
+            address = cluster.machines[number].address
+            await twin.call(address, "node.boot", args, timeout=2)
+        assert first.error is None
+        await trio.sleep(2 * module.TELL)
+        assert isinstance(refusal(first), ConfigError)
+        assert "another process runs as the same node" in str(refusal(first))
+
+    await run_cluster(body)
