@@ -16,7 +16,7 @@ from dfs.cli.network import bootstrap, endpoint, reach, wait_for_ping
 from dfs.cluster.map import ROLES, ClusterMap, Node
 from dfs.datadir import AMNESIA
 from dfs.env import Rpc
-from dfs.errors import ConfigError, DfsError, ProtocolError, Unreachable, WrongCluster
+from dfs.errors import ConfigError, DfsError, Unreachable
 
 Child = subprocess.Popen[bytes] | None
 Started = tuple[Node, str, Process, Child]
@@ -67,8 +67,8 @@ async def _wait_for_all(rpc: Rpc, started: list[Started], timeout: float) -> lis
             try:
                 await wait_for_ping(rpc, node, role, timeout=timeout)
             except DfsError as e:
-                if child is not None and isinstance(e, WrongCluster | ProtocolError):
-                    await trio.sleep(END_PATIENCE)  # somebody else answers: ours will find out
+                if child is not None:
+                    await trio.sleep(END_PATIENCE)  # if somebody else has its port, it will tell
                 why = f"runs, but at {address} it does not answer: {reason(e, address)}"
                 failures.append((process.name, f"{why}; see {process.log}"))
             nursery.cancel_scope.cancel()

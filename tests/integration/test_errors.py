@@ -335,7 +335,7 @@ def test_full_disks(tmp_path):
         c.dfs("volume", "create", "v")
         where = c.mount("v", tmp_path / "m")
 
-        (disks[2] / "filler").write_bytes(bytes(20 << 20))
+        (disks[2] / "filler").write_bytes(bytes(24 << 20))
         c.dfs("put", "-", "v:/one", input=data, text=False)  # two of three have room
         report = c.status(check=True)
         full = [node["roles"]["chunkserver"]["full"] for node in report["nodes"]]
