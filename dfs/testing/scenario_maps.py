@@ -1,14 +1,17 @@
 """Maps that change under load: metadata nodes are added, removed and replaced while volumes commit.
 
-Three nodes serve volumes and blobs to clients; an operator adds a node, removes one and replaces
-one, through `map.propose`, while messages are lost, links are cut and nodes lose power.  A second
+Three nodes serve volumes and blobs to clients; an operator adds a node, removes one, replaces one
+or two at once, through `map.propose`, while messages are lost, links are cut, nodes lose power, are
+started on old copies of their directories, and are shown maps that contradict theirs.  A second
 operator races the first.  Nodes that were removed are switched off and their disks thrown away at
-once.  Checked all along: one map per epoch, one entry per sequence number of each journal.  At the
+once.  Checked all along: one map per epoch, one entry per sequence number of each journal, at the
+moment it is chosen, and every acknowledged commit among them.  At the
 end, when all is healed: every transition has come to an end, all nodes have the newest map, every
 journal is at the homes that the map names, and all that was acknowledged is there.
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from random import Random
@@ -20,16 +23,17 @@ import trio
 from dfs.clock import SystemClock
 from dfs.cluster.joint import Rules
 from dfs.cluster.map import METADATA, ClusterMap
-from dfs.errors import ConfigError, DfsError
+from dfs.errors import ConfigError, DfsError, ForkedMap
 from dfs.hashing import partition_of
 from dfs.rpc.blobs import BlobClient
 from dfs.rpc.mapkeeper import MapKeeper
 from dfs.testing.homemodel import Violation
-from dfs.testing.mapcluster import MapCluster, member
+from dfs.testing.mapcluster import Machine, MapCluster, member
 from dfs.testing.network import SimNetwork
 from dfs.testing.seeded import run_seeded
 from dfs.volume.effects import PUT
 from dfs.volume.items import DIR, Inode, inode_key
+from metadata.boot import Boot
 from metadata.mapdriver import MapDriver
 from metadata.service import MetadataNode
 
@@ -38,6 +42,9 @@ VOLUMES = tuple(bytes([i]) * 16 for i in range(1, 5))
 PATIENCE = 120.0  # virtual seconds that anything may take once all is well
 MUTANTS = {
     "phase_early": "reads move before blobs were pushed and before journals moved",
+    "wipe_early": "nodes that leave are thrown away when the change begins",
+    "no_boot_check": "a restored directory is not refused",
+    "fork_accepted": "a map that contradicts the one here is taken",
 }
 
 
@@ -57,11 +64,19 @@ class _PhaseEarly(Rules):
 
 @contextlib.contextmanager
 def _changed(mutant: str | None) -> Iterator[None]:
-    if mutant is None:
+    with contextlib.ExitStack() as stack:
+
+        def patch(target: type, name: str, new: Any) -> None:
+            stack.enter_context(mock.patch.object(target, name, new))
+
+        if mutant == "phase_early":
+            patch(MapDriver, "rules", _PhaseEarly())
+        elif mutant == "no_boot_check":
+            patch(Boot, "rule_later", lambda _self, _seen: False)
+            patch(Boot, "rule_needed", lambda _self, _count: 1)
+        elif mutant == "fork_accepted":
+            patch(MapKeeper, "rule_one_chain", lambda _self, _new: True)
         yield
-    else:
-        with mock.patch.object(MapDriver, "rules", _PhaseEarly()):
-            yield
 
 
 class Client:
@@ -138,8 +153,9 @@ class Client:
 class _Run:
     """One schedule."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, mutant: str | None) -> None:
         self.random = Random(seed)  # noqa: S311
+        self.mutant = mutant
         self.clients: list[Client] = []
         self.changes = 0
         self.faults = True
@@ -180,10 +196,11 @@ class _Run:
 
     async def operate(self) -> None:
         """Three changes in some order, each once the one before is done."""
-        kinds = ["add", "remove", "replace"]
-        self.random.shuffle(kinds)
-        if kinds[0] == "remove":
-            kinds.reverse()  # three copies need three nodes
+        kinds = self.random.sample(["add", "remove", "replace", "two"], 3)
+        if self.mutant == "wipe_early":
+            kinds = ["two"]
+        if "add" not in kinds[: kinds.index("remove")] if "remove" in kinds else False:
+            kinds.sort()  # three copies need three nodes
         for number, kind in enumerate(kinds, 4):
             await self.stable()
             await self.change(kind, number)
@@ -195,12 +212,13 @@ class _Run:
         while True:
             old = cluster.newest
             numbers = [n.number for n in old.nodes if n.metadata_addr]
-            going = () if kind == "add" else (self.random.choice(numbers),)
+            count = {"add": 0, "two": 2}.get(kind, 1)
+            going = tuple(self.random.sample(numbers, count))
             if kind == "remove" and len(numbers) == 3:
                 return
+            coming = {"remove": (), "two": (number, number + 10)}.get(kind, (number,))
             nodes = [n for n in old.nodes if n.number not in going]
-            if kind != "remove":
-                nodes.append(member(number))
+            nodes += [member(n) for n in coming]
             new = old.begin(nodes, leaving=going)
             rival = old.begin([replace(n, rack="q") if n.number == 1 else n for n in old.nodes])
             if self.random.random() < 0.5:
@@ -213,8 +231,13 @@ class _Run:
             if cluster.maps.get(new.epoch) == new:
                 break
             await self.stable()
-        if kind != "remove":
-            await cluster.add_machine(number)
+        for n in coming:
+            await cluster.add_machine(n)
+        if self.mutant == "wipe_early":
+            for n in going:
+                machine = cluster.machines.pop(n)
+                if machine.up:
+                    machine.crash()
 
     async def stable(self) -> None:
         """Wait until no transition is under way, throwing away what was removed."""
@@ -257,7 +280,12 @@ class _Run:
             if not self.faults or len(machines) < len(self.cluster.machines):
                 continue
             machine = machines[self.random.randrange(len(machines))]
-            if self.random.random() < 0.6:
+            kind = self.random.random()
+            if kind < 0.1:
+                await self.restore(machine)
+            elif kind < 0.2:
+                await self.fork(machine)
+            elif kind < 0.6:
                 machine.crash()
                 await trio.sleep(self.random.uniform(0.1, 4))
                 if machine.number in self.cluster.machines and not machine.up:
@@ -268,6 +296,39 @@ class _Run:
                 self.network.partition([[mine], others])
                 await trio.sleep(self.random.uniform(0.5, 5))
                 self.network.heal()
+
+    async def restore(self, machine: Machine) -> None:
+        """Start a node on a copy of its directory that is one life old: it must not serve."""
+        machine.crash()
+        new, old = machine.disk, copy.deepcopy(machine.disk)
+        for turn, disk in enumerate((new, old, new)):
+            if machine.number not in self.cluster.machines:
+                return
+            machine.disk = disk
+            await machine.start()
+            await trio.sleep(self.random.uniform(1, 3))
+            node = machine.node
+            serves = node is not None and node.boot is not None and node.boot.admitted.is_set()
+            if serves and disk is old:
+                raise Violation(f"node {machine.number} serves on a copy of its directory")
+            if turn == 2 or (turn == 0 and not serves):  # a life that nobody noted may be repeated
+                return
+            if machine.up:
+                machine.crash()
+
+    async def fork(self, machine: Machine) -> None:
+        """Show a node a map that does not follow from its own, then settle that as people would."""
+        keeper = machine.keeper
+        if keeper is None:
+            return
+        with contextlib.suppress(ForkedMap):
+            current = keeper()
+            if keeper.offer(replace(current, epoch=current.epoch + 1, prev_hash=b"x" * 32)):
+                raise Violation(f"node {machine.number} took a map that contradicts its own")
+        await trio.sleep(self.random.uniform(0, 1))
+        if machine.number in self.cluster.machines and machine.up:
+            machine.crash()
+            await machine.start()
 
     async def heal(self) -> None:
         self.network.heal()
@@ -406,7 +467,7 @@ def _first(error: BaseException) -> BaseException | None:
 
 def play(seed: int, *, mutant: str | None = None) -> tuple[_Run, list[str]]:
     """Run one schedule; what it did and what was violated."""
-    made = _Run(seed)
+    made = _Run(seed, mutant)
     with _changed(mutant):
         try:
             run_seeded(made.main, seed=seed)
