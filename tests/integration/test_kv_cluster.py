@@ -12,6 +12,8 @@ from kvload import Load
 from localcluster import wait_until
 from netcluster import NetCluster
 
+pytestmark = pytest.mark.mount
+
 
 @pytest.fixture(scope="module")
 def net(tmp_path_factory):

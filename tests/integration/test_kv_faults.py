@@ -156,6 +156,7 @@ def drop_hints(cluster, target):
     return cluster.ask(work)
 
 
+@pytest.mark.slow
 def test_anti_entropy_brings_what_no_hint_does(five):
     five.kill("node3")
     load = Load(five, prefix="sync-").preload(2000)

@@ -1,10 +1,9 @@
 """Members of a real cluster come and go, alive and dead, under a load of registers and of files.
 
-After every change all acknowledged values are there at level `all`, all files have all their copies,
-and in the end every row is at its homes and nowhere else.
+After every change all files have all their copies; in the end all acknowledged values are there at level
+`all`.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -16,10 +15,7 @@ import time
 
 import pytest
 from kvload import Load
-from localcluster import LocalCluster, wait_gone, wait_until
-
-from dfs.cluster.map import METADATA
-from metadata.registers import partition_of_row
+from localcluster import LocalCluster, wait_until
 
 pytestmark = pytest.mark.mount
 CHANGED = 60  # seconds that a change is given
@@ -90,14 +86,15 @@ def change(cluster, load, name, *edit):
     check_change(cluster, load, began)
 
 
-def test_a_cluster_changes_its_members(tmp_path):
+@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_cluster_changes_its_members(tmp_path, everything):
     c = LocalCluster(tmp_path, 3)
     try:
         c.init().up()
         c.dfs("volume", "create", "v")
         where = c.mount("v", tmp_path / "m")
         load = Load(c, clients=4, pace=0.05).preload(300)
-        with Files(where) as files, load:
+        with Files(where), load:
             load.wait_for_acks(20)
 
             # two operators at once: one of them changes the cluster
@@ -107,16 +104,20 @@ def test_a_cluster_changes_its_members(tmp_path):
             epoch = json.loads(c.dfs("cluster", "plan", "--json").stdout)["epoch"]
             operators = [started(c, "cluster", "apply", "--epoch", epoch) for _ in range(2)]
             ends = [(*o.communicate(timeout=60), o.returncode) for o in operators]
-            print(ends)
+            assert any(status == 0 for *_, status in ends), ends
+            assert all(status == 0 or len(said.splitlines()) == 1 for _, said, status in ends), ends
             c.dfs("cluster", "wait", "--timeout", CHANGED)
             c.nodes += ["node4", "node5"]
             check_change(c, load, began)
-            change(c, load, "drain node2", "drain", "node2")
-            change(c, load, "remove node3, alive", "remove", "node3")
-            change(c, load, "undrain node2", "undrain", "node2")
+            assert "epoch" in c.refused("cluster", "apply", "--epoch", epoch)
+            if everything:
+                change(c, load, "drain node2", "drain", "node2")
+                change(c, load, "remove node3, alive", "remove", "node3")
+                change(c, load, "undrain node2", "undrain", "node2")
             c.kill("node4")
             change(c, load, "remove node4, dead", "remove", "node4")
-            change(c, load, "replace node5", "replace", "node5", "node6")
+            if everything:
+                change(c, load, "replace node5", "replace", "node5", "node6")
         load.check()
     finally:
         c.destroy()
