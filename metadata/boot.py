@@ -262,9 +262,15 @@ class Boot:
 
 def _decode(data: bytes, what: str) -> Seen:
     try:
-        version, boot, nonce = unpack(data)
+        version, *rest = unpack(data)
+        if version == FORMAT:
+            boot, nonce = rest
+            if type(boot) is not int or type(nonce) is not bytes:
+                raise ValueError("fields of other types")  # noqa: TRY301 - judged below
+            return boot, nonce
     except (DfsError, TypeError, ValueError) as e:
         raise Corrupt(f"{what} is unreadable: {e}") from e
-    if version != FORMAT or type(boot) is not int or type(nonce) is not bytes:
-        raise Corrupt(f"{what} is of another format")
-    return boot, nonce
+    raise Corrupt(
+        f"{what} has format {version!r}, this program knows format {FORMAT}: a newer version of it "
+        "has used this directory. Run that version"
+    )

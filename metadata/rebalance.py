@@ -176,8 +176,11 @@ class Rebalance:
         if stored is None:
             return {}
         try:
-            version, epoch, pushed = unpack(stored)
-            if version != FORMAT or epoch != began:
+            version, *rest = unpack(stored)
+            if version != FORMAT:
+                return {}  # a newer version's; pushing again costs comparisons
+            epoch, pushed = rest
+            if epoch != began:
                 return {}  # of another transition
             if any(len(bits) != BITMAP_SIZE for _, bits in pushed):
                 raise ValueError("bitmaps of another size")  # noqa: TRY301 - judged below
