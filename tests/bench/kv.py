@@ -4,7 +4,8 @@ N = 3, R = W = 2, values of 100 bytes, one client process that drives any number
 once.  Everything, the client included, shares the machine; `CPU us` is the processor time of all
 four processes for one operation, in brackets the client's part.  `put` writes new keys blindly,
 `put, read first` replaces keys as `dfs kv put` does without a context.  The rows with a kill run
-gets and puts together while one of the daemons is killed and started again.  Prints Markdown.
+gets and puts together while one of the daemons is killed and started again.  Prints Markdown, and
+before and after it what the machine was like.
 """
 
 import argparse
@@ -76,6 +77,23 @@ def processor_time(pids):
             fields = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()
             total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return total
+
+
+def conditions(folder):
+    """Says what the numbers were measured on: they mean nothing without it."""
+    times = []
+    with open(os.path.join(folder, "probe"), "wb", buffering=0) as file:
+        for _ in range(200):
+            file.write(VALUE)
+            start = time.perf_counter()
+            os.fdatasync(file.fileno())
+            times.append(time.perf_counter() - start)
+    times.sort()
+    load = os.getloadavg()[0]
+    return (
+        f"{os.cpu_count()} cores, load {load:.1f}, fdatasync p50 {times[100] * 1e3:.2f} ms, "
+        f"p99 {times[197] * 1e3:.2f} ms"
+    )
 
 
 async def drive(run, operation, seconds, pids=()):
@@ -219,7 +237,9 @@ def main():
                         str(cluster.pid("node1", "metadata")),
                     ]
                 )
+            print(f"before: {conditions(folder)}", flush=True)
             trio.run(measure, cluster, args)
+            print(f"after: {conditions(folder)}", flush=True)
             if spy:
                 spy.wait()
         except BaseException:
