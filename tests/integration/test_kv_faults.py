@@ -296,17 +296,17 @@ def test_an_old_copy_of_a_directory_is_refused_and_replaced(five):
 def test_of_two_processes_with_one_id_one_stops(five):
     load = Load(five, prefix="twin-", seed=7).preload(50)
     copy = five.dir / "twin"
-    data = five.dir / "node3" / "metadata"
+    data = five.dir / "node5" / "metadata"
     with load:
         load.wait_for_acks(50)
         shutil.copytree(data, copy)
-        load.enter("a twin of node3 runs")
+        load.enter("a twin of node5 runs")
         own = [sys.executable, "-P", "-m", "metadata"]
         own += ["--listen", f"tcp://127.0.0.1:{free_ports(1)}"]
         log = five.dir / "log" / "twin.log"
         with log.open("wb") as out:
             twin = subprocess.Popen(
-                [*own, "--data", copy, "--map", five.dir / "node3" / "map"],
+                [*own, "--data", copy, "--map", five.dir / "node5" / "map"],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -314,7 +314,7 @@ def test_of_two_processes_with_one_id_one_stops(five):
         try:
 
             def one_stopped():
-                return "another process runs as" in five.log("node3") or twin.poll() is not None
+                return "another process runs as" in five.log("node5") or twin.poll() is not None
 
             wait_until(one_stopped, 30, "one of them stops")
             load.wait_for_acks(100)
@@ -322,14 +322,14 @@ def test_of_two_processes_with_one_id_one_stops(five):
             original_stopped = twin.poll() is None
             twin.kill()
             twin.wait()
-        said = five.log("node3") if original_stopped else log.read_text()
+        said = five.log("node5") if original_stopped else log.read_text()
         print(
             f"  {'the original' if original_stopped else 'the twin'} stops: {said.splitlines()[-1]}"
         )
         assert "another process runs as" in said
-        load.enter("node3 replaced")
+        load.enter("node5 replaced")
         if original_stopped:
-            wait_gone(five.pid("node3", "metadata"))
-            replace(five, "node3", "node7", 1)
+            wait_gone(five.pid("node5", "metadata"))
+            replace(five, "node5", "node7", 1)
         load.wait_for_acks(100)
     load.check()
