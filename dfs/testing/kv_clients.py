@@ -156,8 +156,9 @@ class Client:
     def delete(self, row: bytes) -> None:
         """Delete whatever a quorum shows."""
         write = self.world.oracle.write(row, None, None)
-        options = {"level": "quorum", "request": b"%08d%08d" % (self.number, self.count)}
-        self.world.writes[options["request"]] = write
+        request = b"%08d%08d" % (self.number, self.count)
+        options = {"level": "quorum", "request": request}
+        self.world.writes[request] = write
         floor = self.world.oracle.floor(row)
         self._submit(Operation(row, options, write, None, 4.0, floor, True))
 

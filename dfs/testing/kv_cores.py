@@ -557,12 +557,16 @@ class World:
             self.nodes[number].crash()  # banned: what it still has to say is nobody's business
             del self.nodes[number]
             self.reports.pop(number, None)
+        self.spread()
+        for row in self.rows:
+            self.check_quorums(row)
+
+    def spread(self) -> None:
+        """Two nodes learn the newest map at once."""
         for number in self.random.sample(list(self.nodes), 2):
             process = self.nodes[number].process
             if process is not None and not self.network.stopped(number):
-                process.adopt(m)
-        for row in self.rows:
-            self.check_quorums(row)
+                process.adopt(self.chain.at(self.committed))
 
     # -------------------------------------------------------------------------------------- calm
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from dfs.cluster.joint import RULES, Rules
 from dfs.cluster.map import METADATA, ClusterMap
+from dfs.errors import DfsError, StaleEpoch
 from metadata import coordinator, operation, quorum, registers, steps, tombstones, versions
 from metadata.actors import Actors
-from metadata.antientropy import AntiEntropy
+from metadata.antientropy import AntiEntropy, members
 from metadata.coordinator import Coordinator
 from metadata.hints import Hints
 from metadata.merkle import REGISTERS, Change, Digests, Op, value_digest
@@ -29,10 +30,16 @@ MUTANTS = {
     "nopw": "copies on homes are not told from hints",
     "r-1": "one answer less than R is waited for",
     "norepair": "a read answers before what differs is written back",
+    "repairpw": "what differs is written back to W copies, hints among them",
+    "nopr": "answers of fallbacks count as those of homes",
+    "m3": "a refusal by a node with a newer map counts as a copy",
+    "owncopy": "a mint is sent on before the own copy is durable",
     "repair1": "what differs is written back to one home only",
     "sameactor": "a node that lost and regained a partition mints under the old actor",
+    "mintb": "members of B coordinate and mint in phase 1",
     "amnesia": "a node that was restored from an old state keeps its actors",
     "showsold": "a node that was restored from an old state answers reads at once",
+    "nopull": "nodes with old registers do not wait until they have pulled",
     "resend": "a resent put is a new one",
     "mintagain": "a mint is forgotten when its caller's time runs out",
     "nofence": "replicas carry out requests of any older epoch",
@@ -53,8 +60,13 @@ MUTANTS = {
     "oldclock": "the hybrid clock starts again at the wall clock after a restart",
     "purgeearly": "a tombstone is purged when some home has it",
     "purgemoving": "tombstones are purged while homes change",
+    "notall": "tombstones are purged though a home does not answer",
     "nograce": "tombstones are purged at once",
+    "grace0": "tombstones are purged at any age",
+    "settle0": "tombstones are purged as soon as all homes have them",
     "oldhints": "hints are delivered and taken at any age",
+    "hintsender": "hints are delivered at any age",
+    "hintreceiver": "hints are taken at any age",
     "expush": "former homes push their registers",
     "nodigest": "a change of a row leaves the digests as they are",
     "limitmerge": "a merge keeps at most three siblings",
@@ -107,6 +119,31 @@ class _Repair1(Operation):
 
     def _durable(self) -> bool:
         return bool(self.acked) if not self.mints else super()._durable()
+
+
+class _RepairPW(Operation):
+    __slots__ = ()
+
+    def _durable(self) -> bool:
+        if self.mints:
+            return super()._durable()
+        return _any_copy(self.plan.writes, self.acked, self.hinted)
+
+
+class _M3(Operation):
+    __slots__ = ()
+
+    def _on_failure(self, now: float, node: int, kind: str, target: int, error: DfsError) -> None:
+        if kind == registers.MERGE and isinstance(error, StaleEpoch):
+            self._on_copy(node)
+        else:
+            super()._on_failure(now, node, kind, target, error)
+
+
+class _MintB(Coordinator):
+    def _plan_for(self, partition: int, options: Any) -> Plan:
+        plan = self.plan(partition, options)
+        return plan if self.number in plan.writers else super()._plan_for(partition, options)
 
 
 class _Forgetful(Coordinator):
@@ -167,6 +204,65 @@ class _ExPush(AntiEntropy):
 
 class _OldHints(Hints):
     ttl = 1 << 62
+
+
+class _HintSender(Hints):
+    def deliver(self, target: int, now: int) -> Any:
+        return super().deliver(target, 0)
+
+    def expire(self, now: int) -> Any:
+        return super().expire(0)
+
+
+class _HintReceiver(Hints):
+    def handle(self, sender: int, epoch: int, items: Any, now: int) -> Any:
+        return super().handle(sender, epoch, items, 0)
+
+
+class _Grace0(Tombstones):
+    grace = -(1 << 62)
+
+
+class _Settle0(Tombstones):
+    settle = -(1 << 62)
+
+
+class _OneHome:
+    """A map in which a partition has one home."""
+
+    def __init__(self, cluster: ClusterMap, me: int) -> None:
+        self._cluster = cluster
+        self._me = me
+
+    def homes(self, _role: str, _partition: int) -> tuple[int, ...]:
+        return (self._me,)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cluster, name)
+
+
+class _NotAll(Tombstones):
+    def allowed(self, cluster: ClusterMap, partition: int) -> bool:
+        return cluster.phase(METADATA) == 0 and cluster.homes(METADATA, partition)[0] == self.me
+
+    def _confirm(self, cluster: Any, partition: int, items: Any, now: int) -> Any:
+        try:
+            return (yield from super()._confirm(cluster, partition, items, now))
+        except DfsError:
+            alone: Any = _OneHome(cluster, self.me)
+            return (yield from super()._confirm(alone, partition, items, now))
+
+    def _purge(self, cluster: Any, batch: Any) -> Any:
+        try:
+            return (yield from super()._purge(cluster, batch))
+        except DfsError:
+            alone: Any = _OneHome(cluster, self.me)
+            return (yield from super()._purge(alone, batch))
+
+
+class _NoPull(PullFirst):
+    def waiting(self, partition: int) -> bool:
+        return False
 
 
 class _NoGrace(Tombstones):
@@ -269,6 +365,14 @@ class _FewerReads(Plan):
         self.reads = tuple((row, max(1, r - 1), max(0, pr - 1)) for row, r, pr in self.reads)
 
 
+class _NoPR(Plan):
+    __slots__ = ()
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.reads = tuple((row, r, 0) for row, r, _ in self.reads)
+
+
 class _WriteA(Plan):
     __slots__ = ()
 
@@ -311,6 +415,16 @@ class _SameActor(Actors):
         pass
 
 
+class _MintsInB(Actors):
+    """A home as soon as it takes writes."""
+
+    def follow(self, cluster_map: ClusterMap) -> None:
+        super().follow(cluster_map)
+        for partition in range(len(self._since)):
+            if not self._since[partition] and self._number in members(cluster_map, partition):
+                self._since[partition] = cluster_map.epoch
+
+
 class _OldClock(Actors):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -346,6 +460,15 @@ _CLASSES: dict[str, dict[str, Any]] = {
     "nodigest": {"digests": _NoDigest},
     "norepair": {"operation": _NoRepair},
     "repair1": {"operation": _Repair1},
+    "repairpw": {"operation": _RepairPW},
+    "m3": {"operation": _M3},
+    "mintb": {"coordinator": _MintB},
+    "hintsender": {"hints": _HintSender},
+    "hintreceiver": {"hints": _HintReceiver},
+    "grace0": {"tombstones": _Grace0},
+    "settle0": {"tombstones": _Settle0},
+    "notall": {"tombstones": _NotAll},
+    "nopull": {"pull_first": _NoPull},
 }
 _PATCHES: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "w-1": (operation, "satisfied", _fewer),
@@ -360,6 +483,8 @@ _PATCHES: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "nodot": (versions, "put", _put_nodot),
     "nocontext": (versions, "put", _put_nothing),
     "allcontext": (versions, "put", _put_all),
+    "nopr": (coordinator, "Plan", _NoPR),
+    "mintb": (registers, "Actors", _MintsInB),
     "sameactor": (registers, "Actors", _SameActor),
     "oldclock": (registers, "Actors", _OldClock),
     "amnesia": (registers, "Actors", _NoNotice),

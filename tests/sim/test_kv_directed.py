@@ -1,0 +1,28 @@
+"""What random schedules of registers meet too seldom, step by step; and that a broken rule shows.
+
+See `dfs.testing.kv_directed`.
+"""
+
+import pytest
+
+from dfs.testing.kv_cores import ViolationError
+from dfs.testing.kv_directed import SCHEDULES, home_again_to_a_new_value, several_homes_again
+from dfs.testing.kv_mutants import MUTANTS
+
+
+@pytest.mark.parametrize("schedule", dict.fromkeys(SCHEDULES.values()), ids=lambda f: f.__name__)
+def test_the_real_rules_hold(schedule):
+    schedule(None)
+
+
+@pytest.mark.xfail(raises=ViolationError, reason="ghosts are told by rows, from homes that wait")
+@pytest.mark.parametrize("schedule", [several_homes_again, home_again_to_a_new_value])
+def test_former_homes_forget(schedule):
+    schedule(None)
+
+
+@pytest.mark.parametrize("mutant", SCHEDULES)
+def test_a_broken_rule_shows(mutant):
+    assert mutant in MUTANTS
+    with pytest.raises(ViolationError):
+        SCHEDULES[mutant](mutant)
