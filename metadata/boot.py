@@ -26,7 +26,7 @@ from dfs.cluster.map import CHUNK, METADATA, ROLES, ClusterMap, Node
 from dfs.codec import pack, unpack
 from dfs.env import Context, Env, Handler, Priority, Reply
 from dfs.errors import Busy, ConfigError, Corrupt, DfsError, InvalidArgument
-from dfs.rpc.mapkeeper import MapKeeper, settled
+from dfs.rpc.mapkeeper import MapKeeper, settled, stale
 from metadata.store.engine import Store
 
 log = logging.getLogger(__name__)
@@ -97,6 +97,10 @@ class Boot:
         """Whether what somebody has seen was written by a later life than this one."""
         return seen[0] >= self.boot and seen[1] != self.nonce
 
+    def rule_outdated(self, theirs: int, here: int) -> bool:
+        """Whether a node counts the majority of a map that is not the newest one any more."""
+        return 0 < theirs < here
+
     async def check(self) -> None:
         """Tell the others until enough of them have noted the number.
 
@@ -108,6 +112,8 @@ class Boot:
             others = self._others(current)
             needed = self.rule_needed(len(others) + 1)
             failures = {} if needed == 1 else await self._tell_all(current, others)
+            if self._keeper() is not current:
+                continue  # an old majority may be of nodes that know nothing
             noted = [n for n in others if n in self.noted]
             if len(noted) + 1 >= needed:
                 return
@@ -146,10 +152,12 @@ class Boot:
                     args,
                     timeout=ASK,
                     priority=Priority.HIGH,
+                    epoch=current.epoch,
                 )
             except ConfigError as e:
                 refusals.append(e)
             except DfsError as e:
+                self._keeper.learn(e)
                 failures[number] = e
             else:
                 if self.rule_later((boot, nonce)):
@@ -186,7 +194,8 @@ class Boot:
             nursery.start_soon(self._watch)
             taken = self._env.clock.monotonic()
             while True:
-                await trio.sleep(TELL)
+                with trio.move_on_after(TELL):  # new members are told at once
+                    await self._keeper.wait_for(self._keeper().epoch + 1)
                 if self._env.clock.monotonic() > taken + BUMP:
                     taken = self._env.clock.monotonic()
                     self._take(self.boot + 1)
@@ -206,7 +215,7 @@ class Boot:
         """`node.boot`; see `dfs.wire.messages`."""
         return {"node.boot": self._on_boot}
 
-    async def _on_boot(self, _ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
+    async def _on_boot(self, ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
         number, node_id, boot, nonce, role = (*args, METADATA)[:5]
         if (
             type(number) is not int
@@ -222,6 +231,8 @@ class Boot:
                 f"node {number} (id {node_id.hex()}) was removed from the cluster: its data "
                 "directory cannot come back. Format an empty one and add it as a new node"
             )
+        if role == METADATA and self.rule_outdated(ctx.epoch, current.epoch):
+            raise stale(current, ctx.epoch, current.epoch)
         if node_id == self._node.node_id and role == METADATA:
             seen: Seen = (self.boot, self.nonce)  # somebody runs as this very node
             if boot > self.boot and nonce != self.nonce:

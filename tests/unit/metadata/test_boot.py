@@ -148,3 +148,28 @@ async def test_a_twin_that_nobody_talks_to_is_noticed():
         assert "another process runs as the same node" in str(refusal(first))
 
     await run_cluster(body)
+
+
+@pytest.mark.parametrize("told", [True, False])
+async def test_a_copy_with_an_old_map_asks_the_members_of_the_newest_one(told, monkeypatch):
+    """A majority of an old map may be of nodes that are gone, and those that are here say so."""
+
+    async def body(cluster):
+        await cluster.start()
+        for machine in cluster.machines.values():
+            await admitted(machine)
+        first = cluster.machines[1]
+        boot = first.node.boot
+        old = cluster.newest
+        second = cluster.machines[2].keeper
+        second.current = new = old.successor([*old.nodes, member(4)])
+        assert new.epoch == old.epoch + 1
+        boot.noted.clear()
+        failures = await boot._tell_all(old, [2])
+        assert (2 in failures) == told
+        assert (first.keeper() == new) == told
+        assert (2 in boot.noted) != told
+
+    if not told:
+        monkeypatch.setattr(Boot, "rule_outdated", lambda _self, _theirs, _here: False)
+    await run_cluster(body)
