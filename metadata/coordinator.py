@@ -290,7 +290,7 @@ class Coordinator:
                 known.operation = None
 
     def unminted(self, operation: Operation) -> None:
-        """The mint of an operation that was answered before failed: the next attempt is the first."""
+        """The mint of an operation, answered before, failed: the next attempt is the first."""
         self._memory.pop(operation.options.request, None)
 
     # ------------------------------------------------------------------------------------ inside

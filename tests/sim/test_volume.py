@@ -36,6 +36,6 @@ def test_each_mutant_is_found(mutant):
 def test_a_seed_gives_one_run():
     prints = set()
     for _ in range(2):
-        history = scenario_volume.trace(4)
+        history = scenario_volume.trace(2)
         prints.add((history.done, history.failed, tuple(sorted(history.files))))
     assert len(prints) == 1
