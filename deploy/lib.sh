@@ -60,7 +60,7 @@ setup() {
     python=$(find_python) || exit 1
     packages=$(missing_for_dfs "$python")
     for command in "$@"; do
-        command -v "$command" >/dev/null || packages="$packages $command"
+        command -v "${command%:*}" >/dev/null || packages="$packages ${command#*:}"
     done
     # shellcheck disable=SC2086 # words are package names
     install_packages $packages

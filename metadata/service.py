@@ -102,7 +102,8 @@ class MetadataNode:
         self._started = env.clock.monotonic()
         self.store = store = await Store.open(env, options=self._options())
         self.sync = sync = Synchroniser(env, self._number, self._get_map, store)
-        sync.admit_write, sync.admit_move = self._room.check_write, self._room.check_move
+        # Blobs pass: they are checkpoints, which let journals be trimmed.
+        sync.admit_move = self._room.check_move
         sync.load()
         self.blobs = blobs = sync.blobs
         self._inflight = inflight = InFlight()
@@ -190,7 +191,6 @@ class MetadataNode:
         await sync.start()
         keeper.subscribe(entropy.map_changed)
         keeper.subscribe(repair.map_changed)
-        keeper.subscribe(synchronising[-1].map_changed)
         keeper.subscribe(discard.map_changed)
         for worker in (*synchronising, discard):
             nursery.start_soon(worker.run)

@@ -35,6 +35,7 @@ SLICE = 256  # partitions exchanged under one time stamp
 JITTER = 10.0  # seconds within which a node that came back gets its hints
 _FIRST_BYTE = {REGISTERS: b"r", BLOBS: b"b"}
 CHECK = b"ndigestcheck"  # row: (format, when the last check ended, table, partition to go on with)
+AGAIN = 45.0  # seconds until rows that were too young to compare are compared
 PULL_AGAIN = 3.0  # seconds until partitions that could not be compared yet are tried again
 SNAPSHOT_USES = 64  # partitions recomputed on one snapshot
 
@@ -64,6 +65,7 @@ class AntiEntropyWorker(SyncWorker):
     ) -> None:
         """Every pair is driven from both sides, each at half the rate."""
         super().__init__(env, sync, interval, first=first)
+        self._usual = interval
         self._urgent: dict[int, None] = {}
         self.total = Outcome()
 
@@ -85,6 +87,7 @@ class AntiEntropyWorker(SyncWorker):
         order = [p for p in dict.fromkeys((*first, *peers)) if p in peers and sync.alive(p)]
         problems: list[str] = []
         moved = 0
+        young = False
         for i, peer in enumerate(order):
             self.progress = f"node {peer} ({i + 1} of {len(order)})"
             self.fraction = i / len(order)
@@ -97,6 +100,11 @@ class AntiEntropyWorker(SyncWorker):
             del self.total.errors[:-10]
             problems += [f"node {peer}: {e}" for e in outcome.errors[:3]]
             moved += outcome.pulled + outcome.pushed
+            if outcome.fresh:
+                young = True
+                self._urgent[peer] = None
+        # what was left alone because it was young is looked at again when it is not
+        self._interval = min(AGAIN, self._usual) if young else self._usual
         done = self.total
         self.progress = f"{done.pulled} pulled, {done.pushed} pushed in all"
         if problems:

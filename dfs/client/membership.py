@@ -87,11 +87,13 @@ class Membership:
         return await self._store(together, before.context)
 
     async def reset(self) -> int:
-        """Drop what is staged; returns how many edits that were."""
-        staged = await self.staged()
-        if staged.edits:
-            await self._store((), staged.context)
-        return len(staged.edits)
+        """Drop what is staged, readable or not; returns how many operators' edits that were."""
+        entry = await self._kv.get(STAGED)
+        empty: Any = (FORMAT, ())
+        dropped = [value for value in entry.values if value != codec.pack(empty)]
+        if dropped:
+            await self._store((), entry.context)
+        return len(dropped)
 
     async def plan(self, used: dict[tuple[str, int], int]) -> Plan:
         """What the staged edits would do; `used` as for `dfs.cluster.change.plan`."""
