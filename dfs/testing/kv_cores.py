@@ -502,7 +502,7 @@ class World:
             process = self.nodes[number].process
             if process is not None and random.random() < 0.3:
                 process.pull()
-            if process is not None and random.random() < 0.02:
+            if process is not None and random.random() < 0.25:
                 process.discard()
         if self.theme.moves:
             for _ in range(random.choice((1, 1, 2, 4))):

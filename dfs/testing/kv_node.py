@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dfs.cluster.joint import Progress, bitmap
 from dfs.cluster.map import METADATA, ClusterMap
 from dfs.errors import Busy, DeadlineExceeded, DfsError, Unreachable
+from dfs.hashing import digest
 from dfs.testing.kv_store import DictStore, Op
 from metadata import hints as hintfile
 from metadata import merkle, registers, steps, versions
@@ -20,6 +21,7 @@ from metadata.antientropy import members
 from metadata.coordinator import ATTEMPT, DONE, OFFER, SEND
 from metadata.merkle import REGISTERS
 from metadata.quorum import Options
+from metadata.rejoin import PullFirst
 from metadata.repair import pull_partition
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ class Node:
     def waits(self) -> bool:
         """Whether it lacks what it once had."""
         if self.process is None:
-            return self.restored
+            return self.restored or bool(PullFirst(self.store).partitions())
         return bool(self.process.pull_first.partitions())
 
     def restore(self) -> None:
@@ -702,13 +704,5 @@ class Process:
         for partition in range(self.world.partitions):
             if self.number in m.homes(METADATA, partition) or not self.world.used(partition):
                 continue
-            if merkle.rows_of(self.node.store, REGISTERS, partition)[0]:
-                self.enqueue(("o", lambda p=partition: self._drop(p)), lambda _: None)
-
-    def _drop(self, partition: int) -> list[Op]:
-        if self.number in members(self.map, partition):
-            return []
-        rows = merkle.rows_of(self.node.store, REGISTERS, partition)[0]
-        changes = [(REGISTERS, partition, row, value, None) for row, value in rows]
-        gone: list[Op] = [(row, None) for row, _ in rows]
-        return gone + self.digests.ops(changes)
+            for row, value in merkle.rows_of(self.node.store, REGISTERS, partition)[0]:
+                self.enqueue((registers.DISCARD, row, digest(value)), lambda _: None)
