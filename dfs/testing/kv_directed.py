@@ -266,10 +266,34 @@ def home_again_to_a_new_value(mutant: str | None) -> None:
         s.check_quorums(s.row)
 
 
+def early_reader(mutant: str | None) -> None:
+    """In phase 1 members of B may have nothing yet: they answer and coordinate no read."""
+    with stage(SWAP, mutant) as s:
+        assert s.ask(2, b"value")  # noqa: S101
+        s.advance()
+        s.tell(s.nodes)
+        s.get(5)
+        s.get(2)
+
+
+def clock_set_back(mutant: str | None) -> None:
+    """A node restarts with a clock an hour behind: what it writes then is later all the same."""
+    with stage(ONE, mutant) as s:
+        s.nodes[2].skew = 1800.0
+        assert s.ask(2, b"first", b"")  # noqa: S101
+        s.nodes[2].crash()
+        s.nodes[2].skew = -1800.0
+        s.nodes[2].start()
+        s.ask(2, b"second", b"")
+        s.check_quorums(s.row)
+
+
 SCHEDULES: dict[str, Schedule] = {
     "readfence-1": stale_reader, "anyreport": stale_reader,
     "nofence": late_writer, "nowritefence": late_writer, "m3": late_writer,
     "push-1": too_few_pushed, "fence-1": too_few_fenced,
+    "readb": early_reader,
+    "oldclock": clock_set_back,
     "sameactor": lost_and_regained,
     "purgeearly": purged_while_away, "notall": purged_while_away,
     "purgemoving": purged_while_moving,

@@ -67,6 +67,13 @@ class Stage(World):
             if node.process is not None:
                 node.process.suspects.clear()
 
+    def get(self, via: int) -> bool:
+        """Read at level quorum; whether it was answered, with what it must know."""
+        floor = self.oracle.floor(self.row)
+        return self._ask(
+            via, Operation(self.row, {"level": "quorum"}, None, b"", 4.0, floor, True, tries=9)
+        )
+
     def ask(self, via: int, value: bytes | None, context: bytes | None = None) -> bool:
         """Put `value` (None: delete) at level quorum; whether it was acknowledged."""
         client = self.clients[0]
@@ -76,6 +83,10 @@ class Stage(World):
         self.writes[request] = write
         floor = self.oracle.floor(self.row)
         operation = Operation(self.row, options, write, context, 4.0, floor, True, tries=9)
+        return self._ask(via, operation)
+
+    def _ask(self, via: int, operation: Operation) -> bool:
+        client = self.clients[0]
         token = (0, client.count)
         client.count += 1
         self.operations[token] = operation
