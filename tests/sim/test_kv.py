@@ -18,7 +18,7 @@ FOUND = {
     "mergenewer": 0, "mergesees": 1, "nodot": 0, "nocontext": 0, "allcontext": 0, "oldhints": 37,
     "expush": 18, "nodigest": 0, "limitmerge": 1,
 }  # fmt: skip
-SOMETIMES = {"nomap"}  # costs tries, and hundreds of seeds, since the fences hold without it
+UNSEEN = {"nomap"}  # not seen in 50 seeds, and no directed schedule: the fences hide it
 
 
 def test_registers_keep_their_promises_under_faults():
@@ -62,4 +62,4 @@ def test_soak():
 
 def test_every_broken_rule_is_looked_for():
     assert NAME == "kv"
-    assert {*FOUND, *SCHEDULES, *SOMETIMES} == MUTANTS.keys()
+    assert {*FOUND, *SCHEDULES, *UNSEEN} == MUTANTS.keys()
