@@ -12,8 +12,8 @@ from random import Random
 from dfs.cli.spec import local_nodes
 from dfs.client.connect import Cluster
 from dfs.clock import SystemClock
-from dfs.cluster.map import METADATA, ClusterMap
-from dfs.errors import StaleEpoch, UnknownMethod, Unreachable
+from dfs.cluster.map import METADATA, ROLES, ClusterMap
+from dfs.errors import InvalidArgument, StaleEpoch, UnknownMethod, Unreachable
 
 CONTEXT = b"seen %d"
 
@@ -85,14 +85,29 @@ class FakeCluster:
         ]
         return found, b""
 
+    def do_ping(self, address, _args):
+        node, role = next(
+            (n, role) for n in self.map.nodes for role in ROLES if n.address(role) == address
+        )
+        return (role, node.number, node.node_id, self.map.epoch)
+
+    def do_map_history(self, _address, _args):
+        first = (1, bytes(32), 0, "the cluster was made")
+        return ((first, *((m.epoch, m.digest, 10**18, note) for note, m in self.proposed)),)
+
     def do_map_get(self, _address, _args):
         return (self.map.encode(),)
 
     def do_map_propose(self, _address, args):
         epoch, data, note = args
+        new = ClusterMap.decode(data)
+        if new.epoch != epoch + 1:
+            raise InvalidArgument(f"the map of epoch {new.epoch} cannot follow {epoch}")
+        if any(new == agreed for _, agreed in self.proposed):
+            return (new.epoch,)
         if epoch != self.map.epoch:
             raise StaleEpoch("there is a newer map", self.map.encode())
-        self.map = new = ClusterMap.decode(data)
+        self.map = new
         self.proposed.append((note, new))
         if self.moves:
             while self.map.transition is not None:

@@ -123,7 +123,8 @@ def replace(cluster_path: str | None, old: str, new: str, **given: Any) -> None:
 
     def make(cluster: "ClusterMap", staged: "Sequence[Edit]") -> "list[Edit]":
         if given["zone"] is None:  # it stands where the old one stood
-            given["zone"] = next((n.zone for n in cluster.nodes if n.name == old), None)
+            for place in (n for n in cluster.nodes if n.name == old):
+                given.update(zone=place.zone, rack=given["rack"] or place.rack)
         return [Replace(old, new_node(file, cluster, staged, new, **given))]
 
     _stage(file, make)

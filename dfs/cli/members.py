@@ -12,6 +12,7 @@ import trio
 
 from dfs.cli.client import connected
 from dfs.cli.context import count, echo_json, human_size, patience
+from dfs.cli.diagnosis import grouped, reason
 from dfs.cli.local import ClusterDir, format_node
 from dfs.cli.network import PING_TIMEOUT, statuses, wait_for_ping
 from dfs.cli.updown import LOCK_PATIENCE, start
@@ -20,7 +21,7 @@ from dfs.client.membership import Membership
 from dfs.cluster.address import is_local
 from dfs.cluster.change import Edit, NewNode, Plan, describe
 from dfs.cluster.map import CHUNK, METADATA, ROLES, ClusterMap, Node
-from dfs.errors import ConfigError, DfsError
+from dfs.errors import ConfigError, DfsError, Unreachable
 from dfs.hashing import PARTITIONS
 
 _POLL = 1.0  # seconds between looks while waiting for a change
@@ -45,8 +46,9 @@ async def stage(file: Path, make: Any) -> None:
 
 async def show_staged(file: Path) -> None:
     """List the staged edits."""
-    async with membership(file) as (cluster, members):
-        _tell_staged((await members.staged()).edits, cluster.get_map().epoch + 1)
+    async with membership(file) as (_, members):
+        staged = await members.staged()
+        _tell_staged(staged.edits, (await members.newest()).epoch + 1)
 
 
 def _tell_staged(edits: Sequence[Edit], epoch: int) -> None:
@@ -243,6 +245,9 @@ async def apply(file: Path, epoch: int, *, wait: float, start_timeout: float) ->
             await _start(directory, newest, [n for n in newest.nodes if n.name in names])
             epoch = newest.epoch + 1
             await _wait_for_nodes(cluster, names, epoch, start_timeout)
+            if not (await members.staged()).edits:
+                click.echo("done: they take no data as long as their weight is 0")
+                return
         new = await members.begin(epoch)
         if directory.has_map():
             directory.adopt(new)
@@ -382,11 +387,23 @@ async def show_map(file: Path, output: Path | None, *, history: bool, as_json: b
             click.echo(f"wrote the map of epoch {newest.epoch} to {output}")
             return
         if history:
-            address = cluster.get_map().node(newest.voters[0]).address(METADATA)
-            (entries,), _ = await cluster.rpc.call(address, "map.history", timeout=patience())
-            _print_history(entries, as_json=as_json)
+            _print_history(await _history(cluster, newest), as_json=as_json)
             return
     _print_map(newest, as_json=as_json)
+
+
+async def _history(cluster: Cluster, newest: ClusterMap) -> Any:
+    """The last maps as the first voter that answers has them; raises `Unreachable`."""
+    failures: list[tuple[str, str]] = []
+    for number in newest.voters:
+        address = newest.address(METADATA, number)
+        try:
+            (entries,), _ = await cluster.rpc.call(address, "map.history", timeout=PING_TIMEOUT)
+        except DfsError as e:
+            failures.append((newest.node(number).name, reason(e, address)))
+        else:
+            return entries
+    raise Unreachable(f"no voter tells the history of the map: {grouped(failures)}")
 
 
 def _print_history(entries: Any, *, as_json: bool) -> None:

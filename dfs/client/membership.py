@@ -35,6 +35,7 @@ from dfs.errors import (
     DfsError,
     NoQuorum,
     NotHome,
+    RemoteProtocolError,
     StaleEpoch,
     Unreachable,
 )
@@ -66,17 +67,14 @@ class Membership:
         return self._cluster.get_map()
 
     async def staged(self) -> Staged:
-        """What is staged; edits of concurrent operators one after the other."""
+        """What is staged; edits of concurrent operators one after the other.
+
+        Raises `Corrupt` when another version of dfs staged them.
+        """
         entry = await self._kv.get(STAGED)
         edits: list[Edit] = []
         for value in reversed(entry.values):
-            version, fields = codec.unpack(value)
-            if version != FORMAT:
-                raise Corrupt(
-                    f"staged changes have format {version}: upgrade dfs, or "
-                    "`dfs cluster node reset` drops them"
-                )
-            edits += [e for e in map(edit_from_fields, fields) if e not in edits]
+            edits += [e for e in _decode(value) if e not in edits]
         return Staged(tuple(edits), entry.context)
 
     async def stage(self, edits: Sequence[Edit]) -> Staged:
@@ -113,10 +111,12 @@ class Membership:
         joining, rest = _split(present, staged.edits)
         if not joining:
             return ()
-        apply_edits(apply_edits(present, joining), rest)  # raises before anything is done
+        joined = apply_edits(present, joining)
+        if rest:
+            apply_edits(joined, rest)  # raises before anything is done
         changed = await self._store(rest, staged.context)
         try:
-            await self._agree(apply_edits(present, joining), joining)
+            await self._agree(joined, joining)
         except DfsError:
             await self._store(staged.edits, changed.context)
             raise
@@ -153,18 +153,18 @@ class Membership:
         await self.propose(new, "; ".join(describe(edit) for edit in edits))
 
     async def propose(self, new: ClusterMap, note: str) -> None:
-        """Have the voters agree on a map; raises as `apply` does."""
-        old = self._cluster.get_map()
-        voters = [n for n in old.nodes if n.number in old.voters]
+        """Have the voters agree on a map; raises as `begin` does."""
+        known = self._cluster.get_map()  # may be newer by now than the one that `new` follows
+        voters = [n for n in known.nodes if n.number in known.voters]
         error: DfsError = ConfigError("the cluster has no voters")
         for node in voters:
             try:
                 await self._cluster.rpc.call(
                     node.address(METADATA),
                     "map.propose",
-                    (old.epoch, new.encode(), note),
+                    (new.epoch - 1, new.encode(), note),
                     timeout=self._timeout,
-                    epoch=old.epoch,
+                    epoch=known.epoch,
                 )
             except _ELSEWHERE as e:
                 error = e
@@ -177,6 +177,19 @@ class Membership:
         value: Any = (FORMAT, tuple(edit_fields(edit) for edit in edits))
         entry = await self._kv.put(STAGED, codec.pack(value), context=context)
         return Staged(tuple(edits), entry.context)
+
+
+def _decode(value: bytes) -> tuple[Edit, ...]:
+    """The edits of one operator."""
+    try:
+        version, *fields = codec.unpack(value)
+        if version == FORMAT:
+            (edits,) = fields
+            return tuple(map(edit_from_fields, edits))
+        why = f"have format {version}"
+    except (RemoteProtocolError, TypeError, ValueError) as e:
+        why = f"cannot be read ({e})"
+    raise Corrupt(f"staged changes {why}: upgrade dfs, or `dfs cluster node reset` drops them")
 
 
 def _split(present: ClusterMap, edits: Sequence[Edit]) -> tuple[tuple[Add, ...], tuple[Edit, ...]]:
