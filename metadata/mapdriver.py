@@ -106,7 +106,7 @@ class MapDriver:
     async def _drive(self, current: ClusterMap) -> None:
         """Take the step that is safe, if one is."""
         reasons: list[str] = []
-        for role, step in ((METADATA, "advance"), (CHUNK, "finish_chunks")):
+        for role in (METADATA, CHUNK):
             if not current.phase(role):
                 continue
             reports = await self._ask_all(current, role)
@@ -114,12 +114,8 @@ class MapDriver:
             if missing:
                 reasons += missing.reasons
                 continue
-            new: ClusterMap = getattr(current, step)()
-            done = "chunks are at their new homes"
-            if role == METADATA:
-                done = "metadata is read from its new homes"
-                if current.phase(METADATA) == 2:
-                    done = "metadata is at its new homes"
+            new = current.step(role)
+            done = _words(current, new, role)
             await self._maps.propose(new, done)
             self.steps += 1
             self.waiting = ()
@@ -161,3 +157,14 @@ class MapDriver:
             except DfsError as e:
                 log.debug("node %d reports nothing: %s", node.number, e)
             return
+
+
+def _words(current: ClusterMap, new: ClusterMap, role: str) -> str:
+    """What a step from `current` to `new` means, for the history of maps."""
+    if new.transition == current.transition:
+        return "voters change before nodes leave"
+    if role == CHUNK:
+        return "chunks are at their new homes"
+    if current.phase(METADATA) == 1:
+        return "metadata is read from its new homes"
+    return "metadata is at its new homes"

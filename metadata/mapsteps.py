@@ -31,11 +31,11 @@ def check_step(old: ClusterMap, new: ClusterMap) -> None:
 
 
 def _onward(old: ClusterMap, new: ClusterMap) -> bool:
-    for step in (old.advance, old.finish_chunks):
+    for step in (old.advance, old.finish_chunks, old.shift_voters):
         try:
             if step() == new:
                 return True
-        except ConfigError:  # that side is done
+        except ConfigError:  # not a step of this map
             continue
     return False
 

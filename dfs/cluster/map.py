@@ -180,20 +180,19 @@ class ClusterMap:
             None if all(map(same_homes, before, after)) else before
             for before, after in zip(self.tables, tables, strict=True)
         ]
-        steps = 1 + 2 * (old[0] is not None) + (old[1] is not None)
+        at_once = old[0] is None and old[1] is None
         if voters is None:
-            voters = next_voters(members, self.voters, going, steps)
+            voters = next_voters(members, self.voters, going)
         elif len(set(voters) ^ set(self.voters)) > 1:
             raise ConfigError(
                 f"voters change one per epoch: {sorted(voters)} differ from "
                 f"{list(self.voters)} in more than one node; add or remove one"
             )
-        still = [v for v in voters if v in going]
-        if len(still) >= steps:
+        still = [v for v in self.voters if v in going]
+        if still and at_once:  # it would end with this very map; see `shift_voters`
             names = ", ".join(self.node(v).name for v in still)
             raise ConfigError(
-                f"{names} still vote on the cluster map and voters change one per epoch: "
-                "drain these nodes first, or remove fewer at a time"
+                f"{names} still vote on the cluster map: drain these nodes first, then remove them"
             )
         return self._step(
             nodes=members,
@@ -228,11 +227,60 @@ class ClusterMap:
             raise ConfigError(f"no chunks are moving in epoch {self.epoch}: nothing to finish")
         return self._onward(replace(self.transition, chunk=None), CHUNK)
 
-    def _onward(self, after: Transition, role: str) -> "ClusterMap":
-        steps = 1 + (after.metadata is not None) * (3 - after.phase) + (after.chunk is not None)
+    def shift_voters(self) -> "ClusterMap":
+        """The next map, with one voter more or less and nothing else changed.
+
+        What ends a transition drops the nodes that leave, which may then be wiped.  So the map that
+        ends it must be chosen by voters who stay: while one of those who leave votes, that step is
+        refused, and this one comes first, as often as it takes.  Raises `ConfigError` if no
+        transition is under way or nobody who leaves votes.
+        """
+        transition = self.transition
+        if transition is None or not self.leaving_voters:
+            raise ConfigError(f"nobody who leaves votes in epoch {self.epoch}")
+        voters = next_voters(self.nodes, self.voters, transition.leaving)
+        if voters == self.voters:
+            raise ConfigError("no node that stays can vote on the cluster map: add one first")
         return self._step(
             nodes=self.nodes,
-            voters=next_voters(self.nodes, self.voters, after.leaving, steps),
+            voters=voters,
+            tables=self.tables,
+            calibrated=self.calibrated,
+            transition=transition,
+            moved=[(), ()],
+        )
+
+    def step(self, role: str) -> "ClusterMap":
+        """The next step of a role's side: `advance` or `finish_chunks`, or voters first."""
+        if self.ends_with(role) and self.leaving_voters:
+            return self.shift_voters()
+        return self.advance() if role == METADATA else self.finish_chunks()
+
+    @property
+    def leaving_voters(self) -> Row:
+        """Voters that the present transition drops."""
+        if self.transition is None:
+            return ()
+        return tuple(v for v in self.voters if v in self.transition.leaving)
+
+    def ends_with(self, role: str) -> bool:
+        """Whether the next step of `role` ends the transition."""
+        t = self.transition
+        if t is None:
+            return False
+        if role == METADATA:
+            return t.chunk is None and t.metadata is not None and t.phase == 2
+        return t.metadata is None and t.chunk is not None
+
+    def _onward(self, after: Transition, role: str) -> "ClusterMap":
+        if self.ends_with(role) and self.leaving_voters:
+            names = ", ".join(self.node(v).name for v in self.leaving_voters)
+            raise ConfigError(
+                f"{names} still vote on the cluster map: their votes go before they do"
+            )
+        return self._step(
+            nodes=self.nodes,
+            voters=next_voters(self.nodes, self.voters, after.leaving),
             tables=self.tables,
             calibrated=self.calibrated,
             transition=after,

@@ -36,18 +36,14 @@ def wanted_voters(
 
 
 def next_voters(
-    members: Sequence[Node], voters: Sequence[int], leaving: Sequence[int], steps: int
+    members: Sequence[Node], voters: Sequence[int], leaving: Sequence[int]
 ) -> tuple[int, ...]:
-    """`voters` with at most one added or removed; `steps` epochs are left, this one included.
-
-    A voter is added before another one is removed, as long as the steps suffice to remove those
-    who leave.
-    """
+    """`voters` with at most one added or removed; one is added before another one is removed."""
     wanted = wanted_voters(members, voters, leaving)
     going = [v for v in voters if v in leaving]
     surplus = going or [v for v in voters if v not in wanted]
     missing = [v for v in wanted if v not in voters]
-    if missing and len(voters) < MAX_VOTERS and len(going) < steps:
+    if missing and len(voters) < MAX_VOTERS:
         return tuple(sorted([*voters, missing[0]]))
     if surplus and len(voters) > 1:
         return tuple(v for v in voters if v != surplus[0])

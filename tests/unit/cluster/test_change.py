@@ -80,7 +80,7 @@ def test_malformed_edits_are_refused(fields):
 def end(m):
     """The map when the transition is over."""
     while m.transition is not None:
-        m = m.advance() if m.phase(METADATA) else m.finish_chunks()
+        m = m.step(METADATA if m.phase(METADATA) else CHUNK)
     return m
 
 

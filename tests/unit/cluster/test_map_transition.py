@@ -215,7 +215,7 @@ def steps(m):
     """The maps until the end of a transition."""
     found = [m]
     while m.transition is not None:
-        m = m.advance() if m.phase(METADATA) else m.finish_chunks()
+        m = m.step(METADATA if m.phase(METADATA) else CHUNK)
         found.append(m)
     return found
 
@@ -237,15 +237,33 @@ def test_a_voter_is_replaced_in_two_epochs():
     assert 1 not in chain[-1].voters
 
 
-def test_all_voters_can_be_replaced_if_the_epochs_suffice():
-    m = grown(3)
-    chain = [m, *steps(m.begin([node(4), node(5), node(6)], leaving=[1, 2, 3]))]
+@pytest.mark.parametrize("count", [1, 3, 5, 7])
+def test_the_map_that_drops_nodes_is_chosen_by_those_who_stay(count):
+    m = grown(count)
+    old = list(range(1, count + 1))
+    new = [count + i for i in old]
+    chain = [m, *steps(m.begin([node(i) for i in new], leaving=old))]
     for before, after in pairwise(chain):
         assert len(set(before.voters) ^ set(after.voters)) <= 1
-    assert set(chain[-1].voters) <= {4, 5, 6}
-    big = grown(5)
-    with pytest.raises(ConfigError, match="drain these nodes first"):
-        big.begin([node(i) for i in range(6, 11)], leaving=[1, 2, 3, 4, 5])
+        assert after.prev_hash == before.digest
+    assert chain[-1].transition is None
+    assert set(chain[-2].voters) <= set(new)  # they chose the last one
+
+
+def test_nobody_is_dropped_while_it_votes():
+    m = steps(grown(3).begin([node(1), node(2), node(3), node(4)], leaving=[1]))
+    last = next(x for x in m if x.ends_with(CHUNK) or x.ends_with(METADATA))
+    assert not last.leaving_voters
+    with pytest.raises(ConfigError, match="nobody who leaves votes"):
+        last.shift_voters()
+    with pytest.raises(ConfigError, match="nobody who leaves votes"):
+        grown(3).shift_voters()
+    early = grown(3).begin([node(4), node(5), node(6)], leaving=[1, 2, 3])
+    early = early.finish_chunks().advance()
+    assert early.leaving_voters
+    with pytest.raises(ConfigError, match="their votes go before they do"):
+        early.advance()
+    assert early.step(METADATA).transition == early.transition
 
 
 def test_voters_that_are_given_differ_by_one():
