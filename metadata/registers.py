@@ -19,12 +19,13 @@ last change of its partition's homes is refused, however long it waited before.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from struct import unpack_from
+from struct import pack, unpack_from
 from typing import Any, Protocol
 
 from dfs.cluster.map import METADATA, ClusterMap
 from dfs.errors import (
     Busy,
+    Corrupt,
     DfsError,
     InvalidArgument,
     NotHome,
@@ -34,6 +35,7 @@ from dfs.hashing import PARTITIONS, digest, partition_of
 from metadata import versions
 from metadata.actors import Actors
 from metadata.merkle import REGISTERS, Change, Op, Table
+from metadata.regained import Regained
 
 PREFIX = b"r"
 MAX_KEY = 1024  # bytes of a user's key
@@ -47,6 +49,8 @@ MINT = "p"  # row, context, value or None -> (register, context, siblings); own 
 PURGE = "x"  # row, BLAKE3 of the register -> whether it was that and is gone; own node only
 DISCARD = "d"  # the same for registers that have values: ghosts of what others purged
 RAW = "o"  # ops, or a function that makes them at its turn -> None; own node only, no registers
+
+CLEARED_AT_ONCE = 1000  # rows read at once while a regained partition is cleared
 
 Request = tuple[Any, ...]
 Reply = Any
@@ -108,8 +112,20 @@ def partition_of_row(row: Any) -> int:
     return partition
 
 
+def _has_row(request: Request) -> bool:
+    """Whether a request of a batch names a row of a register."""
+    return (
+        len(request) > 1
+        and request[1].__class__ is bytes
+        and request[1][:1] == PREFIX
+        and len(request[1]) > HEAD
+    )
+
+
 class Registers:
     """A node's copies of registers."""
+
+    regained_class: type[Regained] = Regained
 
     def __init__(
         self,
@@ -132,6 +148,8 @@ class Registers:
         self._digests = digests
         self._hints: Hints = hints or NoHints()
         self.actors = Actors(table, number, cluster_map)
+        self.regained = self.regained_class(table, number, cluster_map)
+        self._clearing: list[int] = []  # partitions whose old rows go in the batch under way
         self._unsettled: dict[bytes, bytes | None] = {}
         self.merges = 0  # requests that changed a row
         self.mints = 0
@@ -148,6 +166,7 @@ class Registers:
         if cluster_map.epoch > self._map.epoch:
             self._map = cluster_map
             self.actors.follow(cluster_map)
+            self.regained.follow(cluster_map)
 
     # -------------------------------------------------------------------------------------- reads
 
@@ -160,6 +179,8 @@ class Registers:
         if row in self._unsettled:
             return None
         self._fence(epoch, partition)
+        if partition in self.regained.pending:
+            return None
         self._check_shown(partition)
         return self._answer(row, self._table.get(row))
 
@@ -181,7 +202,7 @@ class Registers:
 
     def _check_shown(self, partition: int) -> None:
         """Raise `Busy` while the partition was not compared with its other homes."""
-        if self._is_waiting(partition):
+        if self._is_waiting(partition) or partition in self.regained.pending:
             raise Busy(
                 f"node {self._number} was away and compares partition {partition} with the other "
                 "homes before it shows it; `dfs node workers` shows storage-repair at it"
@@ -212,6 +233,8 @@ class Registers:
         before: dict[bytes, bytes | None] = {}
         ops: list[Op] = []
         replies: list[Reply] = []
+        if self.regained.pending:
+            self._clear(work, before)
         for epoch, request in work:
             try:
                 replies.append(self._one(now_us, epoch, request, before, ops))
@@ -228,17 +251,45 @@ class Registers:
         if changes:
             ops += self._digests.ops(changes)
         ops += self.actors.take_ops()
+        ops += self.regained.take_ops()
         return ops, replies
+
+    def _clear(
+        self, work: Sequence[tuple[int, Request]], before: dict[bytes, bytes | None]
+    ) -> None:
+        """Drop what is left from an earlier time as a home, before anything new is taken."""
+        touched = [unpack_from(">H", r[1], 1)[0] for _, r in work if _has_row(r)]
+        for partition in self.regained.take(touched):
+            try:
+                rows = self._rows(partition)
+            except Corrupt:  # until `storage-repair` has settled what is lost: see `_one`
+                continue
+            for row, old in rows:
+                self._set(row, old, None, before)
+            self._clearing.append(partition)
+        self.regained.cleared(self._clearing)
+
+    def _rows(self, partition: int) -> list[tuple[bytes, bytes]]:
+        prefix = PREFIX + pack(">H", partition)
+        found: list[tuple[bytes, bytes]] = []
+        after = b""
+        while rows := self._table.scan(prefix, after, CLEARED_AT_ONCE):
+            found += rows
+            after = rows[-1][0]
+        return found
 
     def settle(self) -> None:
         """The batch of the last `apply` is durable."""
         self._unsettled.clear()
+        self._clearing = []
 
     def abandon(self, ops: Sequence[Op]) -> None:
         """The store refused the batch, or nobody knows; what was minted in it is never used."""
         self._unsettled.clear()
         self._digests.reload(ops)
         self.actors.unsaved()
+        self.regained.abandon(self._clearing)
+        self._clearing = []
 
     def _one(
         self,
@@ -256,6 +307,10 @@ class Registers:
         row = request[1]
         partition = partition_of_row(row)
         self._fence(epoch, partition)
+        if partition in self.regained.pending:
+            raise Busy(
+                f"node {self._number} cannot clear partition {partition} of its old rows yet"
+            )
         if kind == MERGE:
             self._merge(row, partition, request[2], before)
             return None

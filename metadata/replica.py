@@ -29,6 +29,10 @@ PASS_BYTES = 8 << 20
 OnReplies = Callable[[list[Reply]], None]
 
 
+def _nothing(_replies: list[Reply]) -> None:
+    """For requests nobody waits for."""
+
+
 class Replica:
     """Serves `registers` out of `store`; nothing is written before `run`."""
 
@@ -109,11 +113,13 @@ class Replica:
         with keeper.admitted() if keeper is not None else nullcontext():
             work = [(epoch, request) for epoch, requests, _ in taken for request in requests]
             ops, replies = registers.apply(self._clock.time_ns() // 1000, work)
+            stored = True
             if ops:
                 try:
                     await self._store.batch(ops)
                 except DfsError as e:
                     registers.abandon(ops)
+                    stored = False
                     replies = self._refused(work, e)
                     log.warning("%d requests to registers failed: %s", len(work), e)
                 except BaseException:
@@ -130,6 +136,8 @@ class Replica:
             except Exception:  # one bad callback must not stop the writer of all the others
                 log.exception("a callback of the registers failed")
             start = end
+        if ops and stored and registers.regained.pending and not self._waiting:
+            self.submit(registers.map.epoch, (), _nothing)  # goes on clearing
 
     def _refused(self, work: Sequence[tuple[int, Request]], error: DfsError) -> list[Reply]:
         """Nothing of a pass was stored: reads are answered from what is there."""

@@ -224,7 +224,7 @@ def former_home(mutant: str | None) -> None:
 
 
 def home_again(mutant: str | None) -> None:
-    """A home that comes back to its old registers shows nothing before it has compared them."""
+    """A home that comes back forgets its old registers."""
     with stage(ONE, mutant) as s:
         assert s.ask(2, b"value")  # noqa: S101
         s.move()
@@ -300,5 +300,6 @@ SCHEDULES: dict[str, Schedule] = {
     "oldhints": a_hint_too_late, "hintreceiver": a_hint_on_its_way,
     "hintsender": a_hint_at_a_new_home,
     "settle0": a_push_on_its_way, "nograce": a_push_on_its_way,
-    "grace0": restored_young, "expush": former_home, "nopull": home_again,
+    "grace0": restored_young, "expush": former_home,
+    "keepsold": several_homes_again,
 }  # fmt: skip

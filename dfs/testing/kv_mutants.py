@@ -4,7 +4,7 @@ Each fault is a subclass of the real class, or a replaced function, as small as 
 those in the shell (`hasty`, `amnesia`, ...) are read by name in `dfs.testing.kv_node`.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from metadata.hints import Hints
 from metadata.merkle import REGISTERS, Change, Digests, Op, value_digest
 from metadata.operation import Operation
 from metadata.quorum import Plan, Quota
+from metadata.regained import Regained
 from metadata.registers import Registers
 from metadata.rejoin import PullFirst
 from metadata.tombstones import Tombstones
@@ -39,6 +40,7 @@ MUTANTS = {
     "mintb": "members of B coordinate and mint in phase 1",
     "amnesia": "a node that was restored from an old state keeps its actors",
     "showsold": "a node that was restored from an old state answers reads at once",
+    "keepsold": "a former home that is one again keeps its old rows",
     "nopull": "nodes with old registers do not wait until they have pulled",
     "resend": "a resent put is a new one",
     "mintagain": "a mint is forgotten when its caller's time runs out",
@@ -72,6 +74,16 @@ MUTANTS = {
     "limitmerge": "a merge keeps at most three siblings",
     "nomap": "an operation goes on by the old map",
 }
+
+
+class _Keeps(Regained):
+    def take(self, touched: Iterable[int]) -> list[int]:
+        self.cleared(list(self.pending))
+        return []
+
+
+class _KeepsOld(Registers):
+    regained_class = _Keeps
 
 
 class _AnyEpoch(Registers):
@@ -468,6 +480,7 @@ _CLASSES: dict[str, dict[str, Any]] = {
     "grace0": {"tombstones": _Grace0},
     "settle0": {"tombstones": _Settle0},
     "notall": {"tombstones": _NotAll},
+    "keepsold": {"registers": _KeepsOld},
     "nopull": {"pull_first": _NoPull},
 }
 _PATCHES: dict[str, tuple[Any, str, Callable[..., Any]]] = {

@@ -6,7 +6,12 @@ See `dfs.testing.kv_directed`.
 import pytest
 
 from dfs.testing.kv_cores import ViolationError
-from dfs.testing.kv_directed import SCHEDULES, home_again_to_a_new_value, several_homes_again
+from dfs.testing.kv_directed import (
+    SCHEDULES,
+    home_again,
+    home_again_to_a_new_value,
+    several_homes_again,
+)
 from dfs.testing.kv_mutants import MUTANTS
 
 
@@ -15,10 +20,18 @@ def test_the_real_rules_hold(schedule):
     schedule(None)
 
 
-@pytest.mark.xfail(raises=ViolationError, reason="ghosts are told by rows, from homes that wait")
-@pytest.mark.parametrize("schedule", [several_homes_again, home_again_to_a_new_value])
+FORGETTING = (home_again, several_homes_again, home_again_to_a_new_value)
+
+
+@pytest.mark.parametrize("schedule", FORGETTING)
 def test_former_homes_forget(schedule):
     schedule(None)
+
+
+def test_they_must_forget_for_good():
+    for schedule in FORGETTING[1:]:
+        with pytest.raises(ViolationError):
+            schedule("keepsold")
 
 
 @pytest.mark.parametrize("mutant", SCHEDULES)
