@@ -176,14 +176,14 @@ def test_on_a_local_cluster_ports_and_zones_are_chosen(cluster, local, monkeypat
         [replace(n, zone="zone1" if n.number < 3 else f"zone{n.number}") for n in cluster.map.nodes]
     )
     node("add", "node5", "node6")
-    node("add", "node7", "--zone", "here")
+    node("add", "node7", "--zone", "here", "--host", "h")
     first, second, third = (edit.node for edit in staged(cluster))
     prefix = "tcp://127.0.0.1:"
     assert (first.metadata_addr, first.chunk_addr) == (f"{prefix}7409", f"{prefix}7410")
     assert (second.metadata_addr, second.chunk_addr) == (f"{prefix}7412", f"{prefix}7413")
     assert third.metadata_addr == f"{prefix}7414"
     assert (first.zone, second.zone, third.zone) == ("zone3", "zone4", "here")
-    assert (first.host, second.host) == ("host-node5", "host-node6")
+    assert [n.host for n in (first, second, third)] == ["host-node5", "host-node6", "h"]
     taken.update(range(7414, 65536))
     told = node("add", "node8", fails=ConfigError)
     assert told == "no free loopback ports above those of the cluster: give --metadata, --chunk"
