@@ -97,6 +97,8 @@ class DiskWatch:
         """The level now."""
         total, free = self._usage()
         self._level = level = self.limits.level(total, free, self._level)
+        if level is not Level.OK:
+            self._unseen = self._unseen_writes = 0
         return level
 
     def check_write(self, size: int = 0) -> None:

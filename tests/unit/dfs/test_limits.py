@@ -157,3 +157,14 @@ def test_a_disk_that_fills_up_unseen_is_noticed_within_the_bounds():
         watch.check_write(1)
     disk.used(10)  # and room is found at once
     watch.check_write(1)
+
+
+def test_a_look_by_anybody_ends_the_credit():
+    usage = [1000 << 20, 900 << 20]
+    watch = DiskWatch(Limits(), lambda: (usage[0], usage[1]), "d")
+    watch.check_write(10)
+    usage[1] = 0
+    watch.check_write(10)  # not looked at yet
+    assert watch.level() is Level.FULL
+    with pytest.raises(DiskFull):
+        watch.check_write(10)
