@@ -83,8 +83,19 @@ class Limits:
 class DiskWatch:
     """The level of one disk, and the refusals that follow from it."""
 
-    def __init__(self, limits: Limits, usage: Callable[[], tuple[int, int]], path: str) -> None:
-        """`usage` gives (bytes, free bytes) of the file system, `path` names it in messages."""
+    def __init__(
+        self,
+        limits: Limits,
+        usage: Callable[[], tuple[int, int]],
+        path: str,
+        *,
+        credit: bool = False,
+    ) -> None:
+        """`usage` gives (bytes, free bytes) of the file system, `path` names it in messages.
+
+        `credit`: for small writes, of which not each is worth a look while there is room.
+        """
+        self._credit = credit
         self.limits = limits
         self._usage = usage
         self._path = path
@@ -108,7 +119,7 @@ class DiskWatch:
             self._unseen_writes -= 1
             return
         self._check(Level.FULL, size, "delete data or add capacity")
-        room = self._level is Level.OK
+        room = self._credit and self._level is Level.OK
         self._unseen = UNSEEN if room else 0
         self._unseen_writes = UNSEEN_WRITES if room else 0
 

@@ -75,7 +75,7 @@ class MetadataNode:
         self._get_map = get_map
         self._folder = folder
         self._started = 0.0
-        self._room = DiskWatch(Limits(), env.disk.usage, env.disk.path())
+        self._room = DiskWatch(Limits(), env.disk.usage, env.disk.path(), credit=True)
         self.store: Store
         self.journals: JournalHost
         self.homes: Homes

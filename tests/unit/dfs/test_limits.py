@@ -126,7 +126,7 @@ def test_what_a_watch_refuses():
 def test_while_there_is_room_not_every_write_looks():
     disk = Disk(1000 * G)
     looks = []
-    watch = DiskWatch(Limits(), lambda: looks.append(1) or disk.usage(), "/data")
+    watch = DiskWatch(Limits(), lambda: looks.append(1) or disk.usage(), "/data", credit=True)
     for _ in range(2 * (UNSEEN_WRITES + 1)):
         watch.check_write(100)
     assert len(looks) == 2
@@ -143,7 +143,7 @@ def test_while_there_is_room_not_every_write_looks():
 
 def test_a_disk_that_fills_up_unseen_is_noticed_within_the_bounds():
     disk = Disk(1000 * G)
-    watch = DiskWatch(Limits(), disk.usage, "/data")
+    watch = DiskWatch(Limits(), disk.usage, "/data", credit=True)
     watch.check_write(100)
     disk.used(99)
     for _ in range(UNSEEN_WRITES):
@@ -161,7 +161,7 @@ def test_a_disk_that_fills_up_unseen_is_noticed_within_the_bounds():
 
 def test_a_look_by_anybody_ends_the_credit():
     usage = [1000 << 20, 900 << 20]
-    watch = DiskWatch(Limits(), lambda: (usage[0], usage[1]), "d")
+    watch = DiskWatch(Limits(), lambda: (usage[0], usage[1]), "d", credit=True)
     watch.check_write(10)
     usage[1] = 0
     watch.check_write(10)  # not looked at yet

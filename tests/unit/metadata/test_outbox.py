@@ -41,7 +41,7 @@ class World:
             SimClock(),
             1,
             lambda: first_map(3),
-            on_reply=lambda ticket, reply: self.replies.append((ticket, reply)),
+            on_reply=lambda now, ticket, reply: self.replies.append((ticket, reply)),
             observe=lambda node, seconds: None,
             inflight=self.inflight,
         )
