@@ -12,7 +12,7 @@ from random import Random
 from dfs.cli.spec import local_nodes
 from dfs.client.connect import Cluster
 from dfs.clock import SystemClock
-from dfs.cluster.map import METADATA, ROLES, ClusterMap
+from dfs.cluster.map import CHUNK, METADATA, ROLES, ClusterMap
 from dfs.errors import InvalidArgument, StaleEpoch, UnknownMethod, Unreachable
 
 CONTEXT = b"seen %d"
@@ -111,8 +111,5 @@ class FakeCluster:
         self.proposed.append((note, new))
         if self.moves:
             while self.map.transition is not None:
-                if self.map.phase(METADATA):
-                    self.map = self.map.advance()
-                else:
-                    self.map = self.map.finish_chunks()
+                self.map = self.map.step(METADATA if self.map.phase(METADATA) else CHUNK)
         return (self.map.epoch,)
