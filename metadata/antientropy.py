@@ -373,17 +373,41 @@ class AntiEntropy:
         both sets of homes by itself.  When it returns, `to` holds all of each partition that is not
         in `failed`.  After a failure call it again; what is there is not sent again.  Partitions
         that are equal already cost four calls, however many they are.
+
+        A partition that waits is not pushed yet, and fails: this node may lack some of it, and
+        holds back what is old.  With others of its kind it would vouch for a new home that has
+        nothing (`dfs.cluster.joint` counts on every member of A having what was acknowledged).
         """
         if any(not self.digests.built(table) for table in tables):
             text = "the digests of this node are not complete yet"
             return Outcome(errors=[text], failed=list(partitions))
-        outcome = yield from self.exchange(
-            to, now, tables=tables, partitions=partitions, forced=True, pull=False
-        )
-        cluster = self.get_map()
-        for table in tables:  # what digests call equal may still be on its way to the disk there
-            yield Call(to, "sync.push", (table, (), now), cluster.epoch)
+        began = self.pull_first.begins
+        late: list[int] = []
+        if REGISTERS in tables:
+            late = [p for p in partitions if not self.rule_vouches(p)]
+        left_out = set(late)
+        ready = [p for p in partitions if p not in left_out]
+        outcome = Outcome()
+        if ready:
+            outcome = yield from self.exchange(
+                to, now, tables=tables, partitions=ready, forced=True, pull=False
+            )
+            cluster = self.get_map()
+            for table in tables:  # what digests call equal may be on its way to the disk there
+                yield Call(to, "sync.push", (table, (), now), cluster.epoch)
+        if REGISTERS in tables and self.pull_first.begins != began:
+            late = list(partitions)  # some rows may have been missing for a part of the time
+        if late:
+            outcome.errors.append(
+                f"node {self.me} waits for {len(late)} partitions, the first is {late[0]}: they "
+                "are pushed once they were compared with their other homes (`dfs node workers`)"
+            )
+            outcome.failed = list(dict.fromkeys((*outcome.failed, *late)))
         return outcome
+
+    def rule_vouches(self, partition: int) -> bool:
+        """Whether what this node holds of a partition is all that it must push."""
+        return not self.pull_first.waiting(partition)
 
 
 class _Exchange:

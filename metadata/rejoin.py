@@ -4,7 +4,8 @@ A node that was restored from a backup, lost its disk, or became a home again af
 a while, lacks acknowledged writes and may hold registers whose tombstones the others have purged
 since.  Until it has compared a partition with the other homes it is *waiting* there: it takes
 merges, but answers no read, coordinates nothing, and gives away only registers that are younger
-than the grace of tombstones: those cannot have been purged.
+than the grace of tombstones: those cannot have been purged.  So what it pushes is not all there is,
+and during a transition it vouches for nothing that it waits for (`AntiEntropy.push_partitions`).
 
 An older register that only it has is dropped, if all other homes answered and none of them is
 waiting itself.  When other homes were restored too, nothing can be told apart, and it is kept.
@@ -33,6 +34,7 @@ class PullFirst:
             raise Corrupt(f"the list of waiting partitions has format {raw[0]}: upgrade dfs")
         self._epoch = int.from_bytes(raw[1:5], "big")
         self._bits = int.from_bytes(raw[5:], "little")
+        self.begins = 0  # times that partitions began to wait since the start
 
     def follow(
         self, old: ClusterMap | None, new: ClusterMap, me: int, holds: Callable[[int], bool]
@@ -53,6 +55,7 @@ class PullFirst:
             was = old is not None and next_one and _is_home(old, me, partition)
             if not was and _is_home(new, me, partition) and holds(partition):
                 self._bits |= 1 << partition
+                self.begins += 1
         return self._ops()
 
     def waiting(self, partition: int) -> bool:
@@ -65,6 +68,7 @@ class PullFirst:
 
     def begin(self, partitions: Iterable[int] = range(PARTITIONS)) -> list[Op]:
         """Let partitions (all of them) wait, from now on; store the operations before serving."""
+        self.begins += 1
         for partition in partitions:
             self._bits |= 1 << partition
         return self._ops()

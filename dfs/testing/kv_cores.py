@@ -26,7 +26,7 @@ from dfs.testing.kv_maps import CHAINS, PARTITIONS, chain, keys_of
 from dfs.testing.kv_mutants import Classes
 from dfs.testing.kv_network import Network, Scheduler, Weather
 from dfs.testing.kv_node import Node, Process
-from dfs.testing.kv_oracle import Oracle, ViolationError, Write
+from dfs.testing.kv_oracle import Dot, Oracle, ViolationError, Write
 from dfs.testing.kv_themes import Theme
 from metadata import actors, antientropy, merkle, rejoin, versions
 from metadata.antientropy import members
@@ -246,7 +246,10 @@ class World:
             best = (-1, -1)
             for name in sorted(write.dots):
                 dot = history.dots[name]
-                held = sum(n in dot.homes or n in dot.lost for n in members_)
+                held = sum(
+                    n in dot.homes or n in dot.lost or self._left(process, operation.row, dot, n)
+                    for n in members_
+                )
                 hinted = len(dot.hints - set(members_))
                 best = max(best, (held, hinted))
             if best[0] < homes or best[0] + best[1] < total:
@@ -254,6 +257,19 @@ class World:
                     f"copies: write {write.number} was acknowledged with {best} copies on homes "
                     f"{members_} and as hints, {total} and {homes} on homes are needed"
                 )
+
+    def _left(self, process: Process, row: bytes, dot: Dot, number: int) -> bool:
+        """Whether a node had a copy, and let go of it by homes this coordinator has not heard of.
+
+        Nothing tells a coordinator with an old map that a home which acknowledged is one no more.
+        It need not know: the transition that ended it has taken the write to quorums of the homes
+        that followed, and `check_quorums` asks for it there.
+        """
+        epoch = dot.left.get(number)
+        if epoch is None:
+            return False
+        partition = int.from_bytes(row[1:3], "big")
+        return self.chain.at(epoch).last_change(METADATA, partition) > process.map.epoch
 
     def check_quorums(self, row: bytes) -> None:
         """No quorum that would answer a read now, by a map of any epoch, may miss what is known.

@@ -73,6 +73,27 @@ def too_few_pushed(mutant: str | None) -> None:
         s.check_quorums(s.row)
 
 
+def pushed_by_some_that_wait(mutant: str | None) -> None:
+    """Homes that wait withhold old registers: what they push meanwhile is not all they have."""
+    with stage(ONE, mutant) as s:
+        s.away(4)
+        assert s.ask(2, b"value")  # noqa: S101
+        s.back()
+        s.hours(25.5)
+        for number in (2, 3):  # as if each had skipped a map in which it may have been no home
+            process = s.process(number)
+            process.enqueue(("o", process.pull_first.begin([s.partition])), lambda _: None)
+        s.advance()
+        s.tell(s.nodes)
+        s.push(s.nodes)
+        assert not s.advance()  # noqa: S101 - a broken rule has raised here
+        for number in (2, 3):
+            s.process(number).pull()
+            s.run_for()
+        s.push(s.nodes)
+        assert s.advance()  # noqa: S101
+
+
 def lost_and_regained(mutant: str | None) -> None:
     """A home that was none for a while, and lacks what it wrote before, is another actor."""
     with stage(SWAP, mutant) as s:
@@ -291,6 +312,7 @@ def clock_set_back(mutant: str | None) -> None:
 SCHEDULES: dict[str, Schedule] = {
     "readfence-1": stale_reader, "anyreport": stale_reader,
     "nofence": late_writer, "nowritefence": late_writer, "m3": late_writer,
+    "pushwaiting": pushed_by_some_that_wait,
     "push-1": too_few_pushed, "fence-1": too_few_fenced,
     "readb": early_reader,
     "oldclock": clock_set_back,

@@ -70,6 +70,7 @@ MUTANTS = {
     "hintsender": "hints are delivered at any age",
     "hintreceiver": "hints are taken at any age",
     "expush": "former homes push their registers",
+    "pushwaiting": "a home that waits says that it has pushed",
     "nodigest": "a change of a row leaves the digests as they are",
     "limitmerge": "a merge keeps at most three siblings",
     "nomap": "an operation goes on by the old map",
@@ -83,7 +84,7 @@ class _Keeps(Regained):
 
 
 class _KeepsOld(Registers):
-    regained_class = _Keeps
+    regained_class: type[Regained] = _Keeps
 
 
 class _AnyEpoch(Registers):
@@ -212,6 +213,11 @@ class _ExPush(AntiEntropy):
 
     def shared(self, cluster: ClusterMap, peer: int) -> list[int]:
         return [p for p in range(64) if peer in cluster.write_sets(METADATA, p)[-1]]
+
+
+class _PushWaiting(AntiEntropy):
+    def rule_vouches(self, partition: int) -> bool:
+        return True
 
 
 class _OldHints(Hints):
@@ -465,6 +471,7 @@ _CLASSES: dict[str, dict[str, Any]] = {
     "readfence-1": {"rules": _ReadFence1()},
     "anyreport": {"rules": _AnyReport()},
     "expush": {"antientropy": _ExPush},
+    "pushwaiting": {"antientropy": _PushWaiting},
     "oldhints": {"hints": _OldHints},
     "nograce": {"tombstones": _NoGrace},
     "purgeearly": {"tombstones": _PurgeEarly},

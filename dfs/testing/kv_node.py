@@ -175,6 +175,9 @@ class Process:
         self.registers.settle()
         for key, value in store.scan(b"r") + store.scan(b"h"):  # what outlived the crash
             self._kept(key, value)
+        for row in world.oracle.rows:  # what did not
+            if store.get(row) is None:
+                world.oracle.dropped(row, self.number, self.map.epoch)
 
     # -------------------------------------------------------------------------------- the basics
 
@@ -232,6 +235,7 @@ class Process:
         work, self.queue = self.queue, []
         node, store = self.node, self.node.store
         before = {r[1]: store.get(r[1]) for _, r, _, _ in work if r[0] == registers.PURGE}
+        epoch = self.map.epoch
         ops, replies = self.registers.apply(node.wall_us(), [item[:2] for item in work])
         try:
             store.batch(ops)
@@ -254,14 +258,16 @@ class Process:
             if self._early(item):
                 item[2](reply)
         delay = world.random.random() * world.sync_time if not world.calm else 0.001
-        world.scheduler.after(delay, lambda: self._durable(ops, work, replies))
+        world.scheduler.after(delay, lambda: self._durable(epoch, ops, work, replies))
 
-    def _durable(self, ops: Sequence[Op], work: Sequence[Any], replies: Sequence[Any]) -> None:
+    def _durable(
+        self, epoch: int, ops: Sequence[Op], work: Sequence[Any], replies: Sequence[Any]
+    ) -> None:
         if not self.alive:
             return
         world = self.world
         if world.network.stopped(self.number):
-            world.when_continued(self.number, lambda: self._durable(ops, work, replies))
+            world.when_continued(self.number, lambda: self._durable(epoch, ops, work, replies))
             return
         self.node.store.sync()
         self.registers.settle()
@@ -269,7 +275,7 @@ class Process:
             if value is not None:
                 self._kept(key, value)
             elif key[:1] == b"r":
-                world.oracle.dropped(key, self.number)
+                world.oracle.dropped(key, self.number, epoch)
         if world.crash_at_write():
             self.node.crash()
             return

@@ -58,6 +58,7 @@ class Dot:
     homes: set[int] = field(default_factory=set)  # nodes whose row has durably held it
     hints: set[int] = field(default_factory=set)  # nodes that have durably held it as a hint
     lost: set[int] = field(default_factory=set)  # nodes that held it before they were restored
+    left: dict[int, int] = field(default_factory=dict)  # who let go of it -> by the map of an epoch
 
 
 @dataclass(slots=True)
@@ -195,10 +196,12 @@ class Oracle:
             if hlc <= newest.get(actor, 0):
                 (dot.hints if hint else dot.homes).add(node)
 
-    def dropped(self, row: bytes, node: int) -> None:
-        """A node has a row no more, durably."""
+    def dropped(self, row: bytes, node: int, epoch: int) -> None:
+        """A node has a row no more, durably; it judged by the map of that epoch."""
         for dot in self.history(row).dots.values():
-            dot.homes.discard(node)
+            if node in dot.homes:
+                dot.homes.discard(node)
+                dot.left[node] = epoch
 
     def missed(self, row: bytes, nodes: Sequence[int], quorum: int) -> int:
         """The writes that an answer of some `quorum` of these nodes would not know, and should."""

@@ -310,6 +310,53 @@ def test_damage_is_not_absence():
     assert len(intact) > 300
 
 
+def waiting_pusher():
+    before, moving, _, after = transition()
+    nodes, holder = make(4, before)
+    row = moved_row(moving, after)
+    p = partition_of_row(REGISTERS, row)
+    nodes[1].put(row, b"v", OLD)
+    holder[0] = moving
+    return nodes, row, p
+
+
+def test_who_waits_for_a_partition_does_not_vouch_for_it():
+    nodes, row, p = waiting_pusher()
+    sync = nodes[1].sync
+    other = p + 1 if p < 4095 else p - 1
+    sync.pull_first.begin([p])
+    calls = []
+    outcome = run(nodes, 1, sync.push_partitions((p,), 4, NOW), NOW, calls=calls)
+    assert (outcome.failed, outcome.pushed, calls) == ([p], 0, [])
+    assert "waits" in outcome.errors[0]
+    outcome = run(nodes, 1, sync.push_partitions((other, p), 4, NOW, tables=(BLOBS,)), NOW)
+    assert outcome.failed == []  # blobs never wait
+    sync.pull_first.finish([p])
+    outcome = run(nodes, 1, sync.push_partitions((p,), 4, NOW), NOW)
+    assert (outcome.failed, outcome.errors, outcome.pushed) == ([], [], 1)
+    assert nodes[4].values(row) == [b"v"]
+
+
+def test_who_began_to_wait_during_a_push_does_not_vouch_for_it():
+    nodes, _, p = waiting_pusher()
+    sync = nodes[1].sync
+
+    def push():
+        inner = sync.push_partitions((p,), 4, NOW)
+        effect = next(inner)
+        sync.pull_first.begin([p])
+        sync.pull_first.finish([p])  # and was done with it before the end
+        while True:
+            try:
+                effect = inner.send((yield effect))
+            except StopIteration as e:
+                return e.value
+
+    outcome = run(nodes, 1, push(), NOW)
+    assert outcome.failed == [p]
+    assert "waits" in outcome.errors[0]
+
+
 def test_push_partition_needs_complete_digests():
     nodes, _ = make()
     nodes[1].digests._built.discard(BLOBS)
