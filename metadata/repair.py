@@ -21,8 +21,12 @@ _ABSENT = (Unreachable, DeadlineExceeded, Busy, StaleEpoch, NotHome)
 Loss = tuple[bytes, bytes, str]  # [first, last) of keys, and the damaged table
 
 
-def pull_partition(node: AntiEntropy, partition: int, now: int) -> Steps[bool]:
+def pull_partition(
+    node: AntiEntropy, partition: int, now: int, told: list[str] | None = None
+) -> Steps[bool]:
     """Pull the registers of a waiting partition; returns whether it is complete.
+
+    `told` gets what stands in the way, for people.
 
     The caller then writes `PullFirst.finish`.  Complete means: compared with so many other homes
     that every acknowledged write is on one of them (N - W + 1 of each set of homes), and nothing
@@ -32,13 +36,16 @@ def pull_partition(node: AntiEntropy, partition: int, now: int) -> Steps[bool]:
     row = members(cluster, partition)
     others = [x for x in row if x != node.me]
     answered: list[int] = []
+    told = [] if told is None else told
     for peer in others:
         try:
             outcome = yield from node.exchange(
                 peer, now, tables=(REGISTERS,), partitions=(partition,), forced=True, push=False
             )
-        except _ABSENT:
+        except _ABSENT as e:
+            told.append(f"partition {partition}, node {peer}: {e}")
             continue
+        told += outcome.errors
         if not outcome.errors:
             answered.append(peer)
     if node.get_map().last_change(METADATA, partition) != cluster.last_change(METADATA, partition):
@@ -49,6 +56,7 @@ def pull_partition(node: AntiEntropy, partition: int, now: int) -> Steps[bool]:
     if not ghosts:
         return True
     if len(answered) < len(others):
+        told.append(f"partition {partition}: old registers here that not all homes can judge")
         return False
     yield Purge(ghosts, ghosts=True)
     return True

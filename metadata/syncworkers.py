@@ -315,6 +315,8 @@ class StorageRepair(SyncWorker):
             await sync.run(steps)
             for table in TABLES:
                 await self._rebuild(table, affected(losses, table))
+        for table, partition in tuple(sync.digests.damaged):  # also what an error left undone
+            await self._rebuild(table, [partition])
         try:
             return await self._pull()
         finally:  # an error must not keep them waiting for the usual time
@@ -328,11 +330,15 @@ class StorageRepair(SyncWorker):
         sync = self.sync
         done = await self._finish_equal()
         waiting = sync.pull_first.partitions()
+        told: list[str] = []
         for i, partition in enumerate(waiting):
             self.fraction = i / len(waiting)
-            if await sync.run(pull_partition(sync.antientropy, partition, sync.now()), self._rest):
+            steps = pull_partition(sync.antientropy, partition, sync.now(), told)
+            if await sync.run(steps, self._rest):
                 await sync.run(_write(sync.pull_first.finish([partition])))
                 done += 1
+        if told:
+            self.last_error = "; ".join(told[:3])
         return done
 
     def returned(self, _node: int) -> None:
@@ -352,8 +358,10 @@ class StorageRepair(SyncWorker):
         cluster = sync.get_map()
         homes = {p: members(cluster, p) for p in waiting}
         equal: dict[int, list[int]] = {p: [] for p in waiting}
+        # Nobody asks a node that is no home; becoming one again begins with empty hands.
+        strange = [p for p in waiting if sync.me not in homes[p]]
         for peer in sorted({x for row in homes.values() for x in row} - {sync.me}):
-            shared = [p for p in waiting if peer in homes[p]]
+            shared = [p for p in waiting if peer in homes[p] and sync.me in homes[p]]
             try:
                 found = await sync.run(sync.antientropy.differing(peer, REGISTERS, shared))
             except DfsError as e:
@@ -364,10 +372,11 @@ class StorageRepair(SyncWorker):
                 if p not in differing:
                     equal[p].append(peer)
         changed = sync.get_map()
-        done = [
+        done = strange + [
             p
             for p in waiting
-            if enough(cluster, p, sync.me, equal[p])
+            if sync.me in homes[p]
+            and enough(cluster, p, sync.me, equal[p])
             and changed.last_change(METADATA, p) == cluster.last_change(METADATA, p)
         ]
         if done:

@@ -208,7 +208,8 @@ class World:
         process.wrote[write] = None
         if found.sees:
             self.oracle.seen(found, versions.decode_context(context))
-        self.oracle.minted(found, actor, dict(self.oracle.decode(reply[0])[0])[actor])
+        hlc = dict(self.oracle.decode(reply[0])[0])[actor]
+        self.oracle.minted(found, actor, hlc, (process.number, process.node.batches))
 
     def done(self, process: Process, token: Any, result: Any, deadline: float) -> None:
         """A coordinator has an answer."""

@@ -47,6 +47,7 @@ class Node:
         self.skew = world.random.uniform(-1800.0, 1800.0)
         self.process: Process | None = None
         self.backup: tuple[dict[bytes, bytes], ClusterMap] | None = None
+        self.batches = 0  # written so far
         self.restored = False
         self.pushed: dict[int, dict[int, None]] = {}  # durable claims: member of B -> partitions
         self.pushed_in = 0  # the transition (epoch of its phase 1) that they are about
@@ -233,6 +234,7 @@ class Process:
             self.world.when_continued(self.number, self._write)
             return
         work, self.queue = self.queue, []
+        self.node.batches += 1
         node, store = self.node, self.node.store
         before = {r[1]: store.get(r[1]) for _, r, _, _ in work if r[0] == registers.PURGE}
         epoch = self.map.epoch

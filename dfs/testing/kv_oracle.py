@@ -54,6 +54,7 @@ class Dot:
     """One minted dot."""
 
     write: Write
+    batch: tuple[int, int] = (-1, 0)  # node and number of the batch it was made in
     exposed: bool = False
     homes: set[int] = field(default_factory=set)  # nodes whose row has durably held it
     hints: set[int] = field(default_factory=set)  # nodes that have durably held it as a hint
@@ -115,13 +116,15 @@ class Oracle:
             found = self.decoded[data] = versions.decode(data)
         return found
 
-    def minted(self, write: Write, actor: bytes, hlc: int) -> None:
+    def minted(
+        self, write: Write, actor: bytes, hlc: int, batch: tuple[int, int] = (-1, 0)
+    ) -> None:
         """A replica made a dot for a write; it may still be lost without a trace."""
         history = self.history(write.row)
         known = history.dots.get((actor, hlc))
         if known is not None and known.exposed and known.write is not write:
             raise ViolationError(f"unique: the dot {actor.hex()}:{hlc} names two writes")
-        history.dots[actor, hlc] = Dot(write)
+        history.dots[actor, hlc] = Dot(write, batch)
         if write.dots:
             history.doubled |= 1 << write.number
         write.dots.add((actor, hlc))
@@ -166,7 +169,7 @@ class Oracle:
         for name, dot in history.dots.items():
             if name[1] <= newest.get(name[0], 0):
                 if name in here or newest.get(name[0]) == name[1]:
-                    dot.exposed = True
+                    self._expose(history, dot)
                 covered.append((name, dot))
         superseded = history.purged
         for _, dot in covered:
@@ -184,6 +187,16 @@ class Oracle:
             dot_here = history.dots.get((actor, hlc))
             if dot_here is None or dot_here.write.value != value:
                 raise ViolationError(f"unique: {row!r} holds a value nobody wrote under that dot")
+
+    def _expose(self, history: History, dot: Dot) -> None:
+        """A dot is out, and with it those of its batch: they are durable together or not at all."""
+        if dot.exposed:
+            return
+        dot.exposed = True
+        if dot.batch[0] >= 0:
+            for other in history.dots.values():
+                if other.batch == dot.batch:
+                    other.exposed = True
 
     def durable(self, row: bytes, data: bytes, node: int, *, hint: bool) -> None:
         """A node has a register on disk."""

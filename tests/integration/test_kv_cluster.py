@@ -116,7 +116,7 @@ def test_both_sides_write_weakly_and_people_resolve(net):
     assert "2 siblings; resolve: dfs kv put" in shown.stderr
     context = shown.stderr.split("--context ")[1].split()[0]
     net.dfs("kv", "put", key, "both", "--context", context)
-    assert got(net, key, "--level", "all")["values"] == ["both"]
+    wait_until(lambda: siblings() == ["both"], 20, "all homes have what was resolved")
     load.check()
     other.check()
 

@@ -16,7 +16,7 @@ FOUND = {
     "nopr": 14, "m3": 4, "owncopy": 0, "mintb": 1, "amnesia": 24, "showsold": 24, "nopull": 26,
     "resend": 0, "mintagain": 9, "nofence": 4, "noreadfence": 4, "writea": 1, "writeb": 1,
     "mergenewer": 0, "mergesees": 1, "nodot": 0, "nocontext": 0, "allcontext": 0, "oldhints": 37,
-    "expush": 18, "nodigest": 0, "limitmerge": 1,
+    "nodigest": 0, "limitmerge": 1,
 }  # fmt: skip
 UNSEEN = {"nomap"}  # not seen in 50 seeds, and no directed schedule: the fences hide it
 
