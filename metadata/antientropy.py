@@ -9,12 +9,20 @@ Sans-IO: see `metadata.steps` for the effects.  `now` is wall time in microsecon
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from dfs.cluster.map import METADATA, ClusterMap
-from dfs.errors import Busy, Corrupt, InvalidArgument, NotHome, StaleEpoch
+from dfs.errors import Busy, InvalidArgument, NotHome, StaleEpoch
 from dfs.hashing import PARTITIONS
+from metadata.exchange import (
+    BATCH_BYTES,
+    BATCH_ITEMS,
+    Exchange,
+    Key,
+    Outcome,
+    Want,
+    pack_sums,
+)
 from metadata.merkle import (
     BLOBS,
     BUCKETS,
@@ -29,10 +37,8 @@ from metadata.merkle import (
     value_digest,
 )
 from metadata.rejoin import KEEP, PullFirst
-from metadata.steps import Call, Item, Merge, Rest, Steps
+from metadata.steps import Call, Item, Merge, Steps
 
-BATCH_ITEMS = 256
-BATCH_BYTES = 1 << 20  # of values; a batch holds at least one item
 GROUP = 32  # partitions compared at once
 SCAN_ROWS = 2000  # looked at for one answer
 SCAN_BYTES = 8 << 20  # of values read and hashed for one answer
@@ -40,30 +46,6 @@ FRESH = 30_000_000  # us: a younger register may be on its way to its other home
 AHEAD = 3600_000_000  # us: a register from further in the future is not called fresh
 OLDEST = 3 * 3600_000_000  # us: a push that was sent longer ago is refused
 EVERY_BUCKET = b"\xff" * (BUCKETS // 8)
-
-Key = tuple[bytes, bytes]  # row, value digest; b"" = too fresh to compare
-Want = tuple[int, bytes]  # partition, bit mask of buckets
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What an exchange did."""
-
-    partitions: int = 0  # that differed
-    pulled: int = 0
-    pushed: int = 0
-    fresh: int = 0  # rows left alone
-    errors: list[str] = field(default_factory=list)  # partitions that could not be compared
-    failed: list[int] = field(default_factory=list)  # those partitions
-
-    def add(self, other: "Outcome") -> None:
-        """Sum up."""
-        self.partitions += other.partitions
-        self.pulled += other.pulled
-        self.pushed += other.pushed
-        self.fresh += other.fresh
-        self.errors += other.errors
-        self.failed += other.failed
 
 
 def members(cluster: ClusterMap, partition: int) -> tuple[int, ...]:
@@ -188,7 +170,7 @@ class AntiEntropy:
         found = []
         for partition in partitions[:GROUP]:
             self._check(cluster, epoch, table, partition, sender)
-            found.append(_pack_sums(self.digests.buckets(table, partition)))
+            found.append(pack_sums(self.digests.buckets(table, partition)))
         waiting = tuple(self.pull_first.waiting(p) for p in partitions[:GROUP])
         yield from ()
         return (tuple(found), waiting)
@@ -288,7 +270,7 @@ class AntiEntropy:
         return now - FRESH < self.newest(register) < now + AHEAD
 
     def holds_back(self, table: int, row: bytes, value: bytes, now: int) -> bool:
-        """Whether a row must not be given away: it may be the ghost of a purged register."""
+        """Whether a row may be the ghost of a purged register: it is neither given nor merged."""
         return (
             table == REGISTERS
             and self.pull_first.waiting(partition_of_row(table, row))
@@ -321,11 +303,12 @@ class AntiEntropy:
         forced: bool = False,
         pull: bool = True,
         push: bool = True,
+        kind: Callable[..., Exchange] = Exchange,
     ) -> Steps[Outcome]:
         """Make this node and `peer` equal in the partitions they share (or in some of them).
 
-        `forced` does not leave out fresh registers.  Raises what calls raise; what was done until
-        then stays done.
+        `forced` does not leave out fresh registers; `kind` makes another kind of exchange.  Raises
+        what calls raise; what was done until then stays done.
         """
         cluster = self.get_map()
         outcome = Outcome()
@@ -333,7 +316,7 @@ class AntiEntropy:
             differing = yield from self.differing(peer, table, partitions)
             for i in range(0, len(differing), GROUP):
                 group = differing[i : i + GROUP]
-                run = _Exchange(self, cluster, peer, table, now, forced, pull, push)
+                run = kind(self, cluster, peer, table, now, forced, pull, push)
                 outcome.add((yield from run.run(group)))
         return outcome
 
@@ -410,190 +393,8 @@ class AntiEntropy:
         return not self.pull_first.waiting(partition)
 
 
-class _Exchange:
-    """One table and a few partitions that differ."""
-
-    def __init__(
-        self,
-        node: AntiEntropy,
-        cluster: ClusterMap,
-        peer: int,
-        table: int,
-        now: int,
-        forced: bool,
-        pull: bool,
-        push: bool,
-    ) -> None:
-        self.node = node
-        self.epoch = cluster.epoch
-        self.cluster = cluster
-        self.peer = peer
-        self.table = table
-        self.now = now
-        self.forced = forced
-        self.pull = pull
-        self.push = push
-        self.outcome = Outcome()
-
-    def run(self, partitions: Sequence[int]) -> Steps[Outcome]:
-        """Compare and exchange; partitions with damage on either side are named, not compared."""
-        try:
-            yield from self._compare(partitions)
-        except Corrupt as e:
-            if len(partitions) == 1:
-                self.outcome.errors.append(f"partition {partitions[0]}: {e}")
-                self.outcome.failed.append(partitions[0])
-            else:
-                for partition in partitions:
-                    yield from self.run((partition,))
-        return self.outcome
-
-    def _compare(self, partitions: Sequence[int]) -> Steps[None]:
-        node, table = self.node, self.table
-        packed, _ = yield self._call("sync.buckets", tuple(partitions))
-        pushed: list[Want] = []
-        pulled: list[Want] = []
-        for partition, sums in zip(partitions, packed, strict=True):
-            mine, theirs = node.digests.buckets(table, partition), _unpack_sums(sums)
-            mask = sum(1 << b for b in range(BUCKETS) if mine[b] != theirs[b])
-            if not mask:
-                continue
-            self.outcome.partitions += 1
-            want = partition, mask.to_bytes(BUCKETS // 8, "big")
-            if node.may_send(self.cluster, table, partition, node.me):
-                pushed.append(want)
-            else:
-                pulled.append(want)
-        if pushed:
-            yield from self._walk(tuple(pushed), self.pull, self.push)
-        if pulled and self.pull:
-            yield from self._walk(tuple(pulled), self.pull, False)
-
-    def _walk(self, wants: tuple[Want, ...], pull: bool, push: bool) -> Steps[None]:
-        """Go through the rows of both sides in step."""
-        node, table = self.node, self.table
-        now = None if self.forced else self.now
-        after = b""
-        while True:
-            mine, until = node.listing(table, wants, after, b"", now)
-            at = 0
-            while True:
-                args = wants, after, until, self.forced
-                theirs, cursor = yield self._call("sync.keys", *args)
-                end = at
-                while end < len(mine) and (not cursor or mine[end][0] <= cursor):
-                    end += 1
-                yield from self._settle(mine[at:end], theirs, pull, push)
-                at = end
-                if not cursor:
-                    break
-                after = cursor
-            if not until:
-                return
-            after = until
-
-    def _settle(
-        self, mine: Sequence[Key], theirs: Sequence[Key], pull: bool, push: bool
-    ) -> Steps[None]:
-        """Exchange what differs between two listings of the same range."""
-        ours, others = dict(mine), dict(theirs)
-        wanted: list[bytes] = []
-        offered: dict[bytes, bytes] = {}  # row -> digest of the peer's value; b"" = it has none
-        for row, digest in others.items():
-            own = ours.get(row)
-            if own == digest and digest:
-                continue
-            if not digest or own == b"":
-                self.outcome.fresh += 1
-                continue
-            wanted.append(row)
-            if own is not None:
-                offered[row] = digest
-        for row, digest in ours.items():
-            if row not in others:
-                if digest:
-                    offered[row] = b""
-                else:
-                    self.outcome.fresh += 1
-        if pull and wanted:
-            yield from self._fetch(wanted)
-        if push and offered:
-            yield from self._offer(offered)
-
-    def _fetch(self, rows: list[bytes]) -> Steps[None]:
-        """Pull rows and merge them."""
-        while rows:
-            items, taken = yield self._call("sync.items", tuple(rows[:BATCH_ITEMS]))
-            if items:
-                self.outcome.pulled += yield Merge(self.table, items)
-            yield Rest(_size(items))
-            del rows[: max(1, taken)]
-
-    def _offer(self, offered: dict[bytes, bytes]) -> Steps[None]:
-        """Push rows whose value is another than the peer's still, after what was pulled."""
-        table, view = self.table, self.node.view
-        rows = [
-            row
-            for row, digest in offered.items()
-            if (value := view.get(row)) is not None and value_digest(table, row, value) != digest
-        ]
-        while rows:
-            items, taken = self.node.read(table, rows, self.now)
-            if items:
-                (changed,) = yield self._call("sync.push", tuple(items), self.now)
-                self.outcome.pushed += changed
-                yield Rest(_size(items))
-            del rows[:taken]
-
-    def _call(self, method: str, *args: Any) -> Call:
-        return Call(self.peer, method, (self.table, *args), self.epoch)
-
-
 def _partition(table: int, row: Any) -> int:
     try:
         return partition_of_row(table, row)
     except (ValueError, TypeError) as e:
         raise InvalidArgument(str(e)) from None
-
-
-def _size(items: Sequence[Item]) -> int:
-    return sum(len(row) + len(value) for row, value in items)
-
-
-def _pack_sums(sums: Sequence[int]) -> bytes:
-    return b"".join(bytes([b]) + s.to_bytes(DIGEST, "big") for b, s in enumerate(sums) if s)
-
-
-def _unpack_sums(packed: bytes) -> list[int]:
-    sums = [0] * BUCKETS
-    for i in range(0, len(packed), 1 + DIGEST):
-        sums[packed[i]] = int.from_bytes(packed[i + 1 : i + 1 + DIGEST], "big")
-    return sums
-
-
-class _Absent(_Exchange):
-    """Finds the rows that the peer does not have, and moves nothing."""
-
-    found: dict[bytes, bytes]
-
-    def _settle(
-        self, mine: Sequence[Key], theirs: Sequence[Key], pull: bool, push: bool
-    ) -> Steps[None]:
-        has = {row for row, _ in theirs}
-        self.found.update((row, digest) for row, digest in mine if row not in has)
-        yield from ()
-
-
-def absent_at(
-    node: AntiEntropy, peer: int, partition: int, now: int
-) -> Steps[tuple[dict[bytes, bytes], bool]]:
-    """Our registers of a partition that `peer` lacks, and whether it is waiting itself."""
-    cluster = node.get_map()
-    run = _Absent(node, cluster, peer, REGISTERS, now, True, True, True)
-    run.found = {}
-    packed, (waits,) = yield run._call("sync.buckets", (partition,))
-    mine, theirs = node.digests.buckets(REGISTERS, partition), _unpack_sums(packed[0])
-    mask = sum(1 << b for b in range(BUCKETS) if mine[b] != theirs[b])
-    if mask and not waits:
-        yield from run._walk(((partition, mask.to_bytes(BUCKETS // 8, "big")),), True, True)
-    return run.found, waits

@@ -25,7 +25,8 @@ from typing import Any
 from dfs import codec
 from dfs.cluster.map import METADATA, ClusterMap
 from dfs.errors import Busy, Corrupt, InvalidArgument, NotHome, RemoteProtocolError, StaleEpoch
-from metadata.antientropy import BATCH_BYTES, BATCH_ITEMS, members
+from metadata.antientropy import members
+from metadata.exchange import BATCH_BYTES, BATCH_ITEMS
 from metadata.merkle import REGISTERS, Op, Table, partition_of_row
 from metadata.steps import Call, Merge, Rest, Steps, Write
 

@@ -27,7 +27,7 @@ from dfs.codec import pack, unpack
 from dfs.env import Env
 from dfs.errors import Corrupt, DfsError
 from dfs.rpc.mapkeeper import MapKeeper
-from metadata.antientropy import Outcome
+from metadata.exchange import Outcome
 from metadata.store.engine import Store
 from metadata.synchronise import Resting
 

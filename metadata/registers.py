@@ -36,6 +36,7 @@ from metadata import versions
 from metadata.actors import Actors
 from metadata.merkle import REGISTERS, Change, Op, Table
 from metadata.regained import Regained
+from metadata.rejoin import KEEP
 
 PREFIX = b"r"
 MAX_KEY = 1024  # bytes of a user's key
@@ -48,6 +49,7 @@ HINT = "h"  # row, register, target, written -> None, durable: keep it for node 
 MINT = "p"  # row, context, value or None -> (register, context, siblings); own node only
 PURGE = "x"  # row, BLAKE3 of the register -> whether it was that and is gone; own node only
 DISCARD = "d"  # the same for registers that have values: ghosts of what others purged
+SETTLE = "j"  # row, BLAKE3 of the register, another or b"" -> whether it replaced it; own node only
 RAW = "o"  # ops, or a function that makes them at its turn -> None; own node only, no registers
 
 CLEARED_AT_ONCE = 1000  # rows read at once while a regained partition is cleared
@@ -312,7 +314,7 @@ class Registers:
                 f"node {self._number} cannot clear partition {partition} of its old rows yet"
             )
         if kind == MERGE:
-            self._merge(row, partition, request[2], before)
+            self._merge(now_us, row, partition, request[2], before)
             return None
         if kind == GET:
             self._check_shown(partition)
@@ -328,6 +330,9 @@ class Registers:
             return None
         if kind in {PURGE, DISCARD}:
             return self._purge(kind, row, request[2], before)
+        if kind == SETTLE:
+            _, _, wanted, register = request
+            return self._settle(row, partition, wanted, register, before)
         raise InvalidArgument(f"no request {kind!r}; is the caller of another version?")
 
     def _current(self, row: bytes) -> bytes | None:
@@ -341,7 +346,12 @@ class Registers:
         self._unsettled[row] = new
 
     def _merge(
-        self, row: bytes, partition: int, data: bytes, before: dict[bytes, bytes | None]
+        self,
+        now_us: int,
+        row: bytes,
+        partition: int,
+        data: bytes,
+        before: dict[bytes, bytes | None],
     ) -> None:
         old = self._current(row)
         if old == data:
@@ -352,6 +362,11 @@ class Registers:
         merged = versions.merge(own, register)
         if merged == own:
             return
+        if self.rule_unjudged(now_us, partition, own):
+            raise Busy(
+                f"node {self._number} was away and cannot tell yet whether an old value of "
+                f"{row[HEAD:]!r:.60} was deleted meanwhile: it takes no other beside it"
+            )
         if len(merged[1]) > self.siblings_max:
             self.siblings_max = len(merged[1])
         self.merges += 1
@@ -386,6 +401,26 @@ class Registers:
         data = versions.encode(register)
         self._set(row, old, data, before)
         return data, versions.encode_context(register[0]), len(register[1])
+
+    def rule_unjudged(self, now_us: int, partition: int, own: versions.Register) -> bool:
+        """One new value beside a ghost would make the row look too young to be one."""
+        return self._is_waiting(partition) and 0 < versions.newest_hlc(own) < now_us - KEEP
+
+    def _settle(
+        self,
+        row: bytes,
+        partition: int,
+        wanted: bytes,
+        data: bytes,
+        before: dict[bytes, bytes | None],
+    ) -> bool:
+        old = self._current(row)
+        if old is None or digest(old) != wanted:
+            return False
+        if data:
+            self.actors.recognise(partition, versions.decode(data)[0], versions.decode(old)[0])
+        self._set(row, old, data or None, before)
+        return True
 
     def _purge(
         self, kind: str, row: bytes, wanted: bytes, before: dict[bytes, bytes | None]

@@ -1,99 +1,21 @@
-"""Making partitions whole again: after a restore, after damage of the store, after drift.
+"""Making partitions whole again: after damage of the store, after drift.
 
 Everything here ends in the same two steps.  Digests are recomputed from the rows, and a partition
-that may lack acknowledged writes is pulled from its other homes while it waits
-(`metadata.rejoin`).
+that may lack acknowledged writes is pulled from its other homes while it waits (`metadata.pull`).
 
 Sans-IO: see `metadata.steps`.  `now` is wall time in microseconds.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 
-from dfs.cluster.map import METADATA, ClusterMap
-from dfs.errors import Busy, Corrupt, DeadlineExceeded, NotHome, StaleEpoch, Unreachable
+from dfs.errors import Corrupt
 from dfs.hashing import PARTITIONS
-from metadata.antientropy import AntiEntropy, absent_at, members
+from metadata.antientropy import AntiEntropy
 from metadata.merkle import BLOBS, REGISTERS, TABLES, Table, bucket_row, recompute
-from metadata.rejoin import KEEP, PullFirst
-from metadata.steps import Accept, Correct, Merge, Purge, Rest, Steps, Write
+from metadata.rejoin import PullFirst
+from metadata.steps import Accept, Correct, Rest, Steps, Write
 
-_ABSENT = (Unreachable, DeadlineExceeded, Busy, StaleEpoch, NotHome)
 Loss = tuple[bytes, bytes, str]  # [first, last) of keys, and the damaged table
-
-
-def pull_partition(
-    node: AntiEntropy, partition: int, now: int, told: list[str] | None = None
-) -> Steps[bool]:
-    """Pull the registers of a waiting partition; returns whether it is complete.
-
-    `told` gets what stands in the way, for people.
-
-    The caller then writes `PullFirst.finish`.  Complete means: compared with so many other homes
-    that every acknowledged write is on one of them (N - W + 1 of each set of homes), and nothing
-    is left that might be the ghost of a purged register.
-    """
-    cluster = node.get_map()
-    row = members(cluster, partition)
-    others = [x for x in row if x != node.me]
-    answered: list[int] = []
-    told = [] if told is None else told
-    for peer in others:
-        try:
-            outcome = yield from node.exchange(
-                peer, now, tables=(REGISTERS,), partitions=(partition,), forced=True, push=False
-            )
-        except _ABSENT as e:
-            told.append(f"partition {partition}, node {peer}: {e}")
-            continue
-        told += outcome.errors
-        if not outcome.errors:
-            answered.append(peer)
-    if node.get_map().last_change(METADATA, partition) != cluster.last_change(METADATA, partition):
-        return False
-    if not enough(cluster, partition, node.me, answered):
-        return False
-    ghosts = yield from _ghosts(node, partition, answered, now)
-    if not ghosts:
-        return True
-    if len(answered) < len(others):
-        told.append(f"partition {partition}: old registers here that not all homes can judge")
-        return False
-    yield Purge(ghosts, ghosts=True)
-    return True
-
-
-def enough(cluster: ClusterMap, partition: int, me: int, answered: Sequence[int]) -> bool:
-    """Whether every acknowledged write is at one of the other homes that answered."""
-    for homes in cluster.write_sets(METADATA, partition):
-        others = [x for x in homes if x != me]
-        needed = min(len(others), cluster.n - cluster.w + 1)
-        if sum(x in answered for x in others) < needed:
-            return False
-    return True
-
-
-def _ghosts(
-    node: AntiEntropy, partition: int, peers: Sequence[int], now: int
-) -> Steps[list[tuple[bytes, bytes]]]:
-    """Old registers that none of `peers` has; none if one of them cannot tell itself."""
-    suspects: dict[bytes, bytes] | None = None
-    for peer in peers:
-        found, peer_waits = yield from absent_at(node, peer, partition, now)
-        if peer_waits:
-            return []
-        if suspects is None:
-            suspects = found
-        else:
-            suspects = {row: digest for row, digest in suspects.items() if row in found}
-        if not suspects:
-            return []
-    yield Merge(REGISTERS, ())
-    ghosts = []
-    for row, digest in (suspects or {}).items():
-        value = node.view.get(row)
-        if value is not None and node.newest(value) < now - KEEP:
-            ghosts.append((row, digest))
-    return ghosts
 
 
 def rebuild(

@@ -52,6 +52,17 @@ class Purge:
 
 
 @dataclass(frozen=True, slots=True)
+class Settle:
+    """Put judged registers in the place of old ones, in a partition that waits; durable.
+
+    Items are row, value digest of the old one, and the register (b"" = none at all).  The result
+    says for each whether the row was that and is replaced; see `metadata.pull`.
+    """
+
+    items: Sequence[tuple[bytes, bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
 class Correct:
     """Correct the digests of a partition by {bucket: difference}, in turn with its writes; durable.
 

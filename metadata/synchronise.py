@@ -13,13 +13,14 @@ from dfs.env import Context, Env, Handler, Priority, Reply
 from dfs.errors import DeadlineExceeded, DfsError, DiskFull, InvalidArgument
 from dfs.rpc.mapkeeper import MapKeeper
 from metadata import versions
-from metadata.antientropy import AntiEntropy, Outcome
+from metadata.antientropy import AntiEntropy
 from metadata.blobs import Blobs
+from metadata.exchange import Outcome
 from metadata.hints import DISK_SHARE, Hints
 from metadata.merkle import BLOBS, REGISTERS, Digests, Op
-from metadata.registers import DISCARD, MERGE, PURGE, RAW, Request
+from metadata.registers import DISCARD, MERGE, PURGE, RAW, SETTLE, Request
 from metadata.rejoin import PullFirst
-from metadata.steps import Accept, Call, Correct, Item, Merge, Purge, Rest, Steps, Write
+from metadata.steps import Accept, Call, Correct, Item, Merge, Purge, Rest, Settle, Steps, Write
 from metadata.store.engine import Store
 from metadata.tombstones import Tombstones
 
@@ -224,6 +225,8 @@ class Synchroniser:
             there = [self.store.get(row) is not None for row, _ in effect.items]
             replies = await self._submit([(kind, row, wanted) for row, wanted in effect.items])
             return [not was or bool(reply) for was, reply in zip(there, replies, strict=True)]
+        if isinstance(effect, Settle):
+            return await self._submit([(SETTLE, *item) for item in effect.items])
         if isinstance(effect, Write):
             await self._submit([(RAW, tuple(effect.ops))])
             return None

@@ -21,10 +21,12 @@ from dfs.errors import Corrupt, DfsError
 from dfs.hashing import PARTITIONS
 from dfs.pace import Bandwidth
 from dfs.workers import Worker
-from metadata.antientropy import Outcome, members
+from metadata.antientropy import members
+from metadata.exchange import Outcome
 from metadata.merkle import BLOBS, REGISTERS, TABLES, Table
+from metadata.pull import enough, pull_partition
 from metadata.renewals import Loss, renew_once
-from metadata.repair import affected, enough, pull_partition, rebuild, repair_lost
+from metadata.repair import affected, rebuild, repair_lost
 from metadata.steps import Steps, Write
 from metadata.store.engine import Store
 from metadata.synchronise import Synchroniser

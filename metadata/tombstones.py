@@ -21,7 +21,8 @@ from typing import Any
 
 from dfs.cluster.map import METADATA, ClusterMap
 from dfs.errors import InvalidArgument, NotHome, StaleEpoch
-from metadata.antientropy import BATCH_BYTES, BATCH_ITEMS, OLDEST
+from metadata.antientropy import OLDEST
+from metadata.exchange import BATCH_BYTES, BATCH_ITEMS
 from metadata.merkle import (
     REGISTERS,
     Table,

@@ -287,6 +287,26 @@ def home_again_to_a_new_value(mutant: str | None) -> None:
         s.check_quorums(s.row)
 
 
+def ghost_beside_a_new_value(mutant: str | None) -> None:
+    """A restored home gets a new value before it has judged what it held: the row looks young."""
+    with stage(ONE, mutant) as s:
+        assert s.ask(2, b"value")  # noqa: S101
+        s.nodes[4].backup = (s.nodes[4].store.rows(), s.nodes[4].saved_map)
+        assert s.ask(2, None)  # noqa: S101
+        s.hours(25.5)
+        s.purge(2)
+        s.nodes[4].crash()
+        s.nodes[4].restore()
+        s.nodes[4].start()
+        assert s.ask(3, b"new value", b"")  # noqa: S101 - another actor: it does not cover the old
+        s.run_for(40.0)  # until the new value is no longer fresh
+        s.exchange(3, 4)
+        s.process(4).pull()
+        s.run_for()
+        s.exchange(4, 2)
+        s.check_quorums(s.row)
+
+
 def early_reader(mutant: str | None) -> None:
     """In phase 1 members of B may have nothing yet: they answer and coordinate no read."""
     with stage(SWAP, mutant) as s:
@@ -322,6 +342,6 @@ SCHEDULES: dict[str, Schedule] = {
     "oldhints": a_hint_too_late, "hintreceiver": a_hint_on_its_way,
     "hintsender": a_hint_at_a_new_home,
     "settle0": a_push_on_its_way, "nograce": a_push_on_its_way,
-    "grace0": restored_young, "expush": former_home,
+    "grace0": restored_young, "mixesold": ghost_beside_a_new_value, "expush": former_home,
     "keepsold": several_homes_again,
 }  # fmt: skip

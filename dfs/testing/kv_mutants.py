@@ -40,6 +40,7 @@ MUTANTS = {
     "mintb": "members of B coordinate and mint in phase 1",
     "amnesia": "a node that was restored from an old state keeps its actors",
     "showsold": "a node that was restored from an old state answers reads at once",
+    "mixesold": "a home that waits merges new values into registers that may be ghosts",
     "keepsold": "a former home that is one again keeps its old rows",
     "nopull": "nodes with old registers do not wait until they have pulled",
     "resend": "a resent put is a new one",
@@ -81,6 +82,11 @@ class _Keeps(Regained):
     def take(self, touched: Iterable[int]) -> list[int]:
         self.cleared(list(self.pending))
         return []
+
+
+class _MixesOld(Registers):
+    def rule_unjudged(self, now_us: int, partition: int, own: Any) -> bool:
+        return False
 
 
 class _KeepsOld(Registers):
@@ -487,6 +493,7 @@ _CLASSES: dict[str, dict[str, Any]] = {
     "grace0": {"tombstones": _Grace0},
     "settle0": {"tombstones": _Settle0},
     "notall": {"tombstones": _NotAll},
+    "mixesold": {"registers": _MixesOld},
     "keepsold": {"registers": _KeepsOld},
     "nopull": {"pull_first": _NoPull},
 }

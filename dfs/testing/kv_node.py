@@ -20,9 +20,9 @@ from metadata import merkle, registers, steps, versions
 from metadata.antientropy import members
 from metadata.coordinator import ATTEMPT, DONE, OFFER, SEND
 from metadata.merkle import REGISTERS
+from metadata.pull import pull_partition
 from metadata.quorum import Options
 from metadata.rejoin import PullFirst
-from metadata.repair import pull_partition
 
 if TYPE_CHECKING:
     from dfs.testing.kv_cores import World
@@ -537,6 +537,9 @@ class Process:
             self._merge(effect, go_on)
         elif isinstance(effect, steps.Purge):
             self._purge(effect, go_on)
+        elif isinstance(effect, steps.Settle):
+            requests = [(registers.SETTLE, *item) for item in effect.items]
+            self._all(requests, go_on, go_on)
         elif isinstance(effect, steps.Write):
             self.enqueue(("o", tuple(effect.ops)), go_on)
         elif isinstance(effect, steps.Correct):

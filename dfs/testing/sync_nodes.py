@@ -16,9 +16,9 @@ from metadata import versions
 from metadata.antientropy import AntiEntropy
 from metadata.hints import Hints
 from metadata.merkle import BLOBS, REGISTERS, TABLES, Digests, partition_of_row
-from metadata.registers import DISCARD, HEAD, MERGE, MINT, PURGE, Registers, row_of
+from metadata.registers import DISCARD, HEAD, MERGE, MINT, PURGE, SETTLE, Registers, row_of
 from metadata.rejoin import PullFirst
-from metadata.steps import Accept, Call, Correct, Merge, Purge, Rest, Steps, Write
+from metadata.steps import Accept, Call, Correct, Merge, Purge, Rest, Settle, Steps, Write
 from metadata.tombstones import Tombstones
 
 T = TypeVar("T")
@@ -122,7 +122,13 @@ class SyncNode:
         self.store = store = Rows(rows)
         self.digests = digests = self.digests_class(store)
         digests.load()
-        self.registers = self.registers_class(store, number, get_map(), digests=digests)
+        self.registers = self.registers_class(
+            store,
+            number,
+            get_map(),
+            digests=digests,
+            waiting=lambda partition: self.pull_first.waiting(partition),
+        )
         for table in TABLES:
             if not digests.built(table):
                 store.apply(digests.mark_built(table))
@@ -182,6 +188,8 @@ class SyncNode:
             return len(replies)
         if isinstance(effect, Purge):
             return self._purge(effect, now)
+        if isinstance(effect, Settle):
+            return self.write([(SETTLE, *item) for item in effect.items], now)
         if isinstance(effect, Write):
             self.store.apply(effect.ops)
         elif isinstance(effect, Correct):

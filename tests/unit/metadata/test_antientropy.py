@@ -3,13 +3,15 @@
 import pytest
 
 from dfs.cluster.map import ClusterMap
-from dfs.errors import InvalidArgument, NotHome, StaleEpoch
+from dfs.errors import Busy, InvalidArgument, NotHome, StaleEpoch
 from dfs.hashing import digest
 from dfs.testing.sync_maps import DAY, NOW, OLD, make, moved_row, transition
 from dfs.testing.sync_nodes import SyncNode, key_row, row_in, run
 from metadata.antientropy import FRESH, OLDEST
 from metadata.merkle import BLOBS, REGISTERS, partition_of_row
-from metadata.repair import affected, pull_partition, rebuild, repair_lost
+from metadata.pull import pull_partition
+from metadata.registers import MERGE
+from metadata.repair import affected, rebuild, repair_lost
 from metadata.steps import Call, Write
 
 
@@ -223,8 +225,10 @@ def test_a_waiting_node_pulls_and_gives_nothing_old_away():
         nodes[n].put(kept, b"k", OLD)
     nodes[1].store.apply(nodes[1].pull_first.begin(partitions))
     assert all(nodes[1].pull_first.waiting(p) for p in partitions)
-    for a, b in ((2, 1), (3, 1), (1, 2)):
-        sync(nodes, a, b)
+    sync(nodes, 2, 1)
+    with pytest.raises(Busy, match="cannot tell yet"):  # another value of an old row, by now
+        sync(nodes, 3, 1)
+    sync(nodes, 1, 2)
     assert nodes[2].values(ghost) == []  # it may have been deleted and purged there
     assert nodes[2].values(young) == [b"y"]  # it cannot
     again = SyncNode(1, nodes[1].get_map, rows=nodes[1].store.rows)  # the mark is persistent
@@ -239,6 +243,60 @@ def test_a_waiting_node_pulls_and_gives_nothing_old_away():
     sync(nodes, 1, 2)
     sync(nodes, 1, 3)
     assert totals(nodes[1]) == totals(nodes[2]) == totals(nodes[3])
+
+
+def ghost_that_met_a_new_value():
+    """Node 1 holds what was purged elsewhere, and waits; the others have a new value."""
+    nodes, _ = make()
+    row = key_row(b"again")
+    ghost = nodes[1].put(row, b"ghost", OLD)
+    new = nodes[2].put(row, b"new", NOW - DAY // 2)
+    nodes[3].write([(MERGE, row, new)], NOW)
+    p = partition_of_row(REGISTERS, row)
+    nodes[1].store.apply(nodes[1].pull_first.begin([p]))
+    return nodes, row, p, ghost
+
+
+def test_a_ghost_is_told_from_a_new_value_beside_it():
+    nodes, row, p, ghost = ghost_that_met_a_new_value()
+    (reply,) = nodes[1].write([(MERGE, row, nodes[2].store.get(row))], NOW)
+    assert isinstance(reply, Busy)
+    assert nodes[1].write([(MERGE, row, ghost)], NOW) == [None]  # nothing new in it
+    assert rejoin(nodes, 1, down=[3]) == []
+    assert nodes[1].values(row) == [b"ghost"]  # it may yet be kept
+    assert rejoin(nodes, 1) == [p]
+    assert nodes[1].values(row) == [b"new"]
+    for n in (2, 3):
+        sync(nodes, 1, n)
+    assert totals(nodes[1]) == totals(nodes[3])
+
+
+def test_nobody_is_a_ghost_while_another_home_waits():
+    nodes, row, p, _ = ghost_that_met_a_new_value()
+    nodes[3].store.apply(nodes[3].pull_first.begin([p]))
+    assert rejoin(nodes, 1) == [p]
+    assert sorted(nodes[1].values(row)) == [b"ghost", b"new"]
+
+
+def test_an_old_value_that_one_other_home_knows_is_kept():
+    nodes, row, p, ghost = ghost_that_met_a_new_value()
+    nodes[3].write([(MERGE, row, ghost)], NOW)
+    assert rejoin(nodes, 1) == [p]
+    assert sorted(nodes[1].values(row)) == [b"ghost", b"new"]
+
+
+def test_what_only_a_waiting_home_saw_deleted_stays_deleted():
+    nodes, _ = make()
+    row = key_row(b"deleted")
+    p = partition_of_row(REGISTERS, row)
+    old = nodes[2].put(row, b"v", OLD)
+    for n in (1, 3):
+        nodes[n].write([(MERGE, row, old)], NOW)
+    nodes[1].put(row, None, OLD + 1, nodes[1].context(row))
+    nodes[1].store.apply(nodes[1].pull_first.begin([p]))
+    assert rejoin(nodes, 1) == [p]
+    assert nodes[1].values(row) == []
+    assert nodes[1].store.get(row)
 
 
 def test_when_all_were_restored_nothing_is_dropped():

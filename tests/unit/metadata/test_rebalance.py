@@ -13,7 +13,7 @@ from dfs.hashing import PARTITIONS
 from dfs.rpc.mapkeeper import MapKeeper
 from dfs.testing.mapcluster import MapCluster, first_map, member
 from dfs.testing.network import SimNetwork
-from metadata.antientropy import Outcome
+from metadata.exchange import Outcome
 from metadata.rebalance import BATCH, Rebalance
 
 FIRST = first_map(3)
