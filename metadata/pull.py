@@ -6,10 +6,10 @@ partition waits, a register that is old (23 h, `holds_back`) is merged with noth
 beside a ghost would make the whole row look young.  `metadata.registers` refuses such merges with
 `Busy`, and the pull sets aside what the others have of such a row.
 
-When enough homes were asked, each of these rows gets the merge of all answers and its own register,
-less the ghosts: siblings whose dots none of the answers has seen.  Nobody is taken for a ghost as
-long as one of the other homes has not answered, and when one of them waits itself it cannot tell:
-then everything is kept.  What only this node has seen as *deleted* stays deleted.
+When enough homes were asked, each of these rows becomes the merge of all answers and its own
+register; if that has a ghost (a sibling whose dot none of the answers has seen), of the answers
+alone.  Nothing is taken for a ghost as long as one of the other homes has not answered, and when
+one of them waits itself it cannot tell: then everything is kept.
 
 Sans-IO: see `metadata.steps`.  `now` is wall time in microseconds.
 """
@@ -148,7 +148,9 @@ def _judge(
     doomed = set(suspects) if drop else set()
     items: dict[bytes, tuple[bytes, bytes, bytes]] = {}
     for row, (own, known, value) in judged.items():
-        register = versions.merge(_less_ghosts(own, known) if row in doomed else own, known)
+        # Every acknowledged delete is known to one of those who answered, too: what they have is
+        # all there is.  The own vector must not stay, for it has seen the ghosts.
+        register = known if row in doomed else versions.merge(own, known)
         data = b"" if register == versions.EMPTY else versions.encode(register)
         if data != value:
             items[row] = row, value_digest(REGISTERS, row, value), data
@@ -159,13 +161,6 @@ def _ghosts(own: versions.Register, known: versions.Register) -> bool:
     """Whether there is something in a register of which nobody else knows."""
     seen = dict(known[0])
     return not seen or any(hlc > seen.get(actor, 0) for actor, hlc, _ in own[1])
-
-
-def _less_ghosts(own: versions.Register, known: versions.Register) -> versions.Register:
-    if not known[0]:
-        return versions.EMPTY
-    seen = dict(known[0])
-    return own[0], tuple(x for x in own[1] if x[1] <= seen.get(x[0], 0))
 
 
 def _any_waits(node: AntiEntropy, partition: int, peers: Sequence[int]) -> Steps[bool]:
