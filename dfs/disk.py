@@ -179,10 +179,10 @@ class RealDisk:
         self._sync_seconds = 0.0  # two threads may add at once and lose one: for people only
         self._quick = False
         weakref.finalize(self, self._pool.close)
-        if not os.path.isdir(self._root):  # noqa: PTH112 - strings all through, Path costs 5 us
+        if not os.path.isdir(self._root):
             try:
-                os.makedirs(self._root, exist_ok=True)  # noqa: PTH103
-                _sync_path(os.path.dirname(self._root))  # noqa: PTH120
+                os.makedirs(self._root, exist_ok=True)
+                _sync_path(os.path.dirname(self._root))
             except OSError as e:
                 raise translate(e, f"make {self._root}") from e
 
@@ -231,7 +231,7 @@ class RealDisk:
     def listdir(self, name: str = "") -> list[str]:
         """See `Disk.listdir`."""
         try:
-            return sorted(os.listdir(self.path(name)))  # noqa: PTH208
+            return sorted(os.listdir(self.path(name)))
         except FileNotFoundError:
             return []
         except OSError as e:
@@ -243,7 +243,7 @@ class RealDisk:
         for part in name.split("/"):
             parent, at = at, f"{at}/{part}" if at else part
             try:
-                os.mkdir(self.path(at), 0o700)  # noqa: PTH102
+                os.mkdir(self.path(at), 0o700)
             except FileExistsError:
                 continue
             except OSError as e:
@@ -253,14 +253,14 @@ class RealDisk:
     def rename(self, old: str, new: str) -> None:
         """See `Disk.rename`."""
         try:
-            os.rename(self.path(old), self.path(new))  # noqa: PTH104
+            os.rename(self.path(old), self.path(new))
         except OSError as e:
             raise translate(e, f"rename {self.path(old)} to {new}") from e
 
     def unlink(self, name: str) -> None:
         """See `Disk.unlink`."""
         try:
-            os.unlink(self.path(name))  # noqa: PTH108
+            os.unlink(self.path(name))
         except FileNotFoundError:
             return
         except OSError as e:

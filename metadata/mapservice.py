@@ -148,7 +148,7 @@ class MapService:
         try:
             found = decode_entry(payload)
         except (DfsError, ValueError, TypeError, KeyError) as e:
-            log.error("entry %d of the map journal is not usable: %s", seq, e)  # noqa: TRY400
+            log.error("entry %d of the map journal is not usable: %s", seq, e)  # noqa: TRY400 - damage, not a bug: no traceback
             return
         if found is None:
             return
@@ -170,7 +170,7 @@ class MapService:
             self.keeper.offer(newest)
         except (DfsError, OSError) as e:
             # told by the keeper's status; a failed disk is met again by the next offer
-            log.error("the chosen map of epoch %d: %s", newest.epoch, e)  # noqa: TRY400
+            log.error("the chosen map of epoch %d: %s", newest.epoch, e)  # noqa: TRY400 - damage, not a bug: no traceback
 
     # ------------------------------------------------------------------------------------ worker
 

@@ -366,6 +366,7 @@ class Load:
         async with connect(ClusterRef.load(self.file)) as c:
             kv = KV(c, timeout=10.0)
             there = set()
+            unread = set()
             end = time.monotonic() + within
 
             async def look(key):
@@ -376,6 +377,7 @@ class Load:
                     except DfsError as e:
                         if time.monotonic() > end:
                             self.violations.append(f"the end of {key!r}: {e}")
+                            unread.add(key)
                             return
                 if entry.values:
                     there.add(key)
@@ -384,10 +386,10 @@ class Load:
             await many(look, [(key,) for key in (*self.carts, *self.own, *self.cold)])
             if scan:
                 found = {e.key async for e in kv.scan(self.prefix) if e.key in self._all()}
-                if found != there:
-                    self.violations.append(
-                        f"scan: missing {sorted(there - found)[:5]}, deleted {sorted(found - there)[:5]}"
-                    )
+                if missing := there - found:
+                    self.violations.append(f"a scan does not show {sorted(missing)[:5]}")
+                if deleted := found - there - unread:
+                    self.violations.append(f"a scan shows {sorted(deleted)[:5]}: reads find none")
 
     def _all(self):
         return self.carts.keys() | self.own.keys() | self.cold.keys()

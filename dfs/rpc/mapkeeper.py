@@ -191,7 +191,7 @@ class MapKeeper:
                 try:
                     self._note(text)
                 except (DfsError, OSError) as e:  # it is forked all the same, until a restart
-                    log.error("the fork cannot be noted on the disk: %s", e)  # noqa: TRY400
+                    log.error("the fork cannot be noted on the disk: %s", e)  # noqa: TRY400 - no traceback: the disk's fault
 
     # ---------------------------------------------------------------------------------- catching up
 

@@ -70,7 +70,7 @@ class Server:
                 except OSError as e:
                     if e.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                         raise
-                    log.error("cannot accept a connection: %s", explain(e))  # noqa: TRY400
+                    log.error("cannot accept a connection: %s", explain(e))  # noqa: TRY400 - no traceback: the system lacks something
                     await trio.sleep(0.2)
                     continue
                 nursery.start_soon(_Session(self, nursery, sock, source).run)

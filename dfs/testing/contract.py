@@ -3,8 +3,6 @@
 Subclass it in a test module and give it a `world`; a class for real sockets is marked `realtime`.
 """
 
-# ruff: noqa: S101 - asserting is what it is for
-
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any

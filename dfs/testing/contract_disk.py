@@ -1,4 +1,3 @@
-# ruff: noqa: S101 - these are tests, shipped for whoever writes another disk
 """What every `dfs.env.Disk` does, as tests: subclass it and give a `disk` fixture."""
 
 import pytest

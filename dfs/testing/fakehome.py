@@ -133,7 +133,7 @@ class FakeHome:
         """A `Cluster` as `connect` gives; its `rpc` is a `FakeRpc` with knobs."""
         rpc = FakeRpc(self, name)
         get_map: Callable[[], Any] = lambda: self.map  # noqa: E731 - needs the type
-        return Cluster(rpc, get_map, self.blobs, clock or SystemClock(), Random(seed))  # noqa: S311
+        return Cluster(rpc, get_map, self.blobs, clock or SystemClock(), Random(seed))
 
     def chunk_client(self) -> "FakeChunks":
         """What stands for `dfs.client.chunkio.ChunkClient`."""
@@ -267,7 +267,7 @@ class FakeRpc:
         """A perfect network until a knob is turned."""
         self.home = home
         self.name = name
-        self.random = random or Random(name)  # noqa: S311
+        self.random = random or Random(name)
         self.delay = 0.0
         self.down: set[int] = set()
         self.lose_request = 0.0

@@ -65,7 +65,7 @@ class Sim:
         on_change: OnChange | None = None,
     ) -> None:
         """Empty; `strict` sends every message through the codec."""
-        self.random = Random(seed)  # noqa: S311 - a simulation
+        self.random = Random(seed)
         self.now = 0.0
         self.loss = 0.0
         self.duplicate = 0.0
@@ -96,7 +96,7 @@ class Sim:
         boot = boot or self.boots.get(number, 0) + 1
         self.boots[number] = max(boot, self.boots.get(number, 0))
         address = address or address_of(number)
-        random = Random(self.random.random())  # noqa: S311 - a simulation
+        random = Random(self.random.random())
         core = self._core(number, _METADATA, number.to_bytes(16, "big"), address, boot, random)
         process = Process(number, address, core)
         self.listening[address] = process

@@ -60,7 +60,7 @@ class SimNode:
         self.number = number
         self.name = f"node{number}"
         self.address = _address(number)
-        self.disk = SimDisk(Random(cluster.random.random()), sync_delay=0.002)  # noqa: S311
+        self.disk = SimDisk(Random(cluster.random.random()), sync_delay=0.002)
         self.node: MetadataNode | None = None
         self.endpoint: SimEndpoint | None = None
         self._scope = trio.CancelScope()
@@ -74,7 +74,7 @@ class SimNode:
         """Start on whatever the disk holds."""
         cluster = self.cluster
         self.endpoint = endpoint = cluster.network.endpoint(self.name)
-        random = Random(cluster.random.random())  # noqa: S311
+        random = Random(cluster.random.random())
         env = Env(cluster.clock, self.disk, endpoint, SimProcesses(random), random)
         folder = cluster.folder or inline_folder(BlobClient(endpoint, cluster.map, cluster.clock))
         self.node = MetadataNode(env, self.number, cluster.map, folder=folder)
@@ -116,7 +116,7 @@ class HomeCluster:
         folder: Folder | None = None,
     ) -> None:
         """Nothing runs before `start`; `hook` sees every node that was started."""
-        self.random = Random(seed)  # noqa: S311
+        self.random = Random(seed)
         self.network = network
         self.nursery = nursery
         self.clock: Clock = SystemClock()
@@ -170,8 +170,9 @@ class HomeClient:
     ) -> tuple[Any, ...]:
         """Ask one node."""
         address = self.cluster.map().address(METADATA, number)
+        result: tuple[Any, ...]
         result, _ = await self.endpoint.call(address, method, args, timeout=timeout)
-        return result  # type: ignore[no-any-return]
+        return result
 
     async def ask(self, method: str, volume: bytes, *args: Any, within: float = 30.0) -> Any:
         """Ask the homes, one after the other and again, until one answers with an outcome."""

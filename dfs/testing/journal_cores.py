@@ -31,7 +31,7 @@ class World:
 
     def __init__(self, seed: int, mutant: str | None) -> None:
         """Choose the weather of this schedule."""
-        self.random = random = Random(seed)  # noqa: S311 - a schedule, not a secret
+        self.random = random = Random(seed)
         self.mutant = mutant
         self.replica_class = replica_class(mutant)
         self.now = 0.0

@@ -175,7 +175,7 @@ class Client:
         self.world.network.send(-1 - self.number, home, ("kv", (token, 1), operation, m.epoch))
 
     def _send(self, to: int | None = None) -> None:
-        assert self.current is not None  # noqa: S101 - the callers know
+        assert self.current is not None  # the callers know
         token, operation = self.current
         world, random = self.world, self.world.random
         operation.tries += 1

@@ -59,7 +59,7 @@ class World:
 
     def __init__(self, seed: int, mutant: str | None = None) -> None:
         """Choose the weather."""
-        self.random = random = Random(seed)  # noqa: S311 - a schedule, not a secret
+        self.random = random = Random(seed)
         self.seed = seed
         self.mutant = mutant
         self.classes = Classes(mutant)

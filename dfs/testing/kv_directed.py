@@ -19,11 +19,11 @@ FIVE = 5  # chain: N = 5 of seven nodes, homes 2, 3, 4, 0, 1
 def stale_reader(mutant: str | None) -> None:
     """Phase 2 may not be left while R members of A would still answer readers of A."""
     with stage(SWAP, mutant) as s:
-        assert s.ask(2, b"first")  # noqa: S101
+        assert s.ask(2, b"first")
         s.advance()
         s.tell(s.nodes)
         s.push((2, 0, 1))
-        assert s.advance()  # noqa: S101
+        assert s.advance()
         s.tell((5, 3, 4))
         s.push((2, 0, 1))
         if s.advance():
@@ -38,7 +38,7 @@ def late_writer(mutant: str | None) -> None:
         s.advance()
         s.tell((0, 1, 5, 3, 4))
         s.push((0, 1))
-        assert s.advance()  # noqa: S101
+        assert s.advance()
         s.tell((5, 3, 4))
         s.network.cut((2, n) for n in (5, 3, 4))
         s.ask(2, b"late", b"")
@@ -49,7 +49,7 @@ def too_few_fenced(mutant: str | None) -> None:
     """N - W + 1 members of A must have pushed: one of them has what W of A acknowledged."""
     with stage(SWAP, mutant) as s:
         s.away(1)
-        assert s.ask(2, b"value")  # noqa: S101
+        assert s.ask(2, b"value")
         s.back()
         s.advance()
         s.tell((1, 5, 3, 4))
@@ -62,7 +62,7 @@ def too_few_pushed(mutant: str | None) -> None:
     """N - R + 1 members of B must have been pushed to: R of B meet one of them."""
     with stage(SWAP, mutant) as s:
         s.away(1)
-        assert s.ask(2, b"value")  # noqa: S101
+        assert s.ask(2, b"value")
         s.back()
         s.advance()
         s.tell(s.nodes)
@@ -77,7 +77,7 @@ def pushed_by_some_that_wait(mutant: str | None) -> None:
     """Homes that wait withhold old registers: what they push meanwhile is not all they have."""
     with stage(ONE, mutant) as s:
         s.away(4)
-        assert s.ask(2, b"value")  # noqa: S101
+        assert s.ask(2, b"value")
         s.back()
         s.hours(25.5)
         for number in (2, 3):  # as if each had skipped a map in which it may have been no home
@@ -86,26 +86,26 @@ def pushed_by_some_that_wait(mutant: str | None) -> None:
         s.advance()
         s.tell(s.nodes)
         s.push(s.nodes)
-        assert not s.advance()  # noqa: S101 - a broken rule has raised here
+        assert not s.advance()  # a broken rule has raised here
         for number in (2, 3):
             s.process(number).pull()
             s.run_for()
         s.push(s.nodes)
-        assert s.advance()  # noqa: S101
+        assert s.advance()
 
 
 def lost_and_regained(mutant: str | None) -> None:
     """A home that was none for a while, and lacks what it wrote before, is another actor."""
     with stage(SWAP, mutant) as s:
-        assert s.ask(2, b"first", b"")  # noqa: S101
+        assert s.ask(2, b"first", b"")
         s.move()
         s.process(2).discard()
         s.run_for()
-        assert s.advance()  # noqa: S101
+        assert s.advance()
         s.tell(s.nodes)
         s.network.cut((n, 2) for n in (5, 3, 4))
         s.push((5, 3, 4))
-        assert s.advance()  # noqa: S101
+        assert s.advance()
         s.tell(s.nodes)
         s.away(2)
         s.ask(2, b"second", b"")
@@ -116,9 +116,9 @@ def lost_and_regained(mutant: str | None) -> None:
 def purged_while_away(mutant: str | None) -> None:
     """A home that did not hear of the delete must not be there when it is forgotten."""
     with stage(ONE, mutant) as s:
-        assert s.ask(2, b"value")  # noqa: S101
+        assert s.ask(2, b"value")
         s.away(4)
-        assert s.ask(2, None)  # noqa: S101
+        assert s.ask(2, None)
         s.hours(25.5)
         s.purge(2)
         s.back()
@@ -129,11 +129,11 @@ def purged_while_away(mutant: str | None) -> None:
 def purged_while_moving(mutant: str | None) -> None:
     """A member of A may still push what all of B has forgotten."""
     with stage(SWAP, mutant) as s:
-        assert s.ask(2, b"value")  # noqa: S101
+        assert s.ask(2, b"value")
         s.advance()
         s.tell(s.nodes)
         s.away(1)
-        assert s.ask(2, None)  # noqa: S101
+        assert s.ask(2, None)
         s.hours(25.5)
         s.purge(5)
         s.back()
@@ -145,10 +145,10 @@ def a_hint_too_late(mutant: str | None) -> None:
     """A hint that waits for a day is older than the tombstone."""
     with stage(ONE, mutant) as s:
         s.away(4)
-        assert s.ask(2, b"value")  # noqa: S101
+        assert s.ask(2, b"value")
         s.back()
         s.exchange(4, 2)
-        assert s.ask(2, None)  # noqa: S101
+        assert s.ask(2, None)
         s.hours(25.5)
         s.purge(2)
         for keeper in (0, 1):
@@ -161,14 +161,14 @@ def a_hint_on_its_way(mutant: str | None) -> None:
     """A hint that was sent in time and comes a day later."""
     with stage(ONE, mutant) as s:
         s.away(4)
-        assert s.ask(2, b"value")  # noqa: S101
+        assert s.ask(2, b"value")
         s.back()
         with s.holding("hints.deliver"):
             for keeper in (0, 1):
                 s.process(keeper).deliver_hints()
             s.run_for()
         s.exchange(4, 2)
-        assert s.ask(2, None)  # noqa: S101
+        assert s.ask(2, None)
         s.hours(25.5)
         s.purge(2)
         s.release()
@@ -179,10 +179,10 @@ def a_hint_at_a_new_home(mutant: str | None) -> None:
     with stage(ONE, mutant) as s:
         s.away(1)
         s.network.cut(((2, 3), (4, 3)))
-        assert s.ask(2, b"value")  # noqa: S101
+        assert s.ask(2, b"value")
         s.back()
         s.exchange(3, 2)
-        assert s.ask(2, None)  # noqa: S101
+        assert s.ask(2, None)
         s.hours(25.5)
         s.purge(2)
         s.move()
@@ -195,9 +195,9 @@ def a_push_on_its_way(mutant: str | None) -> None:
     """A home sends what it has to one that has nothing; both learn of the old tombstone then."""
     with stage(FIVE, mutant) as s:
         s.away(1)
-        assert s.ask(0, b"value")  # noqa: S101
+        assert s.ask(0, b"value")
         s.away(0)
-        assert s.ask(2, None)  # noqa: S101
+        assert s.ask(2, None)
         s.hours(25.5)
         s.back()
         with s.holding("sync.push"):
@@ -217,9 +217,9 @@ def a_push_on_its_way(mutant: str | None) -> None:
 def restored_young(mutant: str | None) -> None:
     """A restored node gives away what is younger than a day: that cannot have been purged."""
     with stage(ONE, mutant) as s:
-        assert s.ask(2, b"value")  # noqa: S101
+        assert s.ask(2, b"value")
         s.nodes[4].backup = (s.nodes[4].store.rows(), s.nodes[4].saved_map)
-        assert s.ask(2, None)  # noqa: S101
+        assert s.ask(2, None)
         s.purge(2)
         s._restore(s.nodes[4])
         s.nodes[4].start()
@@ -234,9 +234,9 @@ def restored_young(mutant: str | None) -> None:
 def former_home(mutant: str | None) -> None:
     """A former home still has what its successors have deleted and forgotten."""
     with stage(SWAP, mutant) as s:
-        assert s.ask(2, b"value")  # noqa: S101
+        assert s.ask(2, b"value")
         s.move()
-        assert s.ask(5, None)  # noqa: S101
+        assert s.ask(5, None)
         s.hours(25.5)
         s.purge(5)
         for old in (2, 0, 1):
@@ -247,9 +247,9 @@ def former_home(mutant: str | None) -> None:
 def home_again(mutant: str | None) -> None:
     """A home that comes back forgets its old registers."""
     with stage(ONE, mutant) as s:
-        assert s.ask(2, b"value")  # noqa: S101
+        assert s.ask(2, b"value")
         s.move()
-        assert s.ask(2, None)  # noqa: S101
+        assert s.ask(2, None)
         s.hours(25.5)
         s.purge(2)
         s.move()
@@ -259,9 +259,9 @@ def home_again(mutant: str | None) -> None:
 def several_homes_again(mutant: str | None) -> None:
     """All homes come back to their old registers at once, and nobody else is a home any more."""
     with stage(SWAP, mutant) as s:
-        assert s.ask(2, b"value")  # noqa: S101
+        assert s.ask(2, b"value")
         s.move()
-        assert s.ask(5, None)  # noqa: S101
+        assert s.ask(5, None)
         s.hours(25.5)
         s.purge(5)
         s.move()
@@ -271,16 +271,16 @@ def several_homes_again(mutant: str | None) -> None:
 def home_again_to_a_new_value(mutant: str | None) -> None:
     """What was purged is written again before the former home is back with the old value."""
     with stage(ONE, mutant) as s:
-        assert s.ask(4, b"value")  # noqa: S101
+        assert s.ask(4, b"value")
         s.move()
-        assert s.ask(2, None)  # noqa: S101
+        assert s.ask(2, None)
         s.hours(25.5)
         s.purge(2)
-        assert s.advance()  # noqa: S101
+        assert s.advance()
         s.tell(s.nodes)
-        assert s.ask(2, b"new value", b"")  # noqa: S101
+        assert s.ask(2, b"new value", b"")
         s.push((2, 4, 0))
-        assert s.advance()  # noqa: S101
+        assert s.advance()
         s.tell(s.nodes)
         s.run_for(40.0)  # until the new value is no longer fresh
         s.exchange(3, 2)
@@ -290,15 +290,15 @@ def home_again_to_a_new_value(mutant: str | None) -> None:
 def ghost_beside_a_new_value(mutant: str | None) -> None:
     """A restored home gets a new value before it has judged what it held: the row looks young."""
     with stage(ONE, mutant) as s:
-        assert s.ask(2, b"value")  # noqa: S101
+        assert s.ask(2, b"value")
         s.nodes[4].backup = (s.nodes[4].store.rows(), s.nodes[4].saved_map)
-        assert s.ask(2, None)  # noqa: S101
+        assert s.ask(2, None)
         s.hours(25.5)
         s.purge(2)
         s.nodes[4].crash()
         s.nodes[4].restore()
         s.nodes[4].start()
-        assert s.ask(3, b"new value", b"")  # noqa: S101 - another actor: it does not cover the old
+        assert s.ask(3, b"new value", b"")  # another actor: it does not cover the old
         s.run_for(40.0)  # until the new value is no longer fresh
         s.exchange(3, 4)
         s.process(4).pull()
@@ -310,7 +310,7 @@ def ghost_beside_a_new_value(mutant: str | None) -> None:
 def early_reader(mutant: str | None) -> None:
     """In phase 1 members of B may have nothing yet: they answer and coordinate no read."""
     with stage(SWAP, mutant) as s:
-        assert s.ask(2, b"value")  # noqa: S101
+        assert s.ask(2, b"value")
         s.advance()
         s.tell(s.nodes)
         s.get(5)
@@ -321,7 +321,7 @@ def clock_set_back(mutant: str | None) -> None:
     """A node restarts with a clock an hour behind: what it writes then is later all the same."""
     with stage(ONE, mutant) as s:
         s.nodes[2].skew = 1800.0
-        assert s.ask(2, b"first", b"")  # noqa: S101
+        assert s.ask(2, b"first", b"")
         s.nodes[2].crash()
         s.nodes[2].skew = -1800.0
         s.nodes[2].start()

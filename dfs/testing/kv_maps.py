@@ -66,7 +66,7 @@ _STORES = tuple(_chunkserver(i) for i in _CHUNKSERVERS)
 @cache
 def chain(number: int) -> Chain:
     """The chain of that number, 0..CHAINS-1: sizes from 3 to 50 nodes, N of 3 and sometimes 5."""
-    random = Random(number)  # noqa: S311 - a schedule, not a secret
+    random = Random(number)
     size = SIZES[number]
     n = 5 if size >= 7 and number % 2 else min(3, size)
     params = Params(n, n // 2 + 1, n // 2 + 1, n // 2 + 1)

@@ -78,7 +78,7 @@ class Node:
 
     def restore(self) -> None:
         """Come back on an old copy of the disk; the boot counters notice that."""
-        assert self.process is None  # noqa: S101 - the caller crashed it
+        assert self.process is None  # the caller crashed it
         if self.backup is not None:
             rows, self.saved_map = self.backup
             self.store = DictStore(rows)

@@ -44,7 +44,7 @@ class Stage(World):
     def process(self, number: int) -> Process:
         """The running process of a node."""
         process = self.nodes[number].process
-        assert process is not None  # noqa: S101 - directed schedules know who runs
+        assert process is not None  # directed schedules know who runs
         return process
 
     def run_for(self, seconds: float = 5.0) -> None:
@@ -127,11 +127,11 @@ class Stage(World):
         try:
             yield
         finally:
-            self.network.send = send  # type: ignore[method-assign]
+            self.network.send = send  # type: ignore[method-assign]  # back to the method
 
     def release(self) -> None:
         """What was held arrives."""
-        assert self.held  # noqa: S101 - nothing was held: the schedule is not what it says
+        assert self.held  # nothing was held: the schedule is not what it says
         for source, target, message in self.held:
             self.deliver(source, target, message)
         self.held.clear()
@@ -170,14 +170,14 @@ class Stage(World):
 
     def move(self) -> None:
         """A whole transition, without any fault."""
-        assert self.advance()  # noqa: S101 - it begins in a stable map
+        assert self.advance()  # it begins in a stable map
         for _ in range(2):
             m = self.chain.at(self.committed)
             self.tell(self.nodes)
             self.push(m.old_homes(METADATA, self.partition))
             for number in self.nodes:
                 self.reports[number] = self.process(number).report()
-            assert self.advance()  # noqa: S101 - everything was reported
+            assert self.advance()  # everything was reported
         self.tell(self.nodes)
 
 

@@ -87,7 +87,7 @@ class Machine:
         self.cluster = cluster
         self.number = number
         self.address = f"tcp://node{number}:1"
-        self.disk = SimDisk(Random(cluster.random.random()), sync_delay=0.002)  # noqa: S311
+        self.disk = SimDisk(Random(cluster.random.random()), sync_delay=0.002)
         self.disk.write_atomic("map", initial.encode())
         self.node: MetadataNode | None = None
         self.keeper: MapKeeper | None = None
@@ -107,7 +107,7 @@ class Machine:
         initial = ClusterMap.decode(file.pread(file.size(), 0))
         file.close()
         self.endpoint = endpoint = cluster.network.endpoint(f"node{self.number}")
-        random = Random(cluster.random.random())  # noqa: S311
+        random = Random(cluster.random.random())
         env = Env(cluster.clock, self.disk, endpoint, SimProcesses(random), random)
         self.keeper = keeper = self.keeper_class(
             initial,
@@ -149,7 +149,7 @@ class Machine:
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(keeper.poll)
-                    await node.run(self.address, task_status=_Status())  # type: ignore[arg-type]
+                    await node.run(self.address, task_status=_Status())  # type: ignore[arg-type]  # all it needs of one
             except* DfsError as group:
                 self.error = group
         if not scope.cancelled_caught:
@@ -177,7 +177,7 @@ class MapCluster:
         self, seed: int, network: SimNetwork, nursery: trio.Nursery, *, nodes: int = 3
     ) -> None:
         """Nothing runs before `start`."""
-        self.random = Random(seed)  # noqa: S311
+        self.random = Random(seed)
         self.network = network
         self.nursery = nursery
         self.clock: Clock = SystemClock()

@@ -15,7 +15,6 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 import trio
-import trio.testing
 
 from chunkserver.segments import Segments
 from chunkserver.service import ChunkNode
@@ -28,6 +27,7 @@ from dfs.errors import DfsError
 from dfs.hashing import partition_of
 from dfs.testing.chunkcluster import ChunkCluster, SimClock
 from dfs.testing.network import SimNetwork
+from dfs.testing.seeded import run_seeded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -137,7 +137,7 @@ class _BadCable:
 
 class _Scenario:
     def __init__(self, seed: int, mutant: str | None) -> None:
-        self.random = Random(seed)  # noqa: S311 - reproducible
+        self.random = Random(seed)
         self.clock = SimClock()
         self.mutant = mutant
         self.violations: list[str] = []
@@ -188,8 +188,8 @@ class _Scenario:
     async def start(self, number: int) -> None:
         node = await self.cluster.start(number)
         if self.mutant == "no-catch-up":
-            node.catch_up.run_once = _idle  # type: ignore[method-assign]
-            node.hand_over.run_once = _idle  # type: ignore[method-assign]
+            node.catch_up.run_once = _idle  # type: ignore[method-assign]  # for one instance
+            node.hand_over.run_once = _idle  # type: ignore[method-assign]  # for one instance
 
     # --------------------------------------------------------------------------------- workload
 
@@ -405,7 +405,5 @@ def fingerprint(seed: int) -> tuple[int, int]:
 
 def _play(seed: int, mutant: str | None) -> _Scenario:
     scenario = _Scenario(seed, mutant)
-    trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
-    trio._core._run._r = Random(seed)  # noqa: S311 - reproducible
-    trio.run(scenario.main, clock=trio.testing.MockClock(autojump_threshold=0))
+    run_seeded(scenario.main, seed=seed)
     return scenario

@@ -27,7 +27,7 @@ class World:
 
     def __init__(self, seed: int, mutant: str | None = None, size: int = 0) -> None:
         """All members run and know each other from the map."""
-        self.random = random = Random(seed)  # noqa: S311 - a simulation
+        self.random = random = Random(seed)
         self.violations: list[str] = []
         self.sim = Sim(random.getrandbits(32), core=core_class(mutant), on_change=self._changed)
         self.size = size or random.choice(SIZES)

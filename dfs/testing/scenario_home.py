@@ -91,7 +91,7 @@ class World:
 
     def __init__(self, seed: int, mutant: str | None = None) -> None:
         """Everything is drawn from `seed`."""
-        self.random = Random(seed)  # noqa: S311 - a schedule, not a secret
+        self.random = Random(seed)
         self.mutant = mutant
         genesis = entries.encode(entries.GENESIS, 1, {"salt": b"s" * 16}, 1, (0, 1, 2))
         self.ledger = Ledger(genesis, blind=mutant == "put_inode")

@@ -100,7 +100,7 @@ def _apply_mutant(mutant: str | None) -> None:
         async def confirm(_self: VolumeHome, _core: HomeCore) -> None:
             await trio.lowlevel.checkpoint()
 
-        setattr(VolumeHome, "_confirm", confirm)  # noqa: B010 - mypy
+        setattr(VolumeHome, "_confirm", confirm)  # noqa: B010 - mypy refuses assignments to methods
     elif mutant == "lost_is_conflict":
         drop = VolumeHome._drop
 
@@ -111,7 +111,7 @@ def _apply_mutant(mutant: str | None) -> None:
                     request.token.set((core.seq, (False,) * len(txns)))
             drop(self, core, reason)
 
-        setattr(VolumeHome, "_drop", refuse)  # noqa: B010 - mypy
+        setattr(VolumeHome, "_drop", refuse)  # noqa: B010 - mypy refuses assignments to methods
     elif mutant == "answer_early":
         run = VolumeHome._run
 
@@ -120,7 +120,7 @@ def _apply_mutant(mutant: str | None) -> None:
                 return await run(self, core, request)
             return core.seq, (True,) * len(request.txns)
 
-        setattr(VolumeHome, "_run", early)  # noqa: B010 - mypy
+        setattr(VolumeHome, "_run", early)  # noqa: B010 - mypy refuses assignments to methods
 
 
 class _Client:
@@ -129,7 +129,7 @@ class _Client:
     def __init__(self, run: "_Run", number: int) -> None:
         self.run = run
         self.number = number
-        self.random = Random(run.random.random())  # noqa: S311 - a schedule, not a secret
+        self.random = Random(run.random.random())
         self.raw = HomeClient(run.cluster, f"client{number}")
         self.sid = self.no = self.seq = 0
         self.ops: list[list[Any]] = []  # [id, op, floor at its invocation, result]
@@ -217,7 +217,7 @@ class _Run:
     """One run of a seed."""
 
     def __init__(self, seed: int) -> None:
-        self.random = Random(seed)  # noqa: S311 - a schedule, not a secret
+        self.random = Random(seed)
         self.seed = seed
         self.ledger: Ledger
         self.cluster: HomeCluster
@@ -291,7 +291,7 @@ class _Run:
         """Everything."""
         r = self.random
         self.network = network = SimNetwork(
-            Random(r.random()),  # noqa: S311
+            Random(r.random()),
             SystemClock(),
             delay=(0.0002, r.choice((0.001, 0.01))),
             drop=r.choice((0.0, 0.02)),

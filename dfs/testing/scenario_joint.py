@@ -32,7 +32,7 @@ def run(seed: int, *, mutant: str | None = None) -> list[str]:
         _, world_class, rules, shapes, _ = joint_mutants.MUTANTS[mutant]
     found = []
     for shape in shapes:
-        world = world_class(Random(seed), shape, rules)  # noqa: S311 - a schedule, not a secret
+        world = world_class(Random(seed), shape, rules)
         world.run()
         found += [f"{shape}: {name}, {count} times" for name, count in world.violations.items()]
     return found

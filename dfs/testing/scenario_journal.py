@@ -98,7 +98,7 @@ class Machine:
         """Not started."""
         self.world = world
         self.number = number
-        random = Random(world.random.random())  # noqa: S311 - a simulation
+        random = Random(world.random.random())
         self.disk = SimDisk(random, sync_delay=world.random.choice((0.002, 0.03, 0.1)))
         self.scope: trio.CancelScope | None = None
         self.endpoint: SimEndpoint | None = None
@@ -110,7 +110,7 @@ class Machine:
         """Recover and serve until the crash."""
         world = self.world
         self.endpoint = endpoint = world.network.endpoint(f"n{self.number}")
-        random = Random(world.random.random())  # noqa: S311 - a simulation
+        random = Random(world.random.random())
         env = Env(world.clock, self.disk, endpoint, SimProcesses(random), random)
         host = _host_class(world.mutant)(
             env, self.number, lambda: cast("ClusterMap", world.map), segment_bytes=3000
@@ -179,7 +179,7 @@ class World:
 
     def __init__(self, seed: int, mutant: str | None) -> None:
         """Choose the weather."""
-        self.random = random = Random(seed)  # noqa: S311 - a simulation
+        self.random = random = Random(seed)
         self.seed = seed
         self.mutant = mutant
         self.clock = SimClock()
@@ -235,7 +235,7 @@ class World:
     async def client(self, number: int) -> None:
         """Operations one after the other, each repeated until it is answered; reads between."""
         rpc = self.network.endpoint(f"client{number}")
-        random = Random(self.random.random())  # noqa: S311 - a simulation
+        random = Random(self.random.random())
         while not self.calm:
             volume = random.choice(VOLUMES)
             if random.random() < 0.3:
@@ -360,7 +360,7 @@ class World:
                 await self.start(number)
             for volume in VOLUMES:
                 host = self.machines[self.map.homes[volume][0]].host
-                assert host is not None  # noqa: S101 - just started
+                assert host is not None  # just started
                 await self._persist(
                     partial(host.create, volume, genesis(self.map.homes[volume]), timeout=1.0)
                 )

@@ -87,7 +87,7 @@ class Client:
         self.cluster = run.cluster
         self.volume = VOLUMES[number % len(VOLUMES)]
         self.number = number
-        self.random = Random(run.random.random())  # noqa: S311
+        self.random = Random(run.random.random())
         self.endpoint = run.network.endpoint(f"client{number}")
         self.keeper = MapKeeper(
             run.cluster.newest, rpc=self.endpoint, clock=run.cluster.clock, random=self.random
@@ -108,6 +108,7 @@ class Client:
             hint = None
             turn += 1
             try:
+                answer: tuple[Any, ...]
                 answer, _ = await self.endpoint.call(
                     current.address(METADATA, to),
                     method,
@@ -125,7 +126,7 @@ class Client:
                         await self.keeper.fetch(machines[turn % len(machines)].address, timeout=1)
                 await trio.sleep(self.random.uniform(0.02, 0.2))
             else:
-                return answer  # type: ignore[no-any-return]
+                return answer
 
     async def run(self) -> None:
         """Commit until told to stop."""
@@ -154,7 +155,7 @@ class _Run:
     """One schedule."""
 
     def __init__(self, seed: int, mutant: str | None) -> None:
-        self.random = Random(seed)  # noqa: S311
+        self.random = Random(seed)
         self.mutant = mutant
         self.clients: list[Client] = []
         self.changes = 0
@@ -162,7 +163,7 @@ class _Run:
 
     async def main(self) -> None:
         self.network = SimNetwork(
-            Random(self.random.random()),  # noqa: S311
+            Random(self.random.random()),
             SystemClock(),
             drop=self.random.choice([0.0, 0.005, 0.02]),
             duplicate=0.01,

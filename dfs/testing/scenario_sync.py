@@ -138,7 +138,7 @@ class Scenario:
 
     def __init__(self, seed: int, mutant: str = "") -> None:
         """Nothing has happened."""
-        self.random = Random(seed)  # noqa: S311 - a schedule
+        self.random = Random(seed)
         self.mutant = mutant
         self.maps = transition()
         self.stage = 0

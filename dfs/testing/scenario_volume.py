@@ -102,7 +102,7 @@ class _small_checkpoints:  # noqa: N801 - reads as a verb where it is used
 
 
 async def _main(seed: int, mutant: str | None, history: _History) -> None:
-    random = Random(seed)  # noqa: S311 - a simulation
+    random = Random(seed)
     async with make_world(random) as world:
         _mutate(world, mutant)
         await world.create_volume(VOLUME)
@@ -183,7 +183,7 @@ def _flip_bits(world: World) -> None:
 
 async def _client(world: World, name: str, history: _History, mutant: str | None) -> None:
     """Mount, work, die, mount again."""
-    random = Random(world.random.random())  # noqa: S311 - a simulation
+    random = Random(world.random.random())
     life = 0
     while True:
         life += 1
@@ -428,4 +428,4 @@ def _break_rmdir(fs: FileSystem) -> None:
         ]
         return result
 
-    fs.namespace.rmdir = rmdir  # type: ignore[method-assign, assignment]
+    fs.namespace.rmdir = rmdir  # type: ignore[method-assign, assignment]  # for one instance

@@ -15,6 +15,6 @@ def run_seeded(fn: Callable[..., Awaitable[T]], *args: Any, seed: int) -> T:
 
     Uses trio's own switch for reproducible order of tasks, which its test-suite uses the same way.
     """
-    trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
-    trio._core._run._r = Random(seed)  # noqa: S311 - reproducible
+    trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]  # Final, but a switch
+    trio._core._run._r = Random(seed)
     return trio.run(fn, *args, clock=trio.testing.MockClock(autojump_threshold=0))

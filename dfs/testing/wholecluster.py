@@ -48,7 +48,7 @@ class Machine:
         """Not started."""
         self.world = world
         self.number = number
-        self.disks = {role: SimDisk(Random(world.random.random())) for role in (METADATA, CHUNK)}  # noqa: S311 - a simulation
+        self.disks = {role: SimDisk(Random(world.random.random())) for role in (METADATA, CHUNK)}
         self.up = False
         self._scopes: list[trio.CancelScope] = []
         self._endpoints: list[SimEndpoint] = []
@@ -65,7 +65,7 @@ class Machine:
         for role, name in zip((METADATA, CHUNK), self.names(), strict=True):
             endpoint = world.network.endpoint(name)
             self._endpoints.append(endpoint)
-            random = Random(world.random.random())  # noqa: S311 - a simulation
+            random = Random(world.random.random())
             env = Env(world.clock, self.disks[role], endpoint, SimProcesses(random), random)
             service: Any
             if role == METADATA:
@@ -141,7 +141,7 @@ class World:
         """A client's connection; a second one of the same name replaces the first."""
         endpoint = self.network.endpoint(name)
         blobs = BlobClient(endpoint, self.get_map, self.clock)
-        random = Random(self.random.random())  # noqa: S311 - a simulation
+        random = Random(self.random.random())
         return Cluster(endpoint, self.get_map, blobs, self.clock, random)
 
     async def create_volume(self, name: str) -> None:

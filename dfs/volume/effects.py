@@ -110,5 +110,6 @@ def of_entry(entry: entries.Entry) -> tuple[Effect, ...]:
         return ()
     parts = entry.body[0]
     if len(parts) == 1:
-        return parts[0][3]  # type: ignore[no-any-return]
+        only: tuple[Effect, ...] = parts[0][3]
+        return only
     return tuple(effect for part in parts for effect in part[3])

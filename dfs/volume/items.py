@@ -275,7 +275,8 @@ def encode_entries(entries: tuple[EntryRecord, ...]) -> bytes:
 
 def decode_entries(value: Buffer) -> tuple[EntryRecord, ...]:
     """Names in one bucket: (name, ino, kind) each."""
-    return decode(value, 2)[1]  # type: ignore[no-any-return]
+    entries: tuple[EntryRecord, ...] = decode(value, 2)[1]
+    return entries
 
 
 def encode_symlink(target: bytes) -> bytes:
@@ -285,7 +286,8 @@ def encode_symlink(target: bytes) -> bytes:
 
 def decode_symlink(value: Buffer) -> bytes:
     """Target of a symbolic link."""
-    return decode(value, 2)[1]  # type: ignore[no-any-return]
+    target: bytes = decode(value, 2)[1]
+    return target
 
 
 def encode_xattr(data: bytes) -> bytes:
@@ -295,7 +297,8 @@ def encode_xattr(data: bytes) -> bytes:
 
 def decode_xattr(value: Buffer) -> bytes:
     """Content of an extended attribute."""
-    return decode(value, 2)[1]  # type: ignore[no-any-return]
+    data: bytes = decode(value, 2)[1]
+    return data
 
 
 def encode_backlinks(names: tuple[bytes, ...]) -> bytes:
@@ -305,7 +308,8 @@ def encode_backlinks(names: tuple[bytes, ...]) -> bytes:
 
 def decode_backlinks(value: Buffer) -> tuple[bytes, ...]:
     """Names of additional links."""
-    return decode(value, 2)[1]  # type: ignore[no-any-return]
+    names: tuple[bytes, ...] = decode(value, 2)[1]
+    return names
 
 
 def encode_inline(data: Buffer) -> bytes:

@@ -101,7 +101,7 @@ def test_compose(tmp_path):
         # the mount container waits for no one either; a machine's shell and pods see its mount
         compose.cli("dfs", "volume", "create", "default")
         machine.start("mount", compose.container("mount"))
-        shell = lambda script: see(machine, script)  # noqa: E731
+        shell = lambda script: see(machine, script)  # noqa: E731 - short, and used next to it only
         machine.until(lambda: shell("mountpoint -q /see/fs").returncode == 0, "mount")
         assert shell("echo hello > /see/fs/a").returncode == 0
         assert compose.cli("dfs", "cat", "default:/a").stdout == "hello\n"

@@ -193,7 +193,7 @@ def test_scanning_by_pages_meets_every_item_once(wanted, group, limit):
     f(f.view.apply_entry, 1, entry(wanted))
     whole = f(lambda: f.view.begin().scan(group))
     pages, after = [], b""
-    while page := f(lambda: f.view.begin().scan(group, after, limit)):  # noqa: B023
+    while page := f(lambda: f.view.begin().scan(group, after, limit)):  # noqa: B023 - called at once
         assert len(page) <= limit
         pages += page
         after = page[-1][0]

@@ -165,7 +165,7 @@ async def test_a_stale_map_is_refreshed_and_the_request_sent_again() -> None:
             return (b"v",), b"", {}
 
         w.answer = answer
-        w.kv._cluster.refresh_map = refresh  # type: ignore[method-assign]
+        w.kv._cluster.refresh_map = refresh  # type: ignore[method-assign]  # for one instance
         assert (await w.kv.get(b"k")).value == b"v"
         assert seen == [w.map.address(METADATA, w.homes(b"k")[0])]
 
