@@ -64,6 +64,10 @@ class Contents:
         txn.extend(extents.plan_write(ino, old, new))
         return True
 
+    def mode_after(self, mode: int) -> int:
+        """Permission bits after a change of content; in force when write(2) returns."""
+        return without_privileges(mode) if self._clear_privileges else mode
+
     def _changed(self, txn: Txn, ino: int, inode: Inode, size: int, now: int) -> None:
         """What every change of content does to the inode and to the volume's usage."""
         changes: list[fx.Change] = [
@@ -73,7 +77,7 @@ class Contents:
         ]
         if size != inode.size:
             changes.append((items.F_SIZE, fx.SET, size))
-        mode = without_privileges(inode.mode) if self._clear_privileges else inode.mode
+        mode = self.mode_after(inode.mode)
         if mode != inode.mode:
             changes.append((items.F_MODE, fx.SET, mode))
         patch_inode(txn, ino, *changes)

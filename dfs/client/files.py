@@ -172,6 +172,7 @@ class Files:
         if file is not None:
             attr.size = max(attr.size, file.buffer.end)
             attr.mtime = attr.ctime = max(file.mtime, attr.mtime)
+            attr.mode = self._contents.mode_after(attr.mode)
         return attr
 
     async def settle(self, ino: int) -> None:
