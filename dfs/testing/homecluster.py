@@ -10,12 +10,10 @@ import trio
 from dfs.clock import Clock, SystemClock
 from dfs.cluster.map import METADATA, ClusterMap, Node
 from dfs.codec import pack
-from dfs.env import Env
 from dfs.errors import DfsError
 from dfs.rpc.blobs import BlobClient
-from dfs.testing.disk import SimDisk
-from dfs.testing.network import SimEndpoint, SimNetwork
-from dfs.testing.processes import SimProcesses
+from dfs.testing.network import SimNetwork
+from dfs.testing.simhost import SimHost
 from dfs.volume import entries
 from metadata.checkpoint import inline_folder
 from metadata.service import MetadataNode
@@ -39,7 +37,7 @@ def _map_of(nodes: int) -> ClusterMap:
                 zone=f"z{number}",
                 rack="r",
                 host=f"node{number}",
-                metadata_addr=_address(number),
+                metadata_addr=f"tcp://node{number}:1",
                 chunk_addr=f"tcp://chunks{number}:1",
             )
             for number in range(1, nodes + 1)
@@ -47,38 +45,20 @@ def _map_of(nodes: int) -> ClusterMap:
     )
 
 
-def _address(number: int) -> str:
-    return f"tcp://node{number}:1"
-
-
-class SimNode:
-    """One metadata node: what it keeps over crashes, and its present run."""
+class SimNode(SimHost):
+    """One metadata node of a `HomeCluster`."""
 
     def __init__(self, cluster: "HomeCluster", number: int) -> None:
         """Not started."""
+        super().__init__(cluster, number)
         self.cluster = cluster
-        self.number = number
-        self.name = f"node{number}"
-        self.address = _address(number)
-        self.disk = SimDisk(Random(cluster.random.random()), sync_delay=0.002)
-        self.node: MetadataNode | None = None
-        self.endpoint: SimEndpoint | None = None
-        self._scope = trio.CancelScope()
-
-    @property
-    def up(self) -> bool:
-        """Whether it runs."""
-        return self.node is not None
 
     async def start(self) -> None:
         """Start on whatever the disk holds."""
         cluster = self.cluster
-        self.endpoint = endpoint = cluster.network.endpoint(self.name)
-        random = Random(cluster.random.random())
-        env = Env(cluster.clock, self.disk, endpoint, SimProcesses(random), random)
+        env, endpoint = self.make_env()
         folder = cluster.folder or inline_folder(BlobClient(endpoint, cluster.map, cluster.clock))
         self.node = MetadataNode(env, self.number, cluster.map, folder=folder)
-        self._scope = trio.CancelScope()
         await cluster.nursery.start(self._run, self.node, self._scope)
         if cluster.hook is not None:
             cluster.hook(self)
@@ -92,14 +72,6 @@ class SimNode:
     ) -> None:
         with scope:
             await node.run(self.address, task_status=task_status)
-
-    def crash(self) -> None:
-        """Lose power."""
-        self._scope.cancel()
-        if self.endpoint is not None:
-            self.endpoint.close()
-        self.disk.crash()
-        self.node = None
 
 
 class HomeCluster:

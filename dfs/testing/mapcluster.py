@@ -12,14 +12,12 @@ import trio
 
 from dfs.clock import Clock, SystemClock
 from dfs.cluster.map import ClusterMap, Node
-from dfs.env import Env
 from dfs.errors import DfsError, StaleEpoch
 from dfs.rpc.blobs import BlobClient
 from dfs.rpc.mapkeeper import MapKeeper
-from dfs.testing.disk import SimDisk
 from dfs.testing.homemodel import Violation
 from dfs.testing.network import SimEndpoint, SimNetwork
-from dfs.testing.processes import SimProcesses
+from dfs.testing.simhost import SimHost
 from dfs.volume import entries
 from metadata.checkpoint import inline_folder
 from metadata.journals import Journal, JournalHost
@@ -76,29 +74,19 @@ class _WatchedHost(JournalHost):
         raise NotImplementedError
 
 
-class Machine:
-    """One metadata node: what it keeps over crashes, and its present run."""
+class Machine(SimHost):
+    """One metadata node of a `MapCluster`, and the map it keeps."""
 
     node_class: type[MetadataNode] = MetadataNode
     keeper_class: type[MapKeeper] = MapKeeper
 
     def __init__(self, cluster: "MapCluster", number: int, initial: ClusterMap) -> None:
         """Formatted with `initial`, not started."""
+        super().__init__(cluster, number)
         self.cluster = cluster
-        self.number = number
-        self.address = f"tcp://node{number}:1"
-        self.disk = SimDisk(Random(cluster.random.random()), sync_delay=0.002)
         self.disk.write_atomic("map", initial.encode())
-        self.node: MetadataNode | None = None
         self.keeper: MapKeeper | None = None
         self.error: BaseException | None = None
-        self.endpoint: SimEndpoint | None = None
-        self._scope = trio.CancelScope()
-
-    @property
-    def up(self) -> bool:
-        """Whether it runs."""
-        return self.node is not None
 
     async def start(self) -> None:
         """Start on whatever the disk holds; returns when it listens, or has refused to."""
@@ -106,15 +94,13 @@ class Machine:
         file = self.disk.open("map")
         initial = ClusterMap.decode(file.pread(file.size(), 0))
         file.close()
-        self.endpoint = endpoint = cluster.network.endpoint(f"node{self.number}")
-        random = Random(cluster.random.random())
-        env = Env(cluster.clock, self.disk, endpoint, SimProcesses(random), random)
+        env, endpoint = self.make_env()
         self.keeper = keeper = self.keeper_class(
             initial,
             save=lambda data: self.disk.write_atomic("map", data),
             rpc=endpoint,
             clock=cluster.clock,
-            random=random,
+            random=env.random,
             own=self.address,
         )
         keeper.subscribe(lambda _old, new: cluster.observe_map(new, self.number))
@@ -123,7 +109,6 @@ class Machine:
         self.node = node = self.node_class(env, self.number, keeper, folder=folder)
         observe = staticmethod(cluster.observe_entry)
         node.journals_class = type("_Host", (_WatchedHost,), {"watch": observe})
-        self._scope = trio.CancelScope()
         await cluster.nursery.start(self._run, node, keeper, self._scope)
 
     async def _run(
@@ -158,14 +143,6 @@ class Machine:
                 self.endpoint.close()
         if not started:
             task_status.started()
-
-    def crash(self) -> None:
-        """Lose power."""
-        self._scope.cancel()
-        if self.endpoint is not None:
-            self.endpoint.close()
-        self.disk.crash()
-        self.node = None
 
 
 class MapCluster:

@@ -18,12 +18,12 @@ from typing import Any
 import trio
 
 from dfs.clock import SystemClock
-from dfs.errors import Busy, DeadlineExceeded, DfsError, Fenced, NoQuorum, NotHome, Unreachable
+from dfs.errors import Busy, DeadlineExceeded, DfsError, NoQuorum, NotHome, Unreachable
 from dfs.rpc.blobs import BlobClient
 from dfs.testing.homecluster import SALT, HomeClient, HomeCluster, SimNode, nonce
 from dfs.testing.homemodel import Ledger, Op, Violation, invent, run_op
 from dfs.testing.network import SimNetwork
-from dfs.testing.seeded import run_seeded
+from dfs.testing.seeded import run_judged
 from dfs.volume import entries, tree
 from dfs.volume.items import inode_key
 from dfs.volume.nodecache import NodeCache
@@ -347,27 +347,12 @@ class _Run:
             raise Violation("a checkpoint's tree is not the state that it covers")
 
 
-def _first(error: BaseException) -> BaseException | None:
-    """The first violation in a tree of exceptions."""
-    if isinstance(error, Violation | Fenced | DfsError):
-        return error
-    if isinstance(error, BaseExceptionGroup):
-        return next((v for e in error.exceptions if (v := _first(e)) is not None), None)
-    return None
-
-
 def play(seed: int, *, mutant: str | None = None) -> tuple[_Run, list[str]]:
     """Run one schedule; what it did and what was violated."""
     made = _Run(seed)
     with _changed(mutant):
-        try:
-            run_seeded(made.main, seed=seed)
-        except BaseException as e:
-            found = _first(e)
-            if found is None:
-                raise
-            return made, [f"{NAME} seed {seed}: {type(found).__name__}: {found}"]
-    return made, []
+        wanted = (Violation, DfsError)
+        return made, run_judged(made.main, seed=seed, name=NAME, wanted=wanted)
 
 
 def run(seed: int, *, mutant: str | None = None) -> list[str]:

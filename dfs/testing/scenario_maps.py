@@ -30,7 +30,7 @@ from dfs.rpc.mapkeeper import MapKeeper
 from dfs.testing.homemodel import Violation
 from dfs.testing.mapcluster import Machine, MapCluster, member
 from dfs.testing.network import SimNetwork
-from dfs.testing.seeded import run_seeded
+from dfs.testing.seeded import run_judged
 from dfs.volume.effects import PUT
 from dfs.volume.items import DIR, Inode, inode_key
 from metadata.boot import Boot
@@ -458,26 +458,12 @@ class _Run:
                 raise Violation(f"a blob is on {held} of its homes {homes}")
 
 
-def _first(error: BaseException) -> BaseException | None:
-    if isinstance(error, Violation | DfsError):
-        return error
-    if isinstance(error, BaseExceptionGroup):
-        return next((v for e in error.exceptions if (v := _first(e)) is not None), None)
-    return None
-
-
 def play(seed: int, *, mutant: str | None = None) -> tuple[_Run, list[str]]:
     """Run one schedule; what it did and what was violated."""
     made = _Run(seed, mutant)
     with _changed(mutant):
-        try:
-            run_seeded(made.main, seed=seed)
-        except BaseException as e:
-            found = _first(e)
-            if found is None:
-                raise
-            return made, [f"{NAME} seed {seed}: {type(found).__name__}: {found}"]
-    return made, []
+        wanted = (Violation, DfsError)
+        return made, run_judged(made.main, seed=seed, name=NAME, wanted=wanted)
 
 
 def run(seed: int, *, mutant: str | None = None) -> list[str]:

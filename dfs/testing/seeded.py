@@ -18,3 +18,29 @@ def run_seeded(fn: Callable[..., Awaitable[T]], *args: Any, seed: int) -> T:
     trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]  # Final, but a switch
     trio._core._run._r = Random(seed)
     return trio.run(fn, *args, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def run_judged(
+    fn: Callable[[], Awaitable[Any]], *, seed: int, name: str, wanted: tuple[type[Exception], ...]
+) -> list[str]:
+    """Run a schedule; what was violated: the first of `wanted` in all that it raises, in words.
+
+    Anything else that it raises is raised here: it is a fault of the scenario.
+    """
+    try:
+        run_seeded(fn, seed=seed)
+    except BaseException as e:
+        found = _first(e, wanted)
+        if found is None:
+            raise
+        return [f"{name} seed {seed}: {type(found).__name__}: {found}"]
+    return []
+
+
+def _first(error: BaseException, wanted: tuple[type[Exception], ...]) -> BaseException | None:
+    """The first of those types in a tree of exceptions."""
+    if isinstance(error, wanted):
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        return next((v for e in error.exceptions if (v := _first(e, wanted)) is not None), None)
+    return None
