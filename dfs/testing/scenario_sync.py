@@ -14,6 +14,7 @@ from typing import Any
 
 from dfs.cluster.map import METADATA, ClusterMap
 from dfs.errors import DfsError, Unreachable
+from dfs.testing.kv_broken import one_home
 from dfs.testing.sync_maps import NOW, moved_row, transition
 from dfs.testing.sync_nodes import SyncNode, row_in
 from dfs.testing.sync_nodes import run as drive
@@ -44,7 +45,7 @@ class _NotAll(Tombstones):
         try:
             return (yield from super()._confirm(cluster, partition, items, now))
         except Unreachable:
-            alone = _one_home(cluster, self.me)
+            alone = one_home(cluster, self.me)
             return (yield from super()._confirm(alone, partition, items, now))
 
     def allowed(self, cluster: ClusterMap, partition: int) -> bool:
@@ -54,23 +55,7 @@ class _NotAll(Tombstones):
         try:
             return (yield from super()._purge(cluster, batch))
         except Unreachable:
-            return (yield from super()._purge(_one_home(cluster, self.me), batch))
-
-
-class _OneHome:
-    def __init__(self, cluster: ClusterMap, me: int) -> None:
-        self._cluster = cluster
-        self._me = me
-
-    def homes(self, _role: str, _partition: int) -> tuple[int, ...]:
-        return (self._me,)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cluster, name)
-
-
-def _one_home(cluster: ClusterMap, me: int) -> Any:
-    return _OneHome(cluster, me)
+            return (yield from super()._purge(one_home(cluster, self.me), batch))
 
 
 class _Moving(Tombstones):
