@@ -18,11 +18,13 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from random import Random
 from typing import Any
+from weakref import WeakValueDictionary
 
 import trio
 
 from dfs.chunks import format as chunks
 from dfs.client.chunkread import ChunkReader, learn_map
+from dfs.client.store import Prepared
 from dfs.clock import Clock
 from dfs.cluster.map import CHUNK, ClusterMap
 from dfs.env import Buffer, Priority, Rpc
@@ -63,7 +65,7 @@ class _Put:
     )  # fmt: skip
 
     def __init__(
-        self, client: "ChunkClient", chunk_id: bytes, buffers: list[Buffer], *, durable: bool
+        self, client: "ChunkClient", chunk_id: bytes, buffers: Sequence[Buffer], *, durable: bool
     ) -> None:
         self.client = client
         self.chunk_id = chunk_id
@@ -199,6 +201,8 @@ class ChunkClient:
         self._reader = self.reader_class(
             rpc, get_map, clock, random=random, host=host, offload=self._offload, inline=INLINE
         )
+        # Chunks that no server has yet; who prepared them owns them.
+        self._prepared: WeakValueDictionary[bytes, Prepared] = WeakValueDictionary()
         self._unsynced: dict[bytes, _Put] = {}
         self._unsynced_bytes = 0
         self._in_flight = 0
@@ -229,22 +233,38 @@ class ChunkClient:
         Without `durable` the chunk may be named in a commit only after `sync`.  Raises `DiskFull`,
         `NoQuorum` naming what each server said, `StaleEpoch` when the map stays too old.
         """
+        prepared = await self.prepare(data)
+        await self.put_prepared(prepared, durable=durable)
+        return prepared.chunk_id
+
+    async def prepare(self, data: Buffer | Sequence[Buffer]) -> Prepared:
+        """Hash and encode a chunk; see `dfs.client.store.ChunkStore.prepare`.
+
+        Does not yield up to 64 KiB.  Raises `InvalidArgument` for a size outside the limits.
+        """
         pieces = [data] if isinstance(data, bytes | bytearray | memoryview) else list(data)
         if sum(len(p) for p in pieces) <= INLINE:
             chunk_id, buffers = chunks.encode(pieces, self._salt, compress=self._compress)
         else:
             encode = partial(chunks.encode, pieces, self._salt, compress=self._compress)
             chunk_id, buffers = await self._offload(encode)
-        put = _Put(self, chunk_id, buffers, durable=durable)
+        prepared = self._prepared.get(chunk_id)  # equal data under way already: one object for both
+        if prepared is None:
+            prepared = self._prepared[chunk_id] = Prepared(chunk_id, buffers, pieces)
+        return prepared
+
+    async def put_prepared(self, prepared: Prepared, *, durable: bool = False) -> None:
+        """Send a prepared chunk to >= W servers; see `put` for what that means and raises."""
+        put = _Put(self, prepared.chunk_id, prepared.buffers, durable=durable)
         await self._wait_for_room(put)
         await self._send(put)
+        self._prepared.pop(prepared.chunk_id, None)
         self._puts += 1
         self._put_bytes += put.size
         self._remember(put.stamp)
         if not durable:
             self._keep(put)
             await self._limit()
-        return chunk_id
 
     def has_room(self, node: int) -> bool:
         """Whether the server is not too far behind to be sent more."""
@@ -453,8 +473,14 @@ class ChunkClient:
 
     # ------------------------------------------------------------------------------------ reading
 
-    async def read(self, chunk_id: bytes, offset: int, length: int) -> bytes | memoryview:
-        """Verified plain bytes of a chunk; see `ChunkReader.read`."""
+    async def read(self, chunk_id: bytes, offset: int, length: int) -> Buffer:
+        """Verified plain bytes of a chunk; see `ChunkReader.read`.
+
+        A chunk that was prepared but is not put yet is read from memory.
+        """
+        prepared = self._prepared.get(chunk_id)
+        if prepared is not None:
+            return prepared.read(offset, length)
         return await self._reader.read(chunk_id, offset, length)
 
     def statistics(self) -> dict[str, int]:

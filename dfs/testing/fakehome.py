@@ -9,11 +9,13 @@ knobs make calls slow, unreachable, or executed without an answer; arguments and
 from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import Any
+from weakref import WeakValueDictionary
 
 import trio
 
 from dfs import ids
 from dfs.client.connect import Cluster
+from dfs.client.store import Prepared
 from dfs.clock import Clock, SystemClock
 from dfs.codec import pack, unpack
 from dfs.env import Buffer, Buffers, Priority
@@ -327,6 +329,7 @@ class FakeChunks:
         """One client of the store."""
         self.store = store
         self._mine: set[bytes] = set()
+        self._prepared: WeakValueDictionary[bytes, Prepared] = WeakValueDictionary()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Nothing to do in the background."""
@@ -341,19 +344,31 @@ class FakeChunks:
 
     async def put(self, data: Buffer | Sequence[Buffer], *, durable: bool = False) -> bytes:
         """Store a chunk; returns its id."""
-        await trio.sleep(self.store.delay)
-        self._check(writing=True)
+        prepared = await self.prepare(data)
+        await self.put_prepared(prepared, durable=durable)
+        return prepared.chunk_id
+
+    async def prepare(self, data: Buffer | Sequence[Buffer]) -> Prepared:
+        """Name a chunk; it can be read by this client until its put has ended."""
         parts = [data] if isinstance(data, (bytes, bytearray, memoryview)) else data
         plain = b"".join(parts)
         if not 0 < len(plain) <= 4 << 20:
             raise DfsError(f"chunk of {len(plain)} bytes")
-        chunk_id = digest(plain)
-        self.store.stored[chunk_id] = plain
+        prepared = Prepared(digest(plain), [plain], [plain])
+        self._prepared[prepared.chunk_id] = prepared
+        return prepared
+
+    async def put_prepared(self, prepared: Prepared, *, durable: bool = False) -> None:
+        """Store a prepared chunk."""
+        await trio.sleep(self.store.delay)
+        self._check(writing=True)
+        chunk_id = prepared.chunk_id
+        self.store.stored[chunk_id] = bytes(prepared.read(0, prepared.length))
         self.store.puts += 1
         self._mine.add(chunk_id)
+        self._prepared.pop(chunk_id, None)
         if durable:
             self.store.durable.add(chunk_id)
-        return chunk_id
 
     async def sync(self) -> int:
         """Make what this client put durable."""
@@ -370,6 +385,9 @@ class FakeChunks:
 
     async def read(self, chunk_id: bytes, offset: int, length: int) -> bytes:
         """A range of a chunk; raises `NotFound`."""
+        prepared = self._prepared.get(chunk_id)
+        if prepared is not None:
+            return bytes(prepared.read(offset, length))
         await trio.sleep(self.store.delay)
         self._check(writing=False)
         self.store.reads += 1
