@@ -3,14 +3,11 @@
 Each `dfs.testing.kv_node.Node` drives the real coordinator, replica, anti-entropy, hints, purging
 and digests; the map is a chain of real maps whose transitions advance by the real thresholds on
 real reports.  Clients put, delete and get a few keys, resend, and follow contexts; faults of every
-kind go on meanwhile; then they stop and everything must be equal, durable and readable.  What is
-checked is in `dfs.testing.kv_oracle`, and here:
+kind (`dfs.testing.kv_faults`) go on meanwhile; then they stop and everything must be equal, durable
+and readable.  What is checked is in `dfs.testing.kv_oracle` and `dfs.testing.kv_checks`, and here:
 
-    copies      an acknowledged write is durable on W nodes of every set of homes, PW of them homes
     answers     every operation that a living coordinator began ends by its deadline
-    digests     equal copies have equal digests, and those are what a recomputation gives
-    converged   without faults all homes come to hold the same bytes, and quorums answer
-    actors      a version vector has no more actors than ever were homes of its partition
+    converged   without faults all homes come to hold the same bytes
 """
 
 from collections.abc import Callable, Iterator
@@ -21,22 +18,21 @@ from typing import Any
 from dfs.cluster.joint import missing_for_phase_2, missing_for_stable
 from dfs.cluster.map import METADATA, ClusterMap
 from dfs.errors import DfsError, NotHome, Unreachable
+from dfs.testing.kv_checks import check_copies, check_quorums, differing, verify
 from dfs.testing.kv_clients import Client, Operation
+from dfs.testing.kv_faults import fault, purge_cycle
 from dfs.testing.kv_maps import CHAINS, PARTITIONS, chain, keys_of
 from dfs.testing.kv_mutants import Classes
-from dfs.testing.kv_network import Network, Scheduler, Weather
+from dfs.testing.kv_network import LIMIT, Network, Scheduler, Weather
 from dfs.testing.kv_node import Node, Process
-from dfs.testing.kv_oracle import Dot, Oracle, ViolationError, Write
+from dfs.testing.kv_oracle import Oracle, ViolationError, Write
 from dfs.testing.kv_themes import Theme
-from metadata import actors, antientropy, merkle, rejoin, versions
+from metadata import actors, antientropy, rejoin, versions
 from metadata.antientropy import members
 from metadata.coordinator import MEMORY_AGE
-from metadata.merkle import REGISTERS, bucket_of, recompute
-from metadata.quorum import majority
+from metadata.merkle import bucket_of
 from metadata.registers import row_of
 
-LIMIT = 60_000  # events of a schedule
-HOUR = 3600.0
 ROUNDS = 60  # of repair without faults
 
 
@@ -77,7 +73,7 @@ class World:
         self._calls = 0
         self._waiting: dict[int, list[Callable[[], None]]] = {}
         self.rows = self._choose_rows()
-        self._used = tuple(dict.fromkeys(int.from_bytes(row[1:3], "big") for row in self.rows))
+        self.touched = tuple(dict.fromkeys(int.from_bytes(row[1:3], "big") for row in self.rows))
         first = self.chain.at(1)
         self.nodes = {n.number: Node(self, n.number, first) for n in first.nodes if n.metadata_addr}
         for node in self.nodes.values():
@@ -86,7 +82,7 @@ class World:
         self.pace = {n: theme.news * random.choice((0.1, 1.0, 1.0)) for n in self.nodes}
         self.pace |= dict.fromkeys(self.laggards, 0.0)
         self.names: dict[int, set[bytes]] = {}  # partition -> actors that minted there
-        self.handoffs = dict.fromkeys(self._used, 0)  # times that a node came to be a home
+        self.handoffs = dict.fromkeys(self.touched, 0)  # times that a node came to be a home
         self.renewals = 0  # of nodes that are gone
         self.purged = 0
         self.clients = [Client(self, i) for i in range(random.choice((2, 3, 5)))]
@@ -190,7 +186,7 @@ class World:
 
     def used(self, partition: int) -> bool:
         """Whether any key of the schedule is in the partition."""
-        return partition in self._used
+        return partition in self.touched
 
     # -------------------------------------------------------------------------------- operations
 
@@ -219,7 +215,7 @@ class World:
                 f"answers: operation {token} ended {self.scheduler.now - deadline} s late"
             )
         if operation.write is not None and not isinstance(result, DfsError):
-            self._check_copies(process, operation)
+            check_copies(self, process, operation)
         self.answer(process, token, result)
 
     def answer(self, process: Process, token: Any, result: Any) -> None:
@@ -229,6 +225,10 @@ class World:
     def orphaned(self, token: Any) -> None:
         """The coordinator of an operation died."""
 
+    def check_quorums(self, row: bytes) -> None:
+        """No quorum may miss what is known; see `dfs.testing.kv_checks.check_quorums`."""
+        check_quorums(self, row)
+
     def forgot(self, number: int) -> None:
         """A node lost part of what it durably had."""
         for history in self.oracle.rows.values():
@@ -236,87 +236,6 @@ class World:
                 if number in dot.homes:
                     dot.homes.discard(number)
                     dot.lost.add(number)
-
-    def _check_copies(self, process: Process, operation: Operation) -> None:
-        write = operation.write
-        if write is None or write.counted:
-            return
-        write.counted = True
-        history = self.oracle.history(operation.row)
-        for members_, total, homes in operation.quotas(process.map, process.number):
-            best = (-1, -1)
-            for name in sorted(write.dots):
-                dot = history.dots[name]
-                held = sum(
-                    n in dot.homes or n in dot.lost or self._left(process, operation.row, dot, n)
-                    for n in members_
-                )
-                hinted = len(dot.hints - set(members_))
-                best = max(best, (held, hinted))
-            if best[0] < homes or best[0] + best[1] < total:
-                raise ViolationError(
-                    f"copies: write {write.number} was acknowledged with {best} copies on homes "
-                    f"{members_} and as hints, {total} and {homes} on homes are needed"
-                )
-
-    def _left(self, process: Process, row: bytes, dot: Dot, number: int) -> bool:
-        """Whether a node had a copy, and let go of it by homes this coordinator has not heard of.
-
-        Nothing tells a coordinator with an old map that a home which acknowledged is one no more.
-        It need not know: the transition that ended it has taken the write to quorums of the homes
-        that followed, and `check_quorums` asks for it there.
-        """
-        epoch = dot.left.get(number)
-        if epoch is None:
-            return False
-        partition = int.from_bytes(row[1:3], "big")
-        return self.chain.at(epoch).last_change(METADATA, partition) > process.map.epoch
-
-    def check_quorums(self, row: bytes) -> None:
-        """No quorum that would answer a read now, by a map of any epoch, may miss what is known.
-
-        Stronger than to wait for a read that does: what matters is whether one could.
-        """
-        partition = int.from_bytes(row[1:3], "big")
-        for epoch in range(self.committed, max(0, self.committed - 3), -1):
-            m = self.chain.at(epoch)
-            homes = m.read_homes(METADATA, partition)
-            able = [n for n in homes if self._serves(n, epoch, partition)]
-            missed = self.oracle.missed(row, able, majority(len(homes)))
-            if missed:
-                raise ViolationError(
-                    f"fresh: {row!r}: quorums of {able} of epoch {epoch} (newest "
-                    f"{self.committed}) do not know writes {missed:b}"
-                )
-            if epoch != self.committed:
-                continue
-            for n in able:
-                data = self.nodes[n].store.get(row)
-                if data and (back := self.oracle.risen(row, data)):
-                    raise ViolationError(f"dead: {row!r} is back at node {n}: writes {back:b}")
-
-    def _serves(self, number: int, epoch: int, partition: int) -> bool:
-        """Whether a node would answer a read of that epoch, once it runs and is reached."""
-        node = self.nodes.get(number)
-        if node is None or node.restored:
-            return False
-        process = node.process
-        if process is None:
-            known, waits = node.saved_map, self.classes.pull_first(node.store)
-            stale = epoch < known.last_change(METADATA, partition)
-        else:
-            known, waits = process.map, process.pull_first
-            last = known.last_change(METADATA, partition)
-            stale = process.registers.rule_stale(epoch, last)
-        if stale or waits.waiting(partition):
-            return False
-        if known.epoch >= epoch or self.chain.at(epoch).last_change(METADATA, partition) <= (
-            known.epoch
-        ):
-            return True
-        # it learns of the map first, and may have to pull then
-        there = epoch == known.epoch + 1 and number in members(known, partition)
-        return there or not merkle.rows_of(node.store, REGISTERS, partition)[0]
 
     # ------------------------------------------------------------------------------------ faults
 
@@ -329,122 +248,31 @@ class World:
             names, weights = zip(*self.theme.faults.items(), strict=True)
             cycles = random.sample(range(self.theme.steps), 3 if self.theme.purges else 0)
             for step in range(self.theme.steps):
-                self._fault(random.choices(names, weights)[0])
+                fault(self, random.choices(names, weights)[0])
                 self.scheduler.run(
                     self.scheduler.now + random.random() * random.choice((0.2, 1.0, 2.0)), LIMIT
                 )
                 self._housekeeping()
                 if step in cycles:
-                    self._purge_cycle()
+                    purge_cycle(self)
                 for row in self.rows:
                     self.check_quorums(row)
-            self._settle()
+            self.settle()
 
-    def _fault(self, kind: str) -> None:
-        random = self.random
-        numbers = list(self.nodes)
-        some = random.choice(numbers)
-        node = self.nodes[some]
-        if kind == "cut":
-            self.network.heal()
-            if random.random() < 0.6:
-                side = {n: random.random() < 0.5 for n in numbers}
-                pairs = [(a, b) for a in numbers for b in numbers if side[a] != side[b]]
-                if random.random() < 0.3:
-                    pairs = [(a, b) for a, b in pairs if side[a]]  # one way
-                self.network.cut(pairs)
-        elif kind == "links":
-            self.network.cut((random.choice(numbers), random.choice(numbers)) for _ in range(4))
-        elif kind == "crash":
-            self.crashes += 1
-            node.crash()
-        elif kind == "start":
-            for n in numbers:
-                if random.random() < 0.7:
-                    self.nodes[n].start()
-        elif kind == "stop":
-            self.network.stop(some)
-        elif kind == "continue":
-            for n in numbers:
-                if random.random() < 0.7:
-                    self.carry_on(n)
-        elif kind == "full":
-            node.store.full = not node.store.full
-        elif kind == "skew":
-            node.skew = random.uniform(-1800.0, 1800.0)
-        elif kind == "restore":
-            homes = self.chain.at(self.committed).homes(METADATA, random.choice(self._used))
-            self._restore(self.nodes[random.choice([n for n in homes if n in self.nodes])])
-        elif kind == "age":
-            self._jump(random.choice((600.0, 4 * HOUR, 30 * HOUR, 80 * HOUR)))
-
-    def _purge_cycle(self) -> None:
-        """A day and five hours, in which tombstones may go."""
-        random = self.random
-        quiet = random.random() < 0.8
-        if quiet:
-            for client in self.clients:
-                client.pause()
-            if random.random() < 0.8:
-                self._delete_all()
-        if random.random() < 0.9:
-            self.network.heal()
-        for number, node in self.nodes.items():
-            if random.random() < 0.95:
-                node.store.full = False
-                self.carry_on(number)
-                node.start()
-        for _ in range(random.choice((0, 1, 3))):
-            self._some_repair()
-        self._jump(random.choice((3.0, 23.5, 25.5, 25.5, 26.0, 30.0)) * HOUR)
-        self._some_repair()
-        leaders = self._leaders()
-        for partition, process in leaders:
-            process.prepare(partition)
-            self.scheduler.run(self.scheduler.now + 1.0, LIMIT)
-        if not quiet or random.random() < 0.2:
-            self._fault(random.choice(("crash", "start", "nothing", "restore")))
-        if random.random() < 0.3:
-            self._operator()
-        if random.random() < 0.85:
-            self._jump(random.choice((3.0, 4.5, 5.5, 6.0)) * HOUR)
-        for _, leader in leaders:
-            if leader.alive:
-                leader.purge()
-                self.scheduler.run(self.scheduler.now + 1.0, LIMIT)
-        for row in self.rows:
-            self.check_quorums(row)
-        for client in self.clients:
-            client.resume()
-        for number in self.nodes:
-            keeper = self.nodes[number].process
-            if keeper is not None and not self.network.stopped(number):
-                keeper.deliver_hints()
-        self._some_repair()
-
-    def _delete_all(self) -> None:
-        """Clients delete every row that they can."""
-        self.scheduler.run(self.scheduler.now + 11.0, LIMIT)
-        rows = list(self.rows)
-        for _ in range(3):
-            for client in self.clients:
-                if rows and client.current is None:
-                    client.delete(rows.pop())
-            self.scheduler.run(self.scheduler.now + 2.0, LIMIT)
-
-    def _leaders(self) -> list[tuple[int, Process]]:
+    def leaders(self) -> list[tuple[int, Process]]:
+        """First homes that run: (partition, process)."""
         m = self.chain.at(self.committed)
         found = []
-        for partition in self._used:
+        for partition in self.touched:
             process = self.nodes[m.homes(METADATA, partition)[0]].process
             if process is not None and not self.network.stopped(process.number):
                 found.append((partition, process))
         return found
 
-    def _some_repair(self) -> None:
+    def some_repair(self) -> None:
         """Homes, and some who were, exchange what they have."""
         m = self.chain.at(self.committed)
-        homes = sorted({n for p in self._used for n in members(m, p)})
+        homes = sorted({n for p in self.touched for n in members(m, p)})
         others = [n for n in self.nodes if n not in homes]
         homes += self.random.sample(others, min(2, len(others)))
         for number in homes:
@@ -460,7 +288,7 @@ class World:
                 process.exchange(self.random.choice(peers))
         self.scheduler.run(self.scheduler.now + 2.0, LIMIT)
 
-    def _jump(self, seconds: float) -> None:
+    def jump(self, seconds: float) -> None:
         """Time passes, and what was due meanwhile is late.
 
         Usual messages arrive, or their callers give up, first: only what a stopped node holds, and
@@ -477,20 +305,6 @@ class World:
         for node in self.nodes.values():
             if node.process is not None:
                 node.process.late = True
-
-    def _restore(self, node: Node) -> None:
-        """An old state comes back, or is kept for later."""
-        if node.backup is None:
-            if not node.store.dirty:
-                node.backup = (node.store.rows(), node.saved_map)
-            return
-        if any(n.waits() for n in self.nodes.values()):
-            return  # two at once are more than any quorum forgives
-        self.restores += 1
-        node.crash()
-        node.restore()
-        if self.random.random() < 0.7:
-            node.start()
 
     def _housekeeping(self) -> None:
         random = self.random
@@ -510,7 +324,7 @@ class World:
             elif x < 0.7:
                 process.expire_hints()
             elif x < 0.8:
-                for partition, leader in self._leaders():
+                for partition, leader in self.leaders():
                     leader.prepare(partition)
                     leader.purge()
             else:
@@ -523,10 +337,10 @@ class World:
                 process.discard()
         if self.theme.moves:
             for _ in range(random.choice((1, 1, 2, 4))):
-                self._operator()
+                self.operator()
                 self.scheduler.run(self.scheduler.now + random.random() * 0.3, LIMIT)
 
-    def _operator(self) -> None:
+    def operator(self) -> None:
         """News of the map, reports of nodes, and the next phase as soon as it may begin."""
         random, theme = self.random, self.theme
         m = self.chain.at(self.committed)
@@ -544,19 +358,19 @@ class World:
             return
         if not phase:
             if random.random() < theme.moves * 0.5:
-                self._commit()
+                self.commit()
                 self.changes += 1
             return
         lacking = missing_for_phase_2 if phase == 1 else missing_for_stable
         if not lacking(m, self.reports, self.classes.rules):
-            self._commit()
+            self.commit()
 
-    def _commit(self) -> None:
+    def commit(self) -> None:
         """The voters agreed on the next map."""
         before = self.chain.at(self.committed)
         self.committed += 1
         m = self.chain.at(self.committed)
-        for partition in self._used:
+        for partition in self.touched:
             if m.last_change(METADATA, partition) == self.committed:
                 homes = before.read_homes(METADATA, partition)
                 self.handoffs[partition] += len(
@@ -587,7 +401,8 @@ class World:
 
     # -------------------------------------------------------------------------------------- calm
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """No more faults: repair until nothing differs, then check it all."""
         self.calm = self.network.calm = True
         self.network.heal()
         for number, node in self.nodes.items():
@@ -600,23 +415,23 @@ class World:
         for node in self.nodes.values():
             if node.process is not None and node.process.tokens:
                 raise ViolationError(f"answers: {list(node.process.tokens)} never ended")
-        self._jump(7200.0)  # rows from clocks that are ahead count as fresh until then
+        self.jump(7200.0)  # rows from clocks that are ahead count as fresh until then
         for _ in range(ROUNDS):
             self._repair_round()
             if not self.chain.at(self.committed).phase(METADATA):
-                why = self._differing()
+                why = differing(self)
                 if not why:
                     break
             else:
-                self._operator()
+                self.operator()
                 why = f"phase {self.chain.at(self.committed).phase(METADATA)} is not left"
         else:
             raise ViolationError(f"converged: {why}")
-        self._verify()
+        verify(self)
 
     def _repair_round(self) -> None:
         m = self.chain.at(self.committed)
-        numbers = sorted({n for p in self._used for n in members(m, p)})
+        numbers = sorted({n for p in self.touched for n in members(m, p)})
         numbers += [n for n in self.nodes if n not in numbers][:3]
         for number in numbers:
             process = self.nodes[number].process
@@ -631,88 +446,6 @@ class World:
                 process.exchange(self.random.choice(peers))
             self.reports[number] = process.report()
         self.scheduler.run(self.scheduler.now + 31.0, LIMIT * 3)
-
-    def _differing(self) -> str:
-        m = self.chain.at(self.committed)
-        for row in self.rows:
-            homes = m.homes(METADATA, int.from_bytes(row[1:3], "big"))
-            if len({self.nodes[n].store.get(row) for n in homes}) > 1:
-                return f"{row!r} differs between homes {homes}"
-            for n in homes:
-                process = self.nodes[n].process
-                if process is None or process.pull_first.waiting(int.from_bytes(row[1:3], "big")):
-                    return f"node {n} still waits"
-        return ""
-
-    def _verify(self) -> None:
-        m = self.chain.at(self.committed)
-        for row in self.rows:
-            partition = int.from_bytes(row[1:3], "big")
-            homes = m.homes(METADATA, partition)
-            data = self.nodes[homes[0]].store.get(row)
-            register = self.oracle.decode(data) if data else versions.EMPTY
-            self.oracle.final(row, register)
-            if data and versions.encode(register) != data:
-                raise ViolationError(f"canonical: {row!r} has other bytes than its value")
-            totals = set()
-            for n in homes:
-                process = self.nodes[n].process
-                if process is not None:
-                    totals.add(tuple(process.digests.buckets(REGISTERS, partition)))
-            if len(totals) > 1:
-                raise ViolationError(f"digests: partition {partition} differs while its rows agree")
-            self._check_actors(partition, register)
-            self._check_merges(row)
-        for node in self.nodes.values():
-            for partition in self._used:
-                steps = recompute(node.store, REGISTERS, partition)
-                try:
-                    while True:
-                        next(steps)
-                except StopIteration as e:
-                    if e.value:
-                        raise ViolationError(
-                            f"digests: those of node {node.number} drifted"
-                        ) from None
-        self._read_all()
-
-    def _check_actors(self, partition: int, register: versions.Register) -> None:
-        """No more actors than homes there were, and than nodes that forgot what they had been."""
-        renewed = self.renewals
-        for node in self.nodes.values():
-            if node.process is not None:
-                renewed += node.process.registers.actors.epoch - 1
-        bound = self.chain.at(1).n + self.handoffs[partition] + renewed
-        if len(register[0]) > bound or not {a for a, _ in register[0]} <= self.names.get(
-            partition, set()
-        ):
-            raise ViolationError(
-                f"actors: {len(register[0])} in a register of partition {partition}, bound {bound}"
-            )
-
-    def _check_merges(self, row: bytes) -> None:
-        """Whatever registers of a row there ever were merge to the same bytes in any order."""
-        seen = self.oracle.seen_registers(row, 12)
-        results = set()
-        for _ in range(3):
-            self.random.shuffle(seen)
-            merged = versions.EMPTY
-            for data in seen:
-                merged = versions.merge(merged, self.oracle.decode(data))
-                merged = versions.merge(merged, self.oracle.decode(data))
-            results.add(versions.encode(merged))
-        if len(results) > 1:
-            raise ViolationError(f"merge: the order in which copies of {row!r} meet matters")
-
-    def _read_all(self) -> None:
-        """At the end every quorum read succeeds and knows all."""
-        client = self.clients[0]
-        wanted = len(self.rows)
-        for row in self.rows:
-            client.last_read(row)
-        self.scheduler.run(self.scheduler.now + 30.0, LIMIT * 3)
-        if client.read_back != wanted:
-            raise ViolationError(f"liveness: {client.read_back} of {wanted} reads succeeded")
 
 
 def run_cores(seed: int, mutant: str | None = None) -> World:

@@ -88,8 +88,7 @@ def pushed_by_some_that_wait(mutant: str | None) -> None:
         s.push(s.nodes)
         assert not s.advance()  # a broken rule has raised here
         for number in (2, 3):
-            s.process(number).pull()
-            s.run_for()
+            s.pull(number)
         s.push(s.nodes)
         assert s.advance()
 
@@ -119,8 +118,7 @@ def purged_while_away(mutant: str | None) -> None:
         assert s.ask(2, b"value")
         s.away(4)
         assert s.ask(2, None)
-        s.hours(25.5)
-        s.purge(2)
+        s.forget(2)
         s.back()
         s.exchange(4, 2)
         s.check_quorums(s.row)
@@ -134,8 +132,7 @@ def purged_while_moving(mutant: str | None) -> None:
         s.tell(s.nodes)
         s.away(1)
         assert s.ask(2, None)
-        s.hours(25.5)
-        s.purge(5)
+        s.forget(5)
         s.back()
         s.push((1,))
         s.check_quorums(s.row)
@@ -149,11 +146,9 @@ def a_hint_too_late(mutant: str | None) -> None:
         s.back()
         s.exchange(4, 2)
         assert s.ask(2, None)
-        s.hours(25.5)
-        s.purge(2)
-        for keeper in (0, 1):
-            s.process(keeper).deliver_hints()
-            s.run_for()
+        s.forget(2)
+        s.deliver_hints(0)
+        s.deliver_hints(1)
         s.check_quorums(s.row)
 
 
@@ -169,8 +164,7 @@ def a_hint_on_its_way(mutant: str | None) -> None:
             s.run_for()
         s.exchange(4, 2)
         assert s.ask(2, None)
-        s.hours(25.5)
-        s.purge(2)
+        s.forget(2)
         s.release()
 
 
@@ -183,11 +177,9 @@ def a_hint_at_a_new_home(mutant: str | None) -> None:
         s.back()
         s.exchange(3, 2)
         assert s.ask(2, None)
-        s.hours(25.5)
-        s.purge(2)
+        s.forget(2)
         s.move()
-        s.process(0).deliver_hints()
-        s.run_for()
+        s.deliver_hints(0)
         s.check_quorums(s.row)
 
 
@@ -218,15 +210,13 @@ def restored_young(mutant: str | None) -> None:
     """A restored node gives away what is younger than a day: that cannot have been purged."""
     with stage(ONE, mutant) as s:
         assert s.ask(2, b"value")
-        s.nodes[4].backup = (s.nodes[4].store.rows(), s.nodes[4].saved_map)
+        s.back_up(4)
         assert s.ask(2, None)
         s.purge(2)
-        s._restore(s.nodes[4])
-        s.nodes[4].start()
+        s.restore(4)
         s.run_for()
         for _ in range(3):
-            s.process(4).pull()
-            s.run_for()
+            s.pull(4)
         s.exchange(4, 2)
         s.check_quorums(s.row)
 
@@ -237,8 +227,7 @@ def former_home(mutant: str | None) -> None:
         assert s.ask(2, b"value")
         s.move()
         assert s.ask(5, None)
-        s.hours(25.5)
-        s.purge(5)
+        s.forget(5)
         for old in (2, 0, 1):
             s.exchange(old, 5)
         s.check_quorums(s.row)
@@ -250,8 +239,7 @@ def home_again(mutant: str | None) -> None:
         assert s.ask(2, b"value")
         s.move()
         assert s.ask(2, None)
-        s.hours(25.5)
-        s.purge(2)
+        s.forget(2)
         s.move()
         s.check_quorums(s.row)
 
@@ -262,8 +250,7 @@ def several_homes_again(mutant: str | None) -> None:
         assert s.ask(2, b"value")
         s.move()
         assert s.ask(5, None)
-        s.hours(25.5)
-        s.purge(5)
+        s.forget(5)
         s.move()
         s.check_quorums(s.row)
 
@@ -274,8 +261,7 @@ def home_again_to_a_new_value(mutant: str | None) -> None:
         assert s.ask(4, b"value")
         s.move()
         assert s.ask(2, None)
-        s.hours(25.5)
-        s.purge(2)
+        s.forget(2)
         assert s.advance()
         s.tell(s.nodes)
         assert s.ask(2, b"new value", b"")
@@ -291,18 +277,14 @@ def ghost_beside_a_new_value(mutant: str | None) -> None:
     """A restored home gets a new value before it has judged what it held: the row looks young."""
     with stage(ONE, mutant) as s:
         assert s.ask(2, b"value")
-        s.nodes[4].backup = (s.nodes[4].store.rows(), s.nodes[4].saved_map)
+        s.back_up(4)
         assert s.ask(2, None)
-        s.hours(25.5)
-        s.purge(2)
-        s.nodes[4].crash()
-        s.nodes[4].restore()
-        s.nodes[4].start()
+        s.forget(2)
+        s.restore(4)
         assert s.ask(3, b"new value", b"")  # another actor: it does not cover the old
         s.run_for(40.0)  # until the new value is no longer fresh
         s.exchange(3, 4)
-        s.process(4).pull()
-        s.run_for()
+        s.pull(4)
         s.exchange(4, 2)
         s.check_quorums(s.row)
 

@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 Event = Callable[[], None]
+LIMIT = 60_000  # events of a schedule
 
 
 @dataclass(slots=True)

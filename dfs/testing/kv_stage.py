@@ -12,11 +12,11 @@ from typing import Any
 from dfs.cluster.joint import missing_for_phase_2, missing_for_stable
 from dfs.cluster.map import METADATA
 from dfs.testing.kv_clients import Client, Operation
-from dfs.testing.kv_cores import HOUR, LIMIT, World, small_world
+from dfs.testing.kv_cores import World, small_world
 from dfs.testing.kv_maps import keys_of
 from dfs.testing.kv_mutants import Classes
-from dfs.testing.kv_network import Weather
-from dfs.testing.kv_node import Process
+from dfs.testing.kv_network import LIMIT, Weather
+from dfs.testing.kv_node import HOUR, Process
 from dfs.testing.kv_themes import Theme
 from metadata.registers import row_of
 
@@ -33,7 +33,7 @@ class Stage(World):
         self.laggards, self.pace = [], {}
         self.partition = self.chain.hot[0]
         self.row = row_of(0, keys_of(self.partition, 1)[0])
-        self.rows, self._used = [self.row], (self.partition,)
+        self.rows, self.touched = [self.row], (self.partition,)
         self.handoffs = {self.partition: 0}
         self.clients = [Client(self, 0)]
         self.clients[0].pause()
@@ -53,7 +53,7 @@ class Stage(World):
 
     def hours(self, hours: float) -> None:
         """Time passes."""
-        self._jump(hours * HOUR)
+        self.jump(hours * HOUR)
 
     def away(self, *numbers: int) -> None:
         """Cut these nodes off from all others."""
@@ -112,6 +112,33 @@ class Stage(World):
         self.run_for()
         self.check_quorums(self.row)
 
+    def forget(self, leader: int) -> None:
+        """Wait until what was deleted may go, and purge it."""
+        self.hours(25.5)
+        self.purge(leader)
+
+    def pull(self, number: int) -> None:
+        """A node catches up where it waits."""
+        self.process(number).pull()
+        self.run_for()
+
+    def deliver_hints(self, number: int) -> None:
+        """A node hands over what it keeps for another."""
+        self.process(number).deliver_hints()
+        self.run_for()
+
+    def back_up(self, number: int) -> None:
+        """Keep a copy of a node's disk."""
+        node = self.nodes[number]
+        node.backup = (node.store.rows(), node.saved_map)
+
+    def restore(self, number: int) -> None:
+        """A node starts on the copy of its disk, and notices."""
+        node = self.nodes[number]
+        node.crash()
+        node.restore()
+        node.start()
+
     @contextmanager
     def holding(self, method: str) -> Iterator[None]:
         """Messages of a method are held meanwhile, as a slow network would."""
@@ -165,7 +192,7 @@ class Stage(World):
             missing = missing_for_phase_2 if phase == 1 else missing_for_stable
             if missing(m, self.reports, self.classes.rules):
                 return False
-        self._commit()
+        self.commit()
         return True
 
     def move(self) -> None:
@@ -188,4 +215,4 @@ def stage(number: int, mutant: str | None = None) -> Iterator[Stage]:
         made = Stage(number, mutant)
         yield made
         made.back()
-        made._settle()
+        made.settle()
