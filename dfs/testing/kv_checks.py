@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from dfs.cluster.map import METADATA
 from dfs.testing.kv_clients import Operation
 from dfs.testing.kv_network import LIMIT
-from dfs.testing.kv_node import Process
 from dfs.testing.kv_oracle import Dot, ViolationError
+from dfs.testing.kv_shell import Shell
 from metadata import merkle, versions
 from metadata.antientropy import members
 from metadata.merkle import REGISTERS, recompute
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dfs.testing.kv_cores import World
 
 
-def check_copies(world: "World", process: Process, operation: Operation) -> None:
+def check_copies(world: "World", process: Shell, operation: Operation) -> None:
     """An acknowledged write is durable on as many nodes of every set of homes as it has to be."""
     write = operation.write
     if write is None or write.counted:
@@ -52,7 +52,7 @@ def check_copies(world: "World", process: Process, operation: Operation) -> None
             )
 
 
-def _left(world: "World", process: Process, row: bytes, dot: Dot, number: int) -> bool:
+def _left(world: "World", process: Shell, row: bytes, dot: Dot, number: int) -> bool:
     """Whether a node had a copy, and let go of it by homes this coordinator has not heard of.
 
     Nothing tells a coordinator with an old map that a home which acknowledged is one no more.

@@ -26,6 +26,7 @@ from dfs.testing.kv_mutants import Classes
 from dfs.testing.kv_network import LIMIT, Network, Scheduler, Weather
 from dfs.testing.kv_node import Node, Process
 from dfs.testing.kv_oracle import Oracle, ViolationError, Write
+from dfs.testing.kv_shell import Shell
 from dfs.testing.kv_themes import Theme
 from metadata import actors, antientropy, rejoin, versions
 from metadata.antientropy import members
@@ -190,7 +191,7 @@ class World:
 
     # -------------------------------------------------------------------------------- operations
 
-    def minted(self, process: Process, write: bytes, context: bytes, reply: Any) -> None:
+    def minted(self, process: Shell, write: bytes, context: bytes, reply: Any) -> None:
         """A replica minted a dot for the write of that request id."""
         found = self.writes[write]
         partition = int.from_bytes(found.row[1:3], "big")
@@ -207,7 +208,7 @@ class World:
         hlc = dict(self.oracle.decode(reply[0])[0])[actor]
         self.oracle.minted(found, actor, hlc, (process.number, process.node.batches))
 
-    def done(self, process: Process, token: Any, result: Any, deadline: float) -> None:
+    def done(self, process: Shell, token: Any, result: Any, deadline: float) -> None:
         """A coordinator has an answer."""
         operation = self.operations[token[0]]
         if self.scheduler.now > deadline + 0.1 and not process.late:
@@ -218,7 +219,7 @@ class World:
             check_copies(self, process, operation)
         self.answer(process, token, result)
 
-    def answer(self, process: Process, token: Any, result: Any) -> None:
+    def answer(self, process: Shell, token: Any, result: Any) -> None:
         """Tell the client, whom the message may never reach."""
         self.network.send(process.number, -1 - token[0][0], (token, result))
 

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 from dfs.cluster.map import METADATA
 from dfs.testing.kv_network import LIMIT
-from dfs.testing.kv_node import HOUR, Node
+from dfs.testing.kv_node import Node
+from dfs.testing.kv_shell import HOUR
 
 if TYPE_CHECKING:
     from dfs.testing.kv_cores import World

@@ -1,7 +1,7 @@
 """Registers with one rule broken each: what proves that the simulation can see such a fault.
 
 The faults themselves are in `dfs.testing.kv_broken`; those in the shell (`hasty`, `amnesia`, ...)
-are read by name in `dfs.testing.kv_node`.
+are read by name in `dfs.testing.kv_shell` and `kv_writer`.
 """
 
 from collections.abc import Iterator

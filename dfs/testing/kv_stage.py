@@ -16,7 +16,8 @@ from dfs.testing.kv_cores import World, small_world
 from dfs.testing.kv_maps import keys_of
 from dfs.testing.kv_mutants import Classes
 from dfs.testing.kv_network import LIMIT, Weather
-from dfs.testing.kv_node import HOUR, Process
+from dfs.testing.kv_node import Process
+from dfs.testing.kv_shell import HOUR
 from dfs.testing.kv_themes import Theme
 from metadata.registers import row_of
 
