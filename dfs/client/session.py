@@ -1,35 +1,34 @@
 """A session: one client's standing at one volume, and the loop that keeps its view true.
 
 Concurrency contract.  Everything runs on one trio loop, so code between two awaits is atomic.
-Three tasks serve a session: *commit* (the only sender of `vol.commit`, one request in flight),
-*watch* (long poll; also the session's beat, and the only one that opens and reopens) and *sync*
-(confirmed reads on demand).  All three hand journal entries to the `Feed`, which applies them in
-order.  An operation is a pure function on a `Txn` of the view and may be run any number of times.
-The module is longer than most because these three share one state, and their order is the point.
+Three tasks serve a session: *commit* (`dfs.client.committer`: the only one that changes the volume,
+one request in flight), *watch* (long poll; also the session's beat, and the only one that opens and
+reopens) and *sync* (confirmed reads on demand).  All three hand journal entries to the `Feed`,
+which applies them in order.  An operation is a pure function on a `Txn` of the view and may be run
+any number of times.
 
-A *verdict* for a transaction is final.  Anything else than a verdict means "unknown", so the
-identical request is sent again, to any home, until the deadline; then the session is over, because
-whether its last request took effect can no longer be learned.  A new one is opened in its place.
-
-The view is *fresh* while the last confirmed answer was asked for less than 1.5 s ago.  A
-view that is not fresh answers nothing: operations wait for freshness until the deadline, then EIO.
+The view is *fresh* while the last confirmed answer was asked for less than 1.5 s ago, or 12 s while
+the session holds the volume's delegation (`dfs.client.delegation`): then nobody else can change it,
+and operations are committed here first.  A view that is not fresh answers nothing: operations wait
+for freshness until the deadline, then EIO.
 """
 
 import contextlib
 import errno
 import logging
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
 import trio
 
 from dfs import ids
+from dfs.client.committer import ATTEMPT, Committer
 from dfs.client.connect import Cluster
+from dfs.client.delegation import LEASE
 from dfs.client.feed import Entries, Feed
-from dfs.client.freshness import Freshness
+from dfs.client.freshness import FRESH, Freshness
 from dfs.client.homes import Homes
-from dfs.client.submission import Submission, Waiter, form
+from dfs.client.submission import Submission, Waiter
 from dfs.client.writers import Writers
 from dfs.errors import DfsError, Fenced, FsError, InvalidArgument, NotFound
 from dfs.volume import entries
@@ -42,10 +41,9 @@ T = TypeVar("T")
 WATCH_WAIT = 0.5  # seconds the home may hold a watch
 FRAME = 0.02  # seconds between watches while there is news
 QUIET = 0.05  # seconds between watches that bring nothing new
-LAZY = 0.02  # seconds that a lazy transaction waits for company
-LAZY_MAX = 64  # of them that may wait
-ATTEMPT = 3.0  # seconds one home is given to answer before another is asked
 DEADLINE = 30.0  # seconds until an operation gives up with EIO
+
+NOBODY = (0, 0, False)  # holds the delegation: what an answer says that does not tell
 
 OnChange = Callable[[Sequence[bytes] | None], None]
 
@@ -66,8 +64,9 @@ class Session:
         mode: str = "rw",
         name: str = "",
         deadline: float = DEADLINE,
+        delegate: bool = False,
     ) -> None:
-        """Prepare; `run` opens it."""
+        """Prepare; `run` opens it.  `delegate`: ask for the volume's delegation when it is busy."""
         self.cluster = cluster
         self.volume = volume
         self.mode = mode
@@ -76,26 +75,22 @@ class Session:
         self.sid: ids.SessionId = 0
         self.params: dict[str, Any] = {}
         self._clock = cluster.clock
-        self._no = 0
         self._minted = 0
-        self._generation = 0  # counts opens; answers to an older generation are dropped
-        self._over = True
+        self.generation = 0  # counts opens; answers to an older generation are dropped
+        self.over = True  # until the next open
         self._closing = False
         self._freshness = Freshness(self._clock)
-        self._homes = Homes(cluster, volume)
-        self._queue: deque[Submission] = deque()
-        self._feed = Feed(cluster.blobs, volume, self._note, deadline)
-        self._work = trio.lowlevel.ParkingLot()  # the commit task, when it is idle
+        self.homes = Homes(cluster, volume)
+        self._feed = Feed(cluster.blobs, volume, self._known, self._note, deadline)
         self._sync_work = trio.lowlevel.ParkingLot()
         self._sync_waiters: list[Waiter] = []
         self._on_change: list[OnChange] = []
-        self._on_fenced: list[Callable[[], None]] = []
+        self._on_fenced: list[Callable[[set[int]], None]] = []
         self._on_closed: list[Callable[[Sequence[int]], None]] = []
         self._writers = Writers()
-        self._hurry = False
-        self._counts = dict.fromkeys(
-            ("commits", "transactions", "conflicts", "local_conflicts", "resends", "opens"), 0
-        )
+        self._committer = Committer(self, delegate=delegate)
+        self._delegation = self._committer.delegation
+        self._opens = 0
 
     # ------------------------------------------------------------------ life
 
@@ -109,23 +104,26 @@ class Session:
         task_status.started()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_loop)
-            nursery.start_soon(self._commit_loop)
+            nursery.start_soon(self._committer.run)
             nursery.start_soon(self._sync_loop)
 
     async def close(self) -> None:
         """Tell the home that the session ends; best effort, the home also notices silence."""
-        if self._over:
+        if self.over:
             return
         self._closing = True
         with contextlib.suppress(DfsError):
-            await self._homes.ask("vol.close", (self.volume, self.sid), timeout=ATTEMPT)
+            await self.homes.ask("vol.close", (self.volume, self.sid), timeout=ATTEMPT)
 
     def on_change(self, fn: OnChange) -> None:
         """Call `fn(keys)` after others' effects were applied; None = anything may differ."""
         self._on_change.append(fn)
 
-    def on_fenced(self, fn: Callable[[], None]) -> None:
-        """Call `fn()` when the session was lost; a new one is opened by itself."""
+    def on_fenced(self, fn: Callable[[set[int]], None]) -> None:
+        """Call `fn(inos)` when the session was lost; a new one is opened by itself.
+
+        `inos`: inodes with acknowledged changes that are lost, because they were not committed.
+        """
         self._on_fenced.append(fn)
 
     def on_closed(self, fn: Callable[[Sequence[int]], None]) -> None:
@@ -157,29 +155,32 @@ class Session:
 
     @property
     def alone(self) -> bool:
-        """Whether this is known to be the only session that is open for writing."""
-        return self._writers.only(self.sid) and not self._over
+        """Whether this is known to be the only session that writes."""
+        return (self._delegation.held or self._writers.only(self.sid)) and not self.over
 
     @property
-    def solitary(self) -> bool:
-        """Whether this is known to be the volume's only session, readers included."""
-        return self._writers.solitary(self.sid) and not self._over
+    def here(self) -> bool:
+        """Whether operations are committed here now, and sent later."""
+        return self._delegation.held and not self._delegation.recalled and self._freshness.now
 
     def mint_ino(self) -> ids.Ino:
         """A fresh inode number; never used before and never again."""
         if self._minted >= (1 << ids.COUNTER_BITS) - 1:
-            self._lose("the session has used up its inode numbers")  # the next one has new ones
+            self.lose("the session has used up its inode numbers")  # the next one has new ones
         self._minted += 1
         return ids.first_ino(self.sid) + self._minted
 
     def statistics(self) -> dict[str, Any]:
         """Counters and the present state, for people."""
         return {
-            **self._counts,
+            **self._committer.counts,
+            "opens": self._opens,
+            "delegation": self._delegation.epoch,
+            "pending": self._delegation.pending,
             "fetched": self._feed.fetched,
             "sid": self.sid,
             "seq": self.view.seq,
-            "owner": self._homes.owner,
+            "owner": self.homes.owner,
             "age": round(self._freshness.age, 3),
         }
 
@@ -200,19 +201,40 @@ class Session:
             except Missing as e:
                 await self._feed.fetch(e.hashes)
 
-    async def transact(self, op: Callable[[Txn], T], *, oldest: int = 0, lazy: bool = False) -> T:
+    async def transact(self, op: Callable[[Txn], T], *, oldest: int = 0) -> T:
         """Run a mutating operation and commit it; returns once a majority holds it.
+
+        While the session holds the delegation it returns at once, without yielding unless tree
+        nodes are missing or too much is pending; `settle` then waits for the majority.
 
         `op` is pure and is run again after a conflict.  A `DfsError` that it raises is only raised
         here once the home has confirmed that what the operation read is still so.  Raises `FsError`
         EIO when no quorum answered until the deadline.  `oldest`: stamp of the oldest chunk the
         effects rely on.
         """
-        give_up = self._clock.monotonic() + self.deadline
+        held = self._delegation
+        give_up = 0.0
         conflicts = 0
         while True:
             if not self._freshness.now:
+                give_up = give_up or self._clock.monotonic() + self.deadline
                 await self._wait_fresh(give_up)
+            if held.held:
+                if held.recalled or held.crowded:
+                    give_up = give_up or self._clock.monotonic() + self.deadline
+                    await self._wait_turn(give_up)
+                    continue
+                txn = self.view.begin()
+                try:
+                    result = op(txn)
+                    if txn.effects:
+                        held.commit(self.view, txn, oldest, self._clock.monotonic())
+                        self._committer.wake()
+                except Missing as e:
+                    await self._feed.fetch(e.hashes)
+                    continue
+                return result
+            give_up = give_up or self._clock.monotonic() + self.deadline
             txn = self.view.begin()
             error: DfsError | None = None
             try:
@@ -226,60 +248,74 @@ class Session:
             if txn.effects and self.mode != "rw":
                 raise FsError("volume is mounted read-only", errno.EROFS)
             submission: Submission = Submission(txn, oldest)
-            self._queue.append(submission)
-            self._work.unpark_all()
+            self._committer.submit(submission)
             if await submission.wait():
                 if error is not None:
                     raise error
                 return result
             conflicts += 1
-            self._counts["conflicts"] += 1
+            self._committer.counts["conflicts"] += 1
             if self._clock.monotonic() > give_up:
                 raise FsError(f"{conflicts} conflicts on volume {self.volume.hex()}", errno.EIO)
             if conflicts > 4:  # others are faster than our round trip: spread out
                 await trio.sleep(self.cluster.random.uniform(0, 0.002 * min(conflicts, 50)))
 
-    def transact_behind(self, op: Callable[[Txn], T]) -> tuple[Submission, T] | None:
-        """Queue a mutating operation whose answer nobody waits for; None if it cannot run now.
+    def transact_here(self, op: Callable[[Txn], T], *, oldest: int = 0) -> tuple[T] | None:
+        """`transact` without a wait, for who holds the delegation; None where that cannot be.
 
-        It travels with the next transaction that somebody waits for, ahead of it, or alone after
-        `LAZY` seconds, or when somebody is in a `hurry`.  Wait for the submission to learn whether
-        it was committed.
+        Raises what `op` raises.
         """
-        if not self._freshness.now or self._over or self.mode != "rw":
+        if not self.here or self._delegation.crowded:
             return None
         txn = self.view.begin()
         try:
             result = op(txn)
-        except (Missing, DfsError):
-            return None  # whoever waits for it will meet this again, and can handle it
-        submission = Submission(txn, 0, lazy=True)
-        self._queue.append(submission)
-        self._work.unpark_all()
-        return submission, result
+            if txn.effects:
+                self._delegation.commit(self.view, txn, oldest, self._clock.monotonic())
+                self._committer.wake()
+        except Missing:
+            return None  # whoever may wait will fetch it
+        return (result,)
 
-    def hurry(self) -> None:
-        """Somebody waits for what is queued after all."""
-        if self._queue and not self._hurry:
-            self._hurry = True
-            self._work.unpark_all()
+    async def settle(self) -> None:
+        """Wait until a majority holds all that was committed here; raises `FsError` EIO."""
+        await self._committer.settle()
 
     async def refresh(self) -> None:
         """Wait until the view holds everything that was committed before this call."""
+        if self._delegation.held and self._freshness.now:
+            return
         waiter = Waiter()
         self._sync_waiters.append(waiter)
         self._sync_work.unpark_all()
         await waiter.wait()
 
+    async def _wait_turn(self, give_up: float) -> None:
+        """Wait until the delegation is given back, or less is pending."""
+        held = self._delegation
+        with trio.move_on_at(give_up):
+            while held.recalled or held.crowded:
+                await held.wait_change()
+            return
+        raise FsError(self.homes.no_quorum(self.deadline), errno.EIO)
+
     async def _wait_fresh(self, give_up: float) -> None:
         if not await self._freshness.wait(give_up):
-            raise FsError(self._homes.no_quorum(self.deadline), errno.EIO)
+            raise FsError(self.homes.no_quorum(self.deadline), errno.EIO)
 
     # ------------------------------------------------------------------ entries
 
-    async def _absorb(self, received: Entries) -> None:
+    async def absorb(self, received: Entries) -> None:
+        """Apply entries that came from a home."""
         if await self._feed.absorb(received):
             self._freshness.wake()
+
+    def _known(self, entry: entries.Entry, seq: int) -> bool:
+        if self._committer.confirm(entry, seq):
+            return True
+        if entry.kind == entries.DATA and self._delegation.batches:
+            self.lose("somebody else changed the volume under its delegation")
+        return False
 
     def _note(self, entry: entries.Entry, changed: list[bytes]) -> None:
         kind, _, body = entry
@@ -291,15 +327,32 @@ class Session:
                     fn(changed)
         elif kind == entries.CLOSE:
             if self.sid in body[0]:
-                self._lose("the volume's home closed it")
+                self.lose("the volume's home closed it")
             for told in self._on_closed:
                 told(body[0])
 
-    def _heard(self, asked_at: float, owner: int | None) -> None:
-        """Note a confirmed answer to a question asked at `asked_at`."""
-        self._homes.heard(owner)
-        if not self._over:
+    def heard(self, asked_at: float, owner: int | None, state: tuple[int, int, bool]) -> None:
+        """Note a confirmed answer to a question asked at `asked_at`; `state`: the delegation."""
+        self.homes.heard(owner)
+        if self.over:
+            return
+        renewed = self._committer.hear(*state)
+        if not self.over and (renewed or not self._delegation.held):
             self._freshness.confirm(asked_at)
+
+    def lease(self, asked_at: float, owner: int | None) -> None:
+        """The delegation was granted, in answer to a question asked at `asked_at`."""
+        self.homes.heard(owner)
+        self._freshness.limit = LEASE
+        self._freshness.confirm(asked_at)
+
+    def end_lease(self) -> None:
+        """The delegation is given back."""
+        self._freshness.limit = FRESH
+
+    async def wait_news(self) -> None:
+        """Until the view has moved, or was confirmed."""
+        await self._freshness.wait_news()
 
     # ------------------------------------------------------------------ open and loss
 
@@ -309,7 +362,7 @@ class Session:
         while True:
             asked_at = self._clock.monotonic()
             try:
-                answer = await self._homes.ask(
+                answer = await self.homes.ask(
                     "vol.open", (self.volume, self.mode, nonce, self.name), timeout=2 * ATTEMPT
                 )
                 break
@@ -318,89 +371,97 @@ class Session:
             except DfsError as e:
                 if self._clock.monotonic() > give_up:
                     raise FsError(
-                        f"{self._homes.no_quorum(self.deadline)}; last: {e}", errno.EIO
+                        f"{self.homes.no_quorum(self.deadline)}; last: {e}", errno.EIO
                     ) from e
                 attempt += 1
-                await self._homes.pause(attempt)
+                await self.homes.pause(attempt)
         sid, seq, base, root, tail, owner, params = answer
         self.params = dict(params)
         self._writers.forget()
         self._feed.start(root, base, self.params["salt"])
-        self._generation += 1
-        self._counts["opens"] += 1
-        self.sid, self._no, self._minted = sid, 0, 0
-        self._over = False
-        await self._absorb(tail)
+        self.generation += 1
+        self._opens += 1
+        self.sid, self._minted = sid, 0
+        self.over = False
+        await self.absorb(tail)
         if self.view.seq >= seq:
-            self._heard(asked_at, owner)
+            self.heard(asked_at, owner, NOBODY)
         else:  # a long tail comes in parts: the watch task fetches the rest, then we are up to date
-            self._homes.heard(owner)
-        self._work.unpark_all()
+            self.homes.heard(owner)
+        self._committer.began()
         self._sync_work.unpark_all()
-        if self._generation > 1:
+        if self.generation > 1:
             for fn in self._on_change:
                 fn(None)
 
-    def _lose(self, why: str) -> None:
+    def lose(self, why: str) -> None:
         """The session is over; the watch task opens the next one."""
-        if self._over or self._closing:
+        if self.over or self._closing:
             return
         log.warning("session %x at volume %s is over: %s", self.sid, self.volume.hex(), why)
-        self._over = True
+        self.over = True
         self._freshness.lose()
-        self._homes.owner = None
+        self.end_lease()
+        self.homes.owner = None
+        lost = self._committer.lost()
         for fn in self._on_fenced:
-            fn()
-        # Transactions that never left the queue are as good as never run: run them again.
-        while self._queue:
-            self._queue.popleft().resolve(False)
+            fn(lost)
 
     # ------------------------------------------------------------------ tasks
 
     async def _watch_loop(self) -> None:
         attempt = 0
         while True:
-            if self._over:
+            if self.over:
                 try:
                     await self._open(self._clock.monotonic() + self.deadline)
                 except DfsError as e:
                     log.warning("volume %s cannot be opened again: %s", self.volume.hex(), e)
                     await trio.sleep(1)
                 continue
-            generation, asked_at = self._generation, self._clock.monotonic()
+            generation, asked_at = self.generation, self._clock.monotonic()
             try:
-                seq, received, reset, owner = await self._homes.ask(
+                seq, received, reset, owner, state = await self.homes.ask(
                     "vol.watch",
                     (self.volume, self.sid, self.view.seq, WATCH_WAIT),
                     timeout=WATCH_WAIT + 1.0,
                 )
-                if generation == self._generation and not self._over:
+                if generation == self.generation and not self.over:
                     known = self.view.seq
-                    await self._follow(seq, received, reset, asked_at, owner)
+                    await self._follow(seq, received, reset, asked_at, owner, state)
                     if received:
                         # Frames of news rather than one answer an entry; and our own commits bring
                         # all news with their answers, no need to be told twice.
                         await trio.sleep(QUIET if known >= seq else FRAME)
                 attempt = 0
             except Fenced as e:
-                if generation == self._generation:
-                    self._lose(str(e))
+                if generation == self.generation:
+                    self.lose(str(e))
             except DfsError as e:
                 log.debug("watch of volume %s: %s", self.volume.hex(), e)
                 attempt += 1
-                await self._homes.pause(attempt)
+                await self.homes.pause(attempt)
 
     async def _follow(
-        self, seq: int, received: Entries, reset: Any, asked_at: float, owner: int | None
+        self,
+        seq: int,
+        received: Entries,
+        reset: Any,
+        asked_at: float,
+        owner: int | None,
+        state: tuple[int, int, bool],
     ) -> None:
         if reset is not None and reset[0] > self.view.seq:
+            if self._delegation.batches:  # they lie on a state that cannot be reached any more
+                self.lose("its view fell behind the journal")
+                return
             self._feed.reset(reset[1], reset[0])
             self._writers.forget()
             for fn in self._on_change:
                 fn(None)
-        await self._absorb(received)
+        await self.absorb(received)
         if self.view.seq >= seq:
-            self._heard(asked_at, owner)
+            self.heard(asked_at, owner, state)
 
     async def _sync_loop(self) -> None:
         while True:
@@ -418,14 +479,14 @@ class Session:
         while True:
             asked_at = self._clock.monotonic()
             try:
-                if self._over:
+                if self.over:
                     await self._wait_fresh(give_up)
                 # A watch that does not wait is confirmed and brings the entries along.
-                seq, received, reset, owner = await self._homes.ask(
+                seq, received, reset, owner, state = await self.homes.ask(
                     "vol.watch", (self.volume, self.sid, self.view.seq, 0.0), timeout=ATTEMPT
                 )
-                if not self._over:
-                    await self._follow(seq, received, reset, asked_at, owner)
+                if not self.over:
+                    await self._follow(seq, received, reset, asked_at, owner, state)
                     if self.view.seq >= seq:
                         return None
             except FsError as e:
@@ -433,94 +494,11 @@ class Session:
             except DfsError as e:
                 log.debug("sync of volume %s: %s", self.volume.hex(), e)
                 if self._clock.monotonic() > give_up:
-                    return FsError(f"{self._homes.no_quorum(self.deadline)}; last: {e}", errno.EIO)
+                    return FsError(f"{self.homes.no_quorum(self.deadline)}; last: {e}", errno.EIO)
                 if isinstance(e, Fenced):
-                    self._lose(str(e))
+                    self.lose(str(e))
                 attempt += 1
-                await self._homes.pause(attempt)
-
-    async def _commit_loop(self) -> None:
-        while True:
-            if not self._queue or self._over:
-                await self._work.park()
-                continue
-            if self._lingers():
-                with trio.move_on_after(LAZY) as late:
-                    while self._lingers():
-                        await self._work.park()
-                if self._over or not (late.cancelled_caught or self._queue):
-                    continue
-            batch, self._queue, lost = form(self._queue, self.view)
-            self._hurry = self._hurry and bool(self._queue)
-            for submission in lost:
-                self._counts["local_conflicts"] += 1
-                submission.resolve(False)
-            if batch:
-                await self._send(batch)
-
-    def _lingers(self) -> bool:
-        """Whether all that is queued may wait for company."""
-        queue = self._queue
-        return 0 < len(queue) < LAZY_MAX and not self._hurry and all(s.lazy for s in queue)
-
-    async def _send(self, batch: list[Submission]) -> None:
-        self._no += 1
-        no, generation, seq = self._no, self._generation, self.view.seq
-        oldest = min((s.oldest for s in batch if s.oldest), default=0)
-        txns = tuple((tuple(s.txn.keys), tuple(s.txn.groups), tuple(s.txn.effects)) for s in batch)
-        # Every read of the batch was just found unchanged up to the view's seq: that is its base.
-        request = (self.volume, self.sid, no, seq, seq, txns, oldest)
-        give_up = self._clock.monotonic() + self.deadline
-        attempt = 0
-        failure: DfsError
-        asked_at = self._clock.monotonic()
-        while True:
-            if generation != self._generation or self._over:
-                failure = Fenced("the session was lost while a commit was on its way")
-                break
-            try:
-                _, seq, verdicts, received, owner = await self._homes.ask(
-                    "vol.commit", request, timeout=ATTEMPT
-                )
-                await self._absorb(received)
-            except Fenced as e:
-                self._lose(str(e))
-                failure = e
-                break
-            except InvalidArgument as e:
-                failure = e
-                break
-            except DfsError as e:
-                log.debug("commit to volume %s: %s", self.volume.hex(), e)
-                if self._clock.monotonic() > give_up:
-                    self._lose(f"no verdict for a commit within {self.deadline:g} s: {e}")
-                    failure = e
-                    break
-                attempt += 1
-                self._counts["resends"] += 1
-                await self._homes.pause(attempt)
-                continue
-            self._counts["commits"] += 1
-            self._counts["transactions"] += len(batch)
-            while self.view.seq < seq and generation == self._generation:
-                await (
-                    self._freshness.wait_news()
-                )  # the tail was cut: the watch task resets the view
-            if True in verdicts:  # otherwise the answer says nothing about now
-                self._heard(asked_at, owner)
-            for submission, verdict in zip(batch, verdicts, strict=True):
-                submission.resolve(bool(verdict))
-            return
-        if isinstance(failure, InvalidArgument):
-            error = FsError(f"commit refused: {failure}", errno.EINVAL)
-        elif isinstance(failure, Fenced):
-            error = FsError(
-                f"it is not known whether the operation took place: {failure}", errno.EIO
-            )
-        else:
-            error = FsError(f"{self._homes.no_quorum(self.deadline)}; last: {failure}", errno.EIO)
-        for submission in batch:
-            submission.resolve(error)
+                await self.homes.pause(attempt)
 
 
 @contextlib.asynccontextmanager
