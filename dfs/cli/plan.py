@@ -6,8 +6,8 @@ import click
 
 from dfs.cli.context import echo_json
 from dfs.cluster.map import CHUNK, METADATA, ROLES, Node, Params
-from dfs.cluster.map import candidates as as_candidates
 from dfs.cluster.placement import Balance, Placer, balance
+from dfs.cluster.tables import candidates as as_candidates
 from dfs.errors import ConfigError
 from dfs.hashing import PARTITIONS
 

@@ -18,8 +18,9 @@ from dfs.cluster.edits import (
     edit_fields,
     edit_from_fields,
 )
-from dfs.cluster.map import ROLES, ClusterMap, Node, candidates
+from dfs.cluster.map import ROLES, ClusterMap, Node
 from dfs.cluster.placement import TOLERANCE, achievable, balance
+from dfs.cluster.tables import candidates
 from dfs.hashing import PARTITIONS
 
 __all__ = [

@@ -24,8 +24,9 @@ from dfs.cluster.node import (
     Transition,
     same_homes,
 )
-from dfs.cluster.placement import Calibrated, Candidate, Placer, calibrate
-from dfs.cluster.voting import next_voters
+from dfs.cluster.placement import Calibrated, Placer
+from dfs.cluster.tables import candidates, differing, in_order, kept_weights, place, touch
+from dfs.cluster.voting import first_voters, next_voters
 from dfs.errors import ConfigError, Corrupt
 from dfs.hashing import DIGEST_SIZE, PARTITIONS, digest, partition_of
 from dfs.ids import NODE_BITS
@@ -40,7 +41,6 @@ __all__ = [
     "Params",
     "Row",
     "Transition",
-    "candidates",
 ]
 
 
@@ -105,17 +105,17 @@ class ClusterMap:
         `params` default to three copies (fewer with fewer nodes), `voters` to the first seven
         metadata nodes.
         """
-        members = _in_order(nodes)
+        members = in_order(nodes)
         counts = [sum(node.weight(role) > 0 for node in members) for role in ROLES]
         params = params or Params.for_nodes(max(1, min(counts)))
-        tables, calibrated = _place(members, params, ((), ()))
+        tables, calibrated = place(members, params, ((), ()))
         return cls(
             epoch=1,
             prev_hash=bytes(DIGEST_SIZE),
             cluster_id=cluster_id,
             params=params,
             nodes=members,
-            voters=_voters(members, voters),
+            voters=first_voters(members, voters),
             banned=(),
             tables=tables,
             changes=((1,) * PARTITIONS, (1,) * PARTITIONS),
@@ -129,10 +129,12 @@ class ClusterMap:
 
         Only for a cluster that holds nothing yet, and for tests: it waits for nobody's data.
         """
-        members = _in_order(nodes)
+        members = in_order(nodes)
         kept = {node.node_id for node in members}
         gone = tuple((x.number, x.node_id) for x in self.nodes if x.node_id not in kept)
-        tables, calibrated = _place(members, self.params, self._kept_weights(members))
+        tables, calibrated = place(
+            members, self.params, kept_weights(self.nodes, self.calibrated, members)
+        )
         moved = [
             {p for p, (a, b) in enumerate(zip(old, new, strict=True)) if a != b}
             for old, new in zip(self.tables, tables, strict=True)
@@ -142,12 +144,12 @@ class ClusterMap:
             epoch=self.epoch + 1,
             prev_hash=self.digest,
             nodes=members,
-            voters=_voters(members, voters),
+            voters=first_voters(members, voters),
             banned=tuple(sorted(self.banned + gone)),
             tables=tables,
             changes=(
-                _touch(self.changes[0], moved[0], self.epoch + 1),
-                _touch(self.changes[1], moved[1], self.epoch + 1),
+                touch(self.changes[0], moved[0], self.epoch + 1),
+                touch(self.changes[1], moved[1], self.epoch + 1),
             ),
             transition=None,
             calibrated=calibrated,
@@ -175,7 +177,9 @@ class ClusterMap:
             )
         going = tuple(sorted(set(leaving)))
         members = self._members(nodes, going)
-        tables, calibrated = _place(members, self.params, self._kept_weights(members))
+        tables, calibrated = place(
+            members, self.params, kept_weights(self.nodes, self.calibrated, members)
+        )
         old = [
             None if all(map(same_homes, before, after)) else before
             for before, after in zip(self.tables, tables, strict=True)
@@ -201,7 +205,7 @@ class ClusterMap:
             calibrated=calibrated,
             transition=Transition(1 if old[0] is not None else 2, old[0], old[1], going),
             moved=[
-                () if rows is None else _differing(rows, new)
+                () if rows is None else differing(rows, new)
                 for rows, new in zip(old, tables, strict=True)
             ],
         )
@@ -316,8 +320,8 @@ class ClusterMap:
             banned=banned,
             tables=tables,
             changes=(
-                _touch(self.changes[0], moved[0], epoch),
-                _touch(self.changes[1], moved[1], epoch),
+                touch(self.changes[0], moved[0], epoch),
+                touch(self.changes[1], moved[1], epoch),
             ),
             transition=later,
             calibrated=calibrated,
@@ -349,24 +353,7 @@ class ClusterMap:
                         f"node {before.name} cannot drop its {role} role while it is a member: "
                         "give it weight 0, or remove it"
                     )
-        return _in_order(listed)
-
-    def _kept_weights(self, members: Sequence[Node]) -> tuple[Calibrated, Calibrated]:
-        """The calibrated weights in proportion to the weights that members have now."""
-        kept: list[Calibrated] = []
-        for role, weights in zip(ROLES, self.calibrated, strict=True):
-            bent = dict(weights)
-
-            def weight(node: Node, role: str = role, bent: dict[int, float] = bent) -> float:
-                now = node.weight(role)
-                if node.number not in bent:
-                    return now
-                before = self.node(node.number).weight(role)
-                return bent[node.number] * (1.0 if now == before else now / before)
-
-            usable = [node for node in members if node.weight(role) > 0]
-            kept.append(tuple((node.number, weight(node)) for node in usable) if bent else ())
-        return kept[0], kept[1]
+        return in_order(listed)
 
     # ----------------------------------------------------------------------------------- bytes
 
@@ -442,7 +429,7 @@ class ClusterMap:
         found = self._changed.get(role)
         if found is None:
             old = self._old(role)
-            found = () if old is None else _differing(old, self.tables[role == CHUNK])
+            found = () if old is None else differing(old, self.tables[role == CHUNK])
             self._changed[role] = found
         return found
 
@@ -487,62 +474,3 @@ class ClusterMap:
         # nodes that are being emptied may still hold something: they come last
         numbers += [node.number for node in members if node.number not in set(numbers)]
         return tuple(numbers)
-
-
-def candidates(nodes: Iterable[Node], role: str, calibrated: Calibrated = ()) -> list[Candidate]:
-    """Nodes as placement sees them, in the same order; with their calibrated weights if any."""
-    weights = dict(calibrated)
-    return [
-        Candidate(x.node_id, x.zone, x.rack, x.host, weights.get(x.number, x.weight(role)))
-        for x in nodes
-    ]
-
-
-def _in_order(nodes: Iterable[Node]) -> tuple[Node, ...]:
-    return tuple(sorted(nodes, key=lambda node: node.number))
-
-
-def _place(
-    members: Sequence[Node], params: Params, calibrated: tuple[Calibrated, Calibrated]
-) -> tuple[tuple[Table, Table], tuple[Calibrated, Calibrated]]:
-    """The tables of both roles and the weights they were made with, starting from `calibrated`."""
-    tables: list[Table] = []
-    found: list[Calibrated] = []
-    for role, start in zip(ROLES, calibrated, strict=True):
-        usable = [node for node in members if node.weight(role) > 0]
-        if len(usable) < params.n:
-            raise ConfigError(
-                f"{params.n} copies need {params.n} {role} nodes of weight > 0, "
-                f"but there are {len(usable)}: add nodes or ask for fewer copies"
-            )
-        weights = dict(start)
-        rows, used = calibrate(
-            candidates(usable, role),
-            params.n,
-            [weights.get(x.number, x.weight(role)) for x in usable],
-        )
-        tables.append(tuple(tuple(usable[i].number for i in row) for row in rows))
-        found.append(
-            ()
-            if all(w == x.weight(role) for w, x in zip(used, usable, strict=True))
-            else tuple((x.number, w) for x, w in zip(usable, used, strict=True))
-        )
-    return (tables[0], tables[1]), (found[0], found[1])
-
-
-def _voters(members: Sequence[Node], voters: Sequence[int] | None) -> tuple[int, ...]:
-    if voters is not None:
-        return tuple(sorted(voters))
-    return tuple(node.number for node in members if node.metadata_addr)[:MAX_VOTERS]
-
-
-def _differing(old: Table, new: Table) -> Row:
-    return tuple(p for p, (a, b) in enumerate(zip(old, new, strict=True)) if not same_homes(a, b))
-
-
-def _touch(changes: tuple[int, ...], partitions: Iterable[int], epoch: int) -> tuple[int, ...]:
-    """`changes` with the epoch of these partitions moved to `epoch`."""
-    after = list(changes)
-    for p in partitions:
-        after[p] = epoch
-    return tuple(after)

@@ -35,6 +35,13 @@ def wanted_voters(
     return tuple(chosen)
 
 
+def first_voters(members: Sequence[Node], voters: Sequence[int] | None) -> tuple[int, ...]:
+    """`voters` in order; by default the first metadata nodes, at most seven."""
+    if voters is not None:
+        return tuple(sorted(voters))
+    return tuple(node.number for node in members if node.metadata_addr)[:MAX_VOTERS]
+
+
 def next_voters(
     members: Sequence[Node], voters: Sequence[int], leaving: Sequence[int]
 ) -> tuple[int, ...]:

@@ -17,8 +17,9 @@ from dfs.cli.network import partitions_without_quorum, system_genesis
 from dfs.cli.plan import words
 from dfs.cli.spec import local_nodes
 from dfs.cli.status import summarise
-from dfs.cluster.map import CHUNK, METADATA, ClusterMap, Params, candidates
+from dfs.cluster.map import CHUNK, METADATA, ClusterMap, Params
 from dfs.cluster.placement import Placer, balance
+from dfs.cluster.tables import candidates
 from dfs.errors import ConfigError, NoQuorum, Unreachable
 from dfs.ids import SYSTEM_VOLUME
 from dfs.volume import entries
