@@ -65,11 +65,16 @@ class Pull(Exchange):
 
 
 def pull_partition(
-    node: AntiEntropy, partition: int, now: int, told: list[str] | None = None
+    node: AntiEntropy,
+    partition: int,
+    now: int,
+    told: list[str] | None = None,
+    away: set[int] | None = None,
 ) -> Steps[bool]:
     """Pull the registers of a waiting partition; returns whether it is complete.
 
-    `told` gets what stands in the way, for people.
+    `told` gets what stands in the way, for people.  Nodes in `away` are not asked, and those that
+    do not answer are added: a mute node costs its deadline once, not once for every partition.
 
     The caller then writes `PullFirst.finish`.  Complete means: compared with so many other homes
     that every acknowledged write is on one of them (N - W + 1 of each set of homes), and nothing
@@ -78,8 +83,12 @@ def pull_partition(
     cluster = node.get_map()
     others = [x for x in members(cluster, partition) if x != node.me]
     told = [] if told is None else told
+    away = set() if away is None else away
     asked = Asked()
     for peer in others:
+        if peer in away:
+            told.append(f"partition {partition}: node {peer} is away")
+            continue
         try:
             outcome = yield from node.exchange(
                 peer,
@@ -91,12 +100,15 @@ def pull_partition(
                 kind=partial(Pull, asked),
             )
         except _ABSENT as e:
+            if isinstance(e, (Unreachable, DeadlineExceeded)):
+                away.add(peer)
             told.append(f"partition {partition}, node {peer}: {e}")
             continue
         told += outcome.errors
         if not outcome.errors:
             asked.answered.append(peer)
-    if node.get_map().last_change(METADATA, partition) != cluster.last_change(METADATA, partition):
+    last = cluster.last_change(METADATA, partition)
+    if node.get_map().last_change(METADATA, partition) != last:
         return False
     if not enough(cluster, partition, node.me, asked.answered):
         return False
@@ -110,7 +122,8 @@ def pull_partition(
         if not all(settled):
             told.append(f"partition {partition}: registers changed while they were judged")
             return False
-    return True
+    # The last word, with no step after it: a newer map may have let the partition wait once more.
+    return node.get_map().last_change(METADATA, partition) == last
 
 
 def enough(cluster: ClusterMap, partition: int, me: int, answered: Sequence[int]) -> bool:

@@ -3,19 +3,55 @@
 Everything here ends in the same two steps.  Digests are recomputed from the rows, and a partition
 that may lack acknowledged writes is pulled from its other homes while it waits (`metadata.pull`).
 
-Sans-IO: see `metadata.steps`.  `now` is wall time in microseconds.
+From the moment a loss is accepted until its digests are rebuilt, rows are missing that the sums
+still count: the partition looks equal to one that has everything.  So which digests are to be
+rebuilt is durable before the acceptance, in row `nrebuild`: (format, ((table, partition), ...)).
+
+Sans-IO: see `metadata.steps`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 
+from dfs import codec
 from dfs.errors import Corrupt
 from dfs.hashing import PARTITIONS
 from metadata.antientropy import AntiEntropy
-from metadata.merkle import BLOBS, REGISTERS, TABLES, Table, bucket_row, recompute
+from metadata.merkle import (
+    BLOBS,
+    REGISTERS,
+    TABLES,
+    Digests,
+    Op,
+    Table,
+    bucket_row,
+    recompute,
+)
 from metadata.rejoin import PullFirst
 from metadata.steps import Accept, Correct, Rest, Steps, Write
 
 Loss = tuple[bytes, bytes, str]  # [first, last) of keys, and the damaged table
+ROW = b"nrebuild"
+_FORMAT = 1
+
+
+def remember(digests: Digests) -> list[Op]:
+    """Store operations that name the partitions whose digests are to be rebuilt."""
+    damaged = tuple(sorted(digests.damaged))
+    return [(ROW, codec.pack((_FORMAT, damaged)) if damaged else None)]
+
+
+def recall(view: Table, digests: Digests) -> None:
+    """Mark what `remember` named before a restart as damaged.
+
+    Raises `Corrupt` for a row of another format.
+    """
+    if (raw := view.get(ROW)) is None:
+        return
+    form, damaged = codec.unpack(raw)
+    if form != _FORMAT:
+        raise Corrupt(f"the list of digests to rebuild has format {form}: upgrade dfs")
+    for table, partition in damaged:
+        digests.damaged[table, partition] = None
 
 
 def rebuild(
@@ -85,8 +121,10 @@ def repair_lost(
     """Begin the repair of ranges that storage damage hides; returns whether there were any of ours.
 
     `lost_registers` makes this node mint under other names from now on; it runs before anything
-    that was lost reads as absent.  Then the partitions are marked as waiting, durably, and the loss
-    is accepted.  What follows is as after a restore: their digests are rebuilt, they are pulled.
+    that was lost reads as absent.  Then the partitions are marked as waiting, and their digests as
+    to be rebuilt, durably, and the loss is accepted.  What follows is up to the caller, also after
+    a restart: rebuild what `Digests.damaged` has, then pull.
+
     Ranges of rows that have no replicas (the node's own state) stay lost, for an operator to see.
     """
     ours = [clipped for loss in losses for p in _REPAIRED if (clipped := _clip(loss, p))]
@@ -95,10 +133,11 @@ def repair_lost(
     registers = affected(ours, REGISTERS)
     if registers:
         yield from lost_registers()
-        yield Write(pull_first.begin(registers))
     for table in TABLES:
         for partition in registers if table == REGISTERS else affected(ours, BLOBS):
             node.digests.damaged[table, partition] = None
+    begin = pull_first.begin(registers) if registers else []
+    yield Write([*begin, *remember(node.digests)])
     for first, last, _ in ours:
         yield Accept(first, last)
     return True

@@ -120,7 +120,8 @@ class MetadataNode:
         self.homes = homes = Homes(
             env, self._number, self._get_map, journals, client, store, folder=folder
         )
-        self.workers = (*loops(env.clock, store, journals, homes), StoreScrub(env, store))
+        scrub = StoreScrub(env, store)
+        self.workers = (*loops(env.clock, store, journals, homes), scrub)
         handlers: dict[str, Handler] = {
             "ping": self._ping,
             "map.get": self._map_get,
@@ -136,6 +137,7 @@ class MetadataNode:
         keeper = self._get_map
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store.run)
+            nursery.start_soon(scrub.run)
             if isinstance(keeper, MapKeeper):
                 await self._live(keeper, nursery, address, handlers, task_status)
             else:

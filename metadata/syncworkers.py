@@ -6,7 +6,7 @@
 | `hints` | looks every 10 s for targets that are alive and came back 0 to 10 s ago |
 | `tombstones` | every hour |
 | `digests` | builds what is missing at the start, and recomputes everything once a week |
-| `storage-repair` | each minute, for losses; at new maps, then each 3 s, while partitions wait |
+| `storage-repair` | at once when a read meets damage or a map is new; each 3 s while any wait |
 """
 
 import logging
@@ -17,7 +17,7 @@ import trio
 from dfs import codec
 from dfs.cluster.map import METADATA, ClusterMap
 from dfs.env import Env
-from dfs.errors import Corrupt, DfsError
+from dfs.errors import Corrupt, DeadlineExceeded, DfsError, Unreachable
 from dfs.hashing import PARTITIONS
 from dfs.pace import Bandwidth
 from dfs.workers import Worker
@@ -26,7 +26,8 @@ from metadata.exchange import Outcome
 from metadata.merkle import BLOBS, REGISTERS, TABLES, Table
 from metadata.pull import enough, pull_partition
 from metadata.renewals import Loss, renew_once
-from metadata.repair import affected, rebuild, repair_lost
+from metadata.repair import ROW as REBUILD
+from metadata.repair import rebuild, recall, remember, repair_lost
 from metadata.steps import Steps, Write
 from metadata.store.engine import Store
 from metadata.synchronise import Synchroniser
@@ -39,6 +40,7 @@ _FIRST_BYTE = {REGISTERS: b"r", BLOBS: b"b"}
 CHECK = b"ndigestcheck"  # row: (format, when the last check ended, table, partition to go on with)
 AGAIN = 45.0  # seconds until rows that were too young to compare are compared
 PULL_AGAIN = 3.0  # seconds until partitions that could not be compared yet are tried again
+AFTER_ERROR = 10.0  # seconds until a repair that failed is tried again
 SNAPSHOT_USES = 64  # partitions recomputed on one snapshot
 
 
@@ -55,6 +57,18 @@ class SyncWorker(Worker):
     async def _rest(self, size: int, backlog: int) -> None:
         self.did(0, size)
         await self.rest(size=size, backlog=backlog)
+
+    async def _recompute(self, snapshots: "_Snapshots", table: int, partition: int) -> int:
+        """Rebuild the digests of a partition; returns how many sums were wrong."""
+        damaged = self.sync.digests.damaged
+        where = table, partition
+        was = where in damaged
+        try:
+            return await self.sync.run(rebuild(snapshots, *where, damaged=was), self._rest)
+        except DfsError:
+            if was:  # a correction that the store refused does not count
+                damaged[where] = None
+            raise
 
 
 class AntiEntropyWorker(SyncWorker):
@@ -262,10 +276,8 @@ class DigestCheck(SyncWorker):
         found = 0
         for partition in range(first, PARTITIONS):
             self.fraction = partition / PARTITIONS
-            damaged = (table, partition) in sync.digests.damaged
             try:
-                steps = rebuild(snapshots, table, partition, damaged=damaged)
-                found += await sync.run(steps, self._rest)
+                found += await self._recompute(snapshots, table, partition)
             except Corrupt as e:
                 self.last_error = f"partition {partition}: {e}"
             if partition % SNAPSHOT_USES == 0:
@@ -297,6 +309,12 @@ class StorageRepair(SyncWorker):
         super().__init__(env, sync, interval, first=1.0)
         self._usual = interval
         self._lost_registers = lost_registers
+        recall(sync.store, sync.digests)
+        sync.store.on_damage(self._damage)
+
+    def _damage(self, _first: bytes, _end: bytes, _table: str) -> None:
+        """A read met damage: until it is repaired this node is a copy less for every reader."""
+        self.wake()
 
     def map_changed(self, _old: ClusterMap, _new: ClusterMap) -> None:
         """Partitions may wait here since: pull them at once; for `MapKeeper.subscribe`."""
@@ -305,9 +323,25 @@ class StorageRepair(SyncWorker):
     async def run_once(self) -> int:
         """Repair, rebuild, pull; returns the partitions that became whole."""
         sync = self.sync
-        await sync.settle_marks()
-        losses = sync.store.lost()
-        if losses:
+        self._interval = min(AFTER_ERROR, self._usual)
+        try:
+            await sync.settle_marks()
+            await self._accept()
+            rebuilt = await self._rebuild()
+            done = await self._pull()
+        finally:
+            left = len(sync.pull_first.partitions())
+            self.progress = f"{left} partitions wait for their other homes" if left else ""
+        if left:  # while they wait they are a copy less for every reader
+            self._interval = min(PULL_AGAIN, self._usual)
+        elif rebuilt:
+            self._interval = self._usual
+        return done
+
+    async def _accept(self) -> None:
+        """Let go of what the store lost, so that others can give it."""
+        sync = self.sync
+        if losses := sync.store.lost():
             steps = repair_lost(
                 sync.antientropy,
                 sync.pull_first,
@@ -315,30 +349,47 @@ class StorageRepair(SyncWorker):
                 lost_registers=lambda: self._renew(losses),
             )
             await sync.run(steps)
-            for table in TABLES:
-                await self._rebuild(table, affected(losses, table))
-        for table, partition in tuple(sync.digests.damaged):  # also what an error left undone
-            await self._rebuild(table, [partition])
-        try:
-            return await self._pull()
-        finally:  # an error must not keep them waiting for the usual time
-            left = len(sync.pull_first.partitions())
-            self.progress = f"{left} partitions wait for their other homes" if left else ""
-            # while they wait they are a copy less for every reader
-            self._interval = min(PULL_AGAIN, self._usual) if left else self._usual
+
+    async def _rebuild(self) -> bool:
+        """Rebuild all damaged digests, also what an error left undone; whether none is left."""
+        sync = self.sync
+        snapshots = _Snapshots(sync.store)
+        for table, partition in sorted(sync.digests.damaged):
+            try:
+                await self._recompute(snapshots, table, partition)
+            except DfsError as e:
+                self.last_error = f"partition {partition}: {e}"
+        ops = remember(sync.digests)
+        if sync.store.get(REBUILD) != ops[0][1]:
+            await sync.run(_write(ops))
+        return not sync.digests.damaged
+
+    def _ready(self) -> list[int]:
+        """Partitions that wait, and whose digests say what is here.
+
+        Others look as if they had rows that are lost: they would be taken for equal.
+        """
+        sync = self.sync
+        damaged = sync.digests.damaged
+        return [p for p in sync.pull_first.partitions() if (REGISTERS, p) not in damaged]
 
     async def _pull(self) -> int:
         """Let partitions wait no more that were compared."""
         sync = self.sync
-        done = await self._finish_equal()
-        waiting = sync.pull_first.partitions()
+        cluster = sync.get_map()
+        away = {n.number for n in cluster.nodes if n.number != sync.me and not sync.alive(n.number)}
+        done = await self._finish_equal(away)
+        waiting = self._ready()
         told: list[str] = []
         for i, partition in enumerate(waiting):
             self.fraction = i / len(waiting)
-            steps = pull_partition(sync.antientropy, partition, sync.now(), told)
-            if await sync.run(steps, self._rest):
-                await sync.run(_write(sync.pull_first.finish([partition])))
-                done += 1
+            try:
+                steps = pull_partition(sync.antientropy, partition, sync.now(), told, away)
+                if await sync.run(steps, self._rest):
+                    await sync.run(_write(sync.pull_first.finish([partition])))
+                    done += 1
+            except DfsError as e:  # of this partition; the others may fare better
+                told.append(f"partition {partition}: {e}")
         if told:
             self.last_error = "; ".join(told[:3])
         return done
@@ -348,13 +399,13 @@ class StorageRepair(SyncWorker):
         if self.sync.pull_first.partitions():
             self.wake()
 
-    async def _finish_equal(self) -> int:
+    async def _finish_equal(self, away: set[int]) -> int:
         """Let partitions wait no more that are equal at enough other homes; one call for each.
 
         The usual outcome for a node that comes back: it took part in all that happened.
         """
         sync = self.sync
-        waiting = sync.pull_first.partitions()
+        waiting = self._ready()
         if not waiting or not sync.digests.built(REGISTERS):
             return 0
         cluster = sync.get_map()
@@ -362,11 +413,13 @@ class StorageRepair(SyncWorker):
         equal: dict[int, list[int]] = {p: [] for p in waiting}
         # Nobody asks a node that is no home; becoming one again begins with empty hands.
         strange = [p for p in waiting if sync.me not in homes[p]]
-        for peer in sorted({x for row in homes.values() for x in row} - {sync.me}):
+        for peer in sorted({x for row in homes.values() for x in row} - {sync.me} - away):
             shared = [p for p in waiting if peer in homes[p] and sync.me in homes[p]]
             try:
                 found = await sync.run(sync.antientropy.differing(peer, REGISTERS, shared))
             except DfsError as e:
+                if isinstance(e, (Unreachable, DeadlineExceeded)):
+                    away.add(peer)
                 self.last_error = f"node {peer}: {e}"
                 continue
             differing = set(found)
@@ -387,11 +440,6 @@ class StorageRepair(SyncWorker):
 
     def _renew(self, losses: Sequence[Loss]) -> Steps[None]:
         yield from renew_once(self.sync.store, losses, self._lost_registers)
-
-    async def _rebuild(self, table: int, partitions: Sequence[int]) -> None:
-        snapshots = _Snapshots(self.sync.store)
-        for partition in partitions:
-            await self.sync.run(rebuild(snapshots, table, partition, damaged=True), self._rest)
 
 
 def _write(ops: Sequence[tuple[bytes, bytes | None]]) -> Steps[None]:
