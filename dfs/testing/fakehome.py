@@ -1,9 +1,11 @@
 """An in-memory cluster for tests of the client: one sequential home, dict blobs, dict chunks.
 
 `FakeHome` implements the `vol.*` and `jrnl.genesis` methods with a plain list as the journal and
-optimistic concurrency judged one request at a time.  Every client gets its own `FakeRpc`, whose
-knobs make calls slow, unreachable, or executed without an answer; arguments and results go through
-`dfs.codec`, so that only what fits on the wire passes.
+optimistic concurrency judged one request at a time.  It delegates volumes when it is told to
+(`FakeHome.delegates`), recalls the delegation when another session asks for anything, and revokes
+it when it is told to (`revoke`) or `revoke_after` seconds after the recall.  Every client gets its
+own `FakeRpc`, whose knobs make calls slow, unreachable, or executed without an answer; arguments
+and results go through `dfs.codec`, so that only what fits on the wire passes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -20,21 +22,25 @@ from dfs.clock import Clock, SystemClock
 from dfs.codec import pack, unpack
 from dfs.env import Buffer, Buffers, Priority
 from dfs.errors import (
+    Busy,
     DeadlineExceeded,
     DfsError,
     DiskFull,
     Fenced,
+    InvalidArgument,
     NotFound,
     UnknownMethod,
     Unreachable,
 )
 from dfs.hashing import digest
+from dfs.testing.fakevolume import FakeVolume
 from dfs.volume import effects as fx
 from dfs.volume import entries, tree
 from dfs.volume.validation import validate
 from dfs.volume.window import Window
 
 HOMES = (1, 2, 3)
+RECALL_WAIT = 0.5  # seconds that a request waits for the return of a delegation
 
 
 class FakeMap:
@@ -81,38 +87,22 @@ class FakeBlobs:
         return {h: self.stored[h] for h in wanted}
 
 
-class _Volume:
-    def __init__(self, params: dict[str, Any], genesis: bytes, *, system: bool) -> None:
-        self.params = params
-        self.system = system
-        self.log: list[bytes] = [genesis]  # entry of seq n at index n - 1
-        self.covered = 0
-        self.root = b""
-        self.sessions: dict[int, list[Any]] = {}  # sid -> [no, answer, mode, nonce]
-        self.window = Window(0, 1 << 40)
-        self.news = trio.Event()
-
-    @property
-    def seq(self) -> int:
-        return len(self.log)
-
-    def append(self, kind: int, *body: Any) -> int:
-        self.log.append(entries.encode(kind, 1_000_000_000 + self.seq, *body))
-        self.news.set()
-        self.news = trio.Event()
-        return self.seq
-
-    def after(self, seq: int) -> tuple[tuple[int, bytes], ...]:
-        return tuple((i + 1, self.log[i]) for i in range(seq, self.seq))
-
-
 class FakeHome:
-    """The homes of all volumes, agreeing by being one object."""
+    """The homes of all volumes, agreeing by being one object.
+
+    `delegates`: whether `vol.delegate` grants at once to a session that is the volume's only one;
+    otherwise the answer is to ask again in `delegate_wait` seconds.  `revoke_after`: seconds after
+    which a request that waits for the return of a delegation makes the home revoke it.
+    """
+
+    delegates = False
+    delegate_wait = 1.0
+    revoke_after = float("inf")
 
     def __init__(self, *, latency: float = 0.0005) -> None:
         """`latency`: seconds that each request takes on the virtual clock."""
         self.latency = latency
-        self.volumes: dict[bytes, _Volume] = {}
+        self.volumes: dict[bytes, FakeVolume] = {}
         self.blobs = FakeBlobs()
         self.chunks = FakeChunkStore()
         self.calls: dict[str, int] = {}
@@ -126,7 +116,7 @@ class FakeHome:
     def genesis(self, volume: bytes, entry: bytes) -> int:
         """`jrnl.genesis`: idempotent."""
         if volume not in self.volumes:
-            self.volumes[volume] = _Volume(
+            self.volumes[volume] = FakeVolume(
                 entries.decode(entry).body[0], entry, system=volume == ids.SYSTEM_VOLUME
             )
         return 1
@@ -153,14 +143,24 @@ class FakeHome:
         self.blobs.stored.update(nodes)
         v.covered = upto
         sessions = tuple((sid, s[2], s[3], "", 0, 0, ()) for sid, s in v.sessions.items())
-        v.append(entries.CHECKPOINT, upto, v.root, (1, v.params, sessions, 0, 0, 0))
+        control = (1, v.params, sessions, v.epoch, v.holder, 0)
+        v.append(entries.CHECKPOINT, upto, v.root, control)
         v.window.forget(upto)
 
     def fence(self, volume: bytes, sid: int) -> None:
         """End a session from the home's side."""
+        self.volumes[volume].close(sid)
+
+    def recall(self, volume: bytes) -> None:
+        """Want the delegation back, as if another session had asked for something."""
+        self.volumes[volume].want()
+
+    def revoke(self, volume: bytes) -> None:
+        """Take the delegation away and end its holder's session."""
         v = self.volumes[volume]
-        if v.sessions.pop(sid, None) is not None:
-            v.append(entries.CLOSE, (sid,))
+        if v.holder:
+            v.sessions.pop(v.holder)
+            v.delegate(0, v.holder)
 
     async def handle(self, method: str, args: tuple[Any, ...]) -> Any:
         """Serve one request."""
@@ -175,8 +175,24 @@ class FakeHome:
             raise NotFound(f"no journal of volume {args[0].hex()} here")
         return await handler(volume, *args[1:])
 
-    async def _open(self, v: _Volume, mode: str, nonce: bytes, name: str) -> Any:
-        sid = next((sid for sid, s in v.sessions.items() if s[3] == nonce), 0)
+    async def _admit(self, v: FakeVolume, sid: int) -> None:
+        """Wait until no other session has the delegation."""
+        give_up = trio.current_time() + RECALL_WAIT
+        while v.holder not in (0, sid):
+            v.want()
+            now = trio.current_time()
+            if v.wanted_at is not None and now >= v.wanted_at + self.revoke_after:
+                v.sessions.pop(v.holder)
+                v.delegate(0, v.holder)
+            elif now >= give_up:
+                raise Busy(f"session {v.holder:x} has the delegation of the volume: ask again")
+            else:
+                with trio.move_on_after(min(give_up - now, self.revoke_after)):
+                    await v.news.wait()
+
+    async def _open(self, v: FakeVolume, mode: str, nonce: bytes, name: str) -> Any:
+        await self._admit(v, v.opened(nonce))
+        sid = v.opened(nonce)
         if not sid:
             self._sids += 1
             sid = ids.session_id(1, self._sids)
@@ -184,9 +200,39 @@ class FakeHome:
             v.append(entries.SESSION, sid, mode, nonce, name)
         return sid, v.seq, v.covered, v.root, v.after(v.covered), 1, v.params
 
+    async def _delegate(self, v: FakeVolume, sid: int) -> Any:
+        session = v.sessions.get(sid)
+        if session is None:
+            raise Fenced(f"session {sid:x} is over")
+        if session[2] != "rw":
+            raise InvalidArgument(f"session {sid:x} is read-only")
+        if v.holder == sid:
+            return v.epoch, v.seq, 0.0, 1
+        if v.holder or not self.delegates or len(v.sessions) > 1:
+            return 0, 0, self.delegate_wait, 1
+        seq = v.delegate(sid)
+        return v.epoch, seq, 0.0, 1
+
+    async def _return(self, v: FakeVolume, sid: int, epoch: int) -> Any:
+        if (v.holder, v.epoch) == (sid, epoch):
+            v.delegate(0)
+        return v.seq, 1
+
     async def _commit(
-        self, v: _Volume, sid: int, no: int, base: int, have: int, txns: Any, oldest: int
+        self,
+        v: FakeVolume,
+        sid: int,
+        no: int,
+        base: int,
+        have: int,
+        txns: Any,
+        oldest: int,
+        epoch: int = 0,
     ) -> Any:
+        if sid in v.sessions and no != v.sessions[sid][0]:
+            if epoch and (epoch, sid) != (v.epoch, v.holder):
+                raise Fenced(f"the delegation of epoch {epoch} is over: {v.epoch} is the present")
+            await self._admit(v, sid)
         session = v.sessions.get(sid)
         if session is None:
             raise Fenced(f"session {sid:x} is over")
@@ -196,8 +242,9 @@ class FakeHome:
             own = Window(0)
             for keys, groups, effects in txns:
                 validate(effects, system=v.system)
-                ok = not v.window.changed_since(base, keys, groups)
-                ok = ok and not own.changed_since(0, keys, groups)
+                ok = bool(epoch) or not (
+                    v.window.changed_since(base, keys, groups) or own.changed_since(0, keys, groups)
+                )
                 if ok:
                     own.record(1, effects)
                     accepted += effects
@@ -209,26 +256,37 @@ class FakeHome:
                 session[0] = no
             session[1] = (v.seq, tuple(verdicts))
         seq, verdicts = session[1]
-        return no, seq, verdicts, tuple(e for e in v.after(have) if e[0] <= seq), 1
+        news = tuple(e for e in v.after(have) if e[0] <= seq)
+        return no, seq, verdicts, news, 1, v.delegation
 
-    async def _watch(self, v: _Volume, sid: int, have: int, wait: float) -> Any:
+    async def _watch(self, v: FakeVolume, sid: int, have: int, wait: float) -> Any:
+        if sid in v.sessions:
+            await self._admit(v, sid)
+            if v.seq <= have and wait > 0 and not self._untold(v, sid):
+                with trio.move_on_after(wait):
+                    await v.news.wait()
+                await self._admit(v, sid)
         if sid not in v.sessions:
             raise Fenced(f"session {sid:x} is over")
-        if v.seq <= have and wait > 0:
-            with trio.move_on_after(wait):
-                await v.news.wait()
+        if v.holder == sid:
+            v.told = v.delegation
         reset = None
         if have < v.covered:
             reset = (v.covered, v.root)
             have = v.covered
-        return v.seq, v.after(have), reset, 1
+        return v.seq, v.after(have), reset, 1, v.delegation
 
-    async def _sync(self, v: _Volume) -> Any:
+    @staticmethod
+    def _untold(v: FakeVolume, sid: int) -> bool:
+        """Whether this session has the delegation, and no watch told it yet to return it."""
+        return v.holder == sid and v.wanted_at is not None and v.told != v.delegation
+
+    async def _sync(self, v: FakeVolume) -> Any:
+        await self._admit(v, -1)
         return v.seq, 1
 
-    async def _close(self, v: _Volume, sid: int) -> Any:
-        if v.sessions.pop(sid, None) is not None:
-            v.append(entries.CLOSE, (sid,))
+    async def _close(self, v: FakeVolume, sid: int) -> Any:
+        v.close(sid)
         return ()
 
 

@@ -8,12 +8,14 @@ starts with `(VERSION, kind, stamp_ns, ...)`:
                 transactions, in order, as in `dfs.volume.effects`; verdicts: one bool a transaction
     CONFIG      (..., version, members)            members: node numbers; journal membership
     SESSION     (..., sid, mode, nonce, name)      a session opens
-    CLOSE       (..., (sid, ...))                  sessions end
+    CLOSE       (..., (sid, ...))                  sessions end; the delegation ends with its holder
     GENESIS     (..., params, version, members)    seq 1 of every journal; params: map str -> value
     CHECKPOINT  (..., covered_seq, root, control)  the tree `root` holds all up to covered_seq;
                 control: the home's control state at this entry: a take-over reads no tree
-    DELEGATION  (..., epoch, sid or 0)             granted to sid, or returned / revoked
+    DELEGATION  (..., epoch, sid or 0, closed)     granted to sid, or returned / revoked;
+                closed: the session that ends by being revoked, or absent
 
+Each grant, return, revocation and close of the holder makes the delegation's epoch one higher.
 `stamp_ns` is the proposer's wall clock, made to grow strictly along the journal.
 """
 
@@ -21,6 +23,7 @@ from typing import Any, NamedTuple
 
 from dfs.codec import Buffer, pack, unpack
 from dfs.errors import Corrupt
+from dfs.ids import SessionId
 
 VERSION = 1
 DATA, CONFIG, SESSION, CLOSE, GENESIS, CHECKPOINT, DELEGATION = range(7)
@@ -45,3 +48,13 @@ def decode(data: Buffer) -> Entry:
     if not isinstance(value, tuple) or len(value) < 3 or value[0] != VERSION:
         raise Corrupt(f"not a journal entry of version {VERSION}: {bytes(data[:16])!r}...")
     return Entry(value[1], value[2], value[3:])
+
+
+def closed(entry: Entry) -> tuple[SessionId, ...]:
+    """Sessions that end with this entry."""
+    kind, _, body = entry
+    if kind == CLOSE:
+        return tuple(body[0])
+    if kind == DELEGATION and len(body) > 2:
+        return (body[2],)
+    return ()

@@ -52,24 +52,41 @@ answers; one that does not own the ballot forwards to the owner.
     vol.open(volume, mode, nonce, name)  -> (sid, seq, checkpoint_seq, root or b"", ((seq, entry), ...), owner, params)
         mode: "rw" | "ro"; nonce: 16 bytes that make a resend idempotent; name: for people.
         params: map of str -> value, from the genesis entry.  Entries are those after `checkpoint_seq`.
-    vol.commit(volume, sid, no, base, have, txns, oldest)
-                                         -> (no, seq, verdicts, ((seq, entry), ...), owner)
+    vol.commit(volume, sid, no, base, have, txns, oldest, epoch=0)
+                                         -> (no, seq, verdicts, ((seq, entry), ...), owner, delegation)
         txns: ((keys, groups, effects), ...): keys and groups this transaction read, as bytes, and
         effects as in `dfs.volume.effects`.  A transaction without effects is validated only.
         base: the seq its reads come from.  have: the last seq applied to the caller's view.
         oldest: stamp (ns) of the oldest chunk put or touch the effects rely on, 0 if none.
+        epoch: of the delegation the caller holds: what it read is not judged; 0: an ordinary commit.
         verdicts: one bool per transaction, True = committed (or valid), False = Conflict.
         seq: of the entry that holds the committed ones (or of the last chosen entry, for none).
         entries: every entry in (have, seq], so that the answer never overtakes the view.
+        delegation: as of `vol.watch`; confirmed if a verdict is True or the caller holds it.
         Final and equal at every home.  Anything else (Unreachable, DeadlineExceeded, Busy, NoQuorum)
         means: send the identical request again, to any home.
-        errors: Fenced (session unknown or over), InvalidArgument (effects on forbidden keys, bad encoding)
-    vol.watch(volume, sid, have, wait)   -> (seq, ((seq, entry), ...), reset or None, owner)
+        errors: Fenced (session unknown or over, or `epoch` is not the delegation's any more),
+                InvalidArgument (effects on forbidden keys, bad encoding)
+    vol.watch(volume, sid, have, wait)   -> (seq, ((seq, entry), ...), reset or None, owner, delegation)
         Long poll: answers at once when entries after `have` exist, else after `wait` seconds (<= 0.5),
         and then only after a `Confirm` at a majority, so that the answer is a heartbeat: everything
         committed before the answer is in it.  It is also the session's beat.
         reset = (checkpoint_seq, root): `have` is below the last checkpoint's tail that is still
         held; entries then start after checkpoint_seq and the caller diffs trees.
+        delegation = (epoch, holder or 0, wanted): of the volume's delegation as of this answer;
+        wanted: the holder shall commit what it has and `vol.return` it.  A watch of the holder that
+        waits is answered at once when that becomes so.
+    vol.delegate(volume, sid)            -> (epoch, seq, wait, owner)
+        The volume is delegated to its only active session: it may then answer and acknowledge from
+        its view, once that is at `seq`, until 12 s after it *sent* its last `vol.watch`, `vol.commit`
+        or `vol.delegate` whose answer names it with this epoch.  epoch 0: not now; ask again in `wait`
+        seconds.  Asking again while holding answers the present epoch.  A session that is named as
+        the holder without having learned it asks again or returns it.
+        errors: Fenced, InvalidArgument (the session is read-only)
+    vol.return(volume, sid, epoch)       -> (seq, owner)            # fine if it is not held any more
+        What the holder has not committed by then is lost to it.  No heartbeat.
+    While one session holds the delegation, `vol.open`, `vol.commit` and `vol.watch` of others and `vol.sync`
+    make the home want it back; they wait for up to a second, then fail with `Busy`: ask again.
     vol.sync(volume)                     -> (seq, owner)            # confirmed
     vol.close(volume, sid)               -> ()
 
