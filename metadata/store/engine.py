@@ -111,9 +111,13 @@ class Store:
         try:
             await work()
         except DiskFull:
-            if not await self._state.reserve.release():
+            if not self._state.reserve.held:
                 raise
-            await work()
+        else:
+            return
+        # Out here the error is gone, and with its frames the removed tables that they hold open.
+        await self._state.reserve.release()
+        await work()
 
     async def _make_room(self) -> None:
         s = self._state

@@ -2,15 +2,17 @@
 
 The heavy part runs in another process on immutable files; here is only the order of things: the
 new table is durable, then the manifest names it, then what it replaces is removed.  A job that
-fails changes nothing and is tried again after a pause; `StoreFailed` ends the store.
+fails changes nothing, leaves no file and is tried again after a pause; `StoreFailed` ends the
+store.
 
 A merge is committed after every output table: the output holds the keys below some key, the inputs
 from then on only the rest.  So it needs disk space for a few tables, not for a copy of everything,
 and an interrupted one has lost little.
 """
 
+import contextlib
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -66,19 +68,24 @@ class Maintenance:
     async def _loop(self, name: str, step: Callable[[], Awaitable[bool]]) -> None:
         pause = 0.0
         while True:
+            # Only the words of an error are kept: its frames hold tables that may have been removed
+            # meanwhile, open, and so the space that a full disk waits for.
+            failure, full, busy = "", False, False
             try:
                 busy = await step()
-                pause = 0.0
             except StoreFailed:
                 raise
             except DfsError as e:
-                if isinstance(e, DiskFull) and await self._s.reserve.release():
-                    self._s.note(f"{name}: {e}; the reserve is released")
+                failure, full = f"{name}: {e}", isinstance(e, DiskFull)
+            if failure:
+                if full and await self._s.reserve.release():
+                    self._s.note(f"{failure}; the reserve is released")
                     continue
-                self._s.note(f"{name}: {e}")
+                self._s.note(failure)
                 pause = min(MAX_PAUSE, 2 * pause or 1.0)
                 await trio.sleep(pause)
                 continue
+            pause = 0.0
             if not busy:
                 with trio.move_on_after(LOOK if self._time_matters() else math.inf):
                     await self._s.wait_work()
@@ -112,7 +119,8 @@ class Maintenance:
             meta = await self._write(memtable, drop=not s.runs)
             segments = [f"{n:08d}.wal" for n in memtable.segments]
             new = [] if meta is None else [Run(0, [self._open(meta)], ())]
-            await s.commit(lambda runs: [*new, *runs], flushed=memtable)
+            with self._or_remove(meta):
+                await s.commit(lambda runs: [*new, *runs], flushed=memtable)
             self.flushes += 1
             await s.remove(segments)
             return True
@@ -128,15 +136,45 @@ class Maintenance:
                 tuple(memtable.segments),
                 tuple(target),
             )
-        except (DiskFull, StoreFailed):
+        except DiskFull:
+            self._remove_output(target.output)
+            raise
+        except StoreFailed:
             raise
         except DfsError as e:
             # The segments are damaged, or the process dies on them: what they hold is in memory.
             s.note(f"flush from the log failed, flushing from memory: {e}")
-            result, _ = await s.env.disk.run(
-                compaction.flush_memtable, s.env.disk, s.prefix, memtable, tuple(target)
-            )
+            try:
+                result, _ = await s.env.disk.run(
+                    compaction.flush_memtable, s.env.disk, s.prefix, memtable, tuple(target)
+                )
+            except DiskFull:
+                self._remove_output(target.output)
+                raise
         return self._count(result)
+
+    def _remove_output(self, name: str) -> None:
+        """Give back what a failed job has written of its table, before its error is passed on.
+
+        Without an await: what waits while an error is handled keeps it, as the context of whatever
+        is raised inside, until the garbage collector comes; and the error keeps tables open.
+        """
+        disk = self._s.env.disk
+        with contextlib.suppress(DfsError):  # the first error is the one to tell
+            disk.unlink(f"{self._s.prefix}/{name}")
+
+    @contextlib.contextmanager
+    def _or_remove(self, meta: Meta | None) -> Iterator[None]:
+        """Remove a table that finds no room to be named in the manifest.
+
+        After another error it may be named: it stays, and recovery removes it if it is not.
+        """
+        try:
+            yield
+        except DiskFull:
+            if meta is not None:
+                self._remove_output(meta.name)
+            raise
 
     def _count(self, result: tuple[Any, ...] | None) -> Meta | None:
         if result is None:
@@ -202,7 +240,8 @@ class Maintenance:
             left = [r for r in left if r.tables or r.lost]
             lost = clip(union(x for r in merged for x in r.lost), b"", rest)
             done = Run(plan.level, tables, lost)
-            await s.commit(partial(_replace, merged, left, done, last=rest is None))
+            with self._or_remove(meta):
+                await s.commit(partial(_replace, merged, left, done, last=rest is None))
             kept = {t.meta.name for r in left for t in r.tables}
             await self._drop([t for r in inputs for t in r.tables if t.meta.name not in kept])
             inputs, start = left, rest
@@ -231,8 +270,7 @@ class Maintenance:
         except DfsError as e:
             if isinstance(e, Corrupt) and e.details:
                 self._found_damaged(e.details[0], str(e))
-            with trio.CancelScope(shield=True):
-                await s.remove([target.output])
+            self._remove_output(target.output)
             raise
         return self._count(result), rest
 
@@ -256,16 +294,20 @@ class Maintenance:
         run, table = found[0]
         output = s.table_name()
         bits = self._target([run], sum(t.meta.entries for t in run.tables), drop=False, expired=0)
-        result, lost = await s.env.processes.run(
-            f"{JOBS}salvage_table",
-            s.env.disk.path(),
-            s.prefix,
-            tuple(table.meta),
-            output,
-            s.options.block_bytes,
-            s.options.compression,
-            bits.bits_per_key,
-        )
+        try:
+            result, lost = await s.env.processes.run(
+                f"{JOBS}salvage_table",
+                s.env.disk.path(),
+                s.prefix,
+                tuple(table.meta),
+                output,
+                s.options.block_bytes,
+                s.options.compression,
+                bits.bits_per_key,
+            )
+        except DfsError:
+            self._remove_output(output)
+            raise
         meta = self._count(result)
         copy = [] if meta is None else [self._open(meta)]
         i = run.tables.index(table)
@@ -278,7 +320,8 @@ class Maintenance:
             new = Run(run.level, tables, union((*known, *lost)))
             return [new if r is run else r for r in runs]
 
-        await s.commit(change)
+        with self._or_remove(meta):
+            await s.commit(change)
         s.damaged.pop(name, None)
         s.indexes.forget(table)
         s.tell(news)

@@ -34,6 +34,11 @@ class Reserve:
         """Whether the disk was too full to hold it, or still is."""
         return self._bytes > 0 and not self._held
 
+    @property
+    def held(self) -> bool:
+        """Whether there is something to release."""
+        return self._held
+
     async def restore(self) -> None:
         """Set the space aside if it is not and there is room."""
         if self.missing and self._disk.usage()[1] >= 2 * self._bytes - self._present():

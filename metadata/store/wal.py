@@ -127,6 +127,8 @@ class Log:
             except StoreFailed as e:
                 self.failed = self.failed or e
                 raise
+            if self._unsynced:  # held open they would keep their space when a flush removes them
+                self._unsynced = [s for s in self._unsynced if s.synced < s.end]
         elif self.failed is not None:
             raise StoreFailed(f"the log failed: {self.failed}")
 

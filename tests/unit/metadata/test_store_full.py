@@ -2,6 +2,7 @@
 
 import contextlib
 import subprocess
+import weakref
 from random import Random
 
 import pytest
@@ -77,6 +78,73 @@ async def test_deletes_and_merges_work_on_a_full_disk():
         nursery.cancel_scope.cancel()
     store = await Store.open(env, options=SMALL)
     assert dict(store.iterate()) == {k: value(k) for k in [*kept, *more]}
+
+
+def unnamed(disk, store):
+    """Tables on the disk that the store does not use."""
+    used = {t.meta.name for r in store._state.runs for t in r.tables}
+    return {n for n in disk.listdir("lsm") if n.endswith(".sst")} - used
+
+
+async def test_a_job_without_room_leaves_nothing_behind():
+    """Neither the part of a table that had room, nor one for which the manifest has none."""
+    env = make_env()
+    store = await Store.open(env, options=SMALL)
+    disk, keys = env.disk, []
+    for i in range(200):
+        keys.append(b"%08d" % i)
+        await store.batch([(keys[-1], value(keys[-1]))])
+    await store.flush()
+    await delete_all(store, keys[::2])
+    capacity, outcomes = disk.capacity, set()
+    for room in range(0, 70_000, 500):  # every place where it may end, and the first that does not
+        for work in (store._maintenance.merge_all, store._flush):
+            disk.capacity = capacity - disk.usage()[1] + room
+            try:
+                await work()
+            except DiskFull:
+                outcomes.add((work.__name__, "full"))
+            else:
+                outcomes.add((work.__name__, "done"))
+            disk.capacity = capacity
+            assert not unnamed(disk, store), (work.__name__, room)
+    assert len(outcomes) == 4
+    assert dict(store.iterate()) == {k: value(k) for k in keys[1::2]}
+
+
+class Job:
+    """A job that meets a full disk, with something in its frame."""
+
+    def __init__(self, times):
+        self.times = times
+        self.held = []
+        self.seen = []  # how much of it was still held at the next try
+
+    async def __call__(self):
+        self.seen.append(sum(ref() is not None for ref in self.held))
+        table = Job(0)
+        self.held.append(weakref.ref(table))
+        await trio.lowlevel.checkpoint()
+        if len(self.held) <= self.times:
+            raise DiskFull(f"no room for {table}")
+        return False
+
+
+async def test_a_failed_job_holds_no_table_while_it_waits():
+    """A removed table takes space as long as it is open: a pause is up to a minute."""
+    store = await Store.open(make_env(), options=SMALL)
+    job = store._maintenance.step = Job(5)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(store.run)
+        await trio.sleep(100)
+        nursery.cancel_scope.cancel()
+    assert job.seen == [0] * 6
+    await store._state.reserve.restore()
+    again = Job(1)
+    await store._retried(again)
+    assert again.seen == [0, 0]
+    with pytest.raises(DiskFull):  # and without a reserve, the error
+        await store._retried(Job(1))
 
 
 async def test_without_a_reserve_deletes_on_a_full_disk_fail():
@@ -234,6 +302,8 @@ async def test_on_a_real_full_file_system(small_disk):
             await delete_all(store, gone)
             await store.compact()
             assert disk.usage()[1] > 16 << 20
+            assert not unnamed(disk, store)
+            assert not store._state.retired  # removed, but open
             with trio.fail_after(30):
                 while store.lsm()["reserve"]["missing"]:
                     await trio.sleep(0.1)
