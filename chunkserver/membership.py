@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from chunkserver.catchup import CatchUp
 from dfs.cluster.map import CHUNK
-from dfs.cluster.membership import Snapshot
+from dfs.cluster.swimeffects import Snapshot
 from dfs.env import Env
 from dfs.rpc import presence
 from dfs.rpc.mapkeeper import MapKeeper

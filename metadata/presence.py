@@ -7,7 +7,7 @@ changes where anything belongs.  A later life of this very node, seen anywhere, 
 from collections.abc import Callable
 
 from dfs.cluster.map import METADATA
-from dfs.cluster.membership import Snapshot
+from dfs.cluster.swimeffects import Snapshot
 from dfs.env import Env
 from dfs.rpc import presence
 from dfs.rpc.mapkeeper import MapKeeper

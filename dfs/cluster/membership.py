@@ -5,8 +5,8 @@ come out; `now` is monotonic seconds, chance is injected.  Nothing here waits or
 
 - Every second one peer is asked (PING); if it is silent for half a second, three others are asked
   to ask it; if that fails too it is *suspect*, and *dead* if it does not refute that in time.
-- What changed is told with every message and, while there is news, to three more peers every
-  quarter of a second: O(log n) rounds until everybody knows.
+- What changed is told with every message, and to three more peers every quarter of a second
+  while there is news.
 - Every 30 s two members compare digests of their tables and exchange what differs.
 - Now and then one of the dead is spoken to, so that the halves of a split cluster meet again.
 - Lifeguard: who notices that it is slow itself waits longer before it accuses (`awareness`); the
@@ -14,12 +14,12 @@ come out; `now` is monotonic seconds, chance is injected.  Nothing here waits or
 - Who slept (SIGSTOP, a stalled host) does not hold its own absence against others.
 
 Methods called `rule_*` are the decisions that `dfs.testing.gossip_mutants` breaks one at a time.
-It is longer than most modules because all transitions of a member are in this one place.
+It is longer than most modules because all transitions of a member are in this one place; what it
+says, and when, is in `dfs.cluster.swimteller`, what comes out in `dfs.cluster.swimeffects`.
 """
 
 from collections.abc import Iterable
-from math import ceil, inf, log
-from typing import NamedTuple
+from math import inf
 
 from dfs.cluster.swim import (
     ACK,
@@ -31,11 +31,9 @@ from dfs.cluster.swim import (
     NOBODY,
     PING,
     PING_REQ,
-    STATUSES,
     SUSPECT,
     SYNC,
     TABLE,
-    VERSION,
     Claim,
     Message,
     Vitals,
@@ -43,92 +41,38 @@ from dfs.cluster.swim import (
     decode_claim,
     decode_vitals,
     encode,
-    key_number,
     key_role,
     show,
 )
-from dfs.cluster.swimrumours import Rumours
+from dfs.cluster.swimeffects import (
+    Changed,
+    Effect,
+    Info,
+    OtherMap,
+    Snapshot,
+    Usurped,
+    snapshot_of,
+    status_of,
+)
 from dfs.cluster.swimsuspicion import Suspicion, shortest
-from dfs.cluster.swimtable import Chance, Member, Table, outranks
+from dfs.cluster.swimtable import Chance, Member, outranks
+from dfs.cluster.swimteller import FANOUT, ROOM, Teller
 from dfs.errors import RemoteProtocolError
 
 PROBE = 1.0  # seconds between probes, for a member that is not slow itself
 TIMEOUT = 0.5  # seconds to answer a PING before others are asked
 NACK_AFTER = 0.4  # seconds after which whoever asks for another says that there is no answer
 RELAYS = 3  # members asked to ask
-GOSSIP_EVERY = 0.25  # seconds between rounds of gossip while there is news
-FANOUT = 3  # peers told in a round
 SYNC_EVERY = 30.0  # seconds between comparisons of tables
 JOIN_EVERY = 1.0  # seconds between attempts while nobody has answered
 SELDOM = 10.0  # seconds between attempts to reach somebody dead
 DEAD_KEEP = 3600.0  # seconds a dead member is remembered that the map does not name
-CERTAINTY = 9  # a claim is told ln(members) + this often by each: then e^-9 of them miss somebody
-VITALS_TOLD = 4  # vitals are told this often by each; 98 % hear of them, the rest the next time
 VITALS_EVERY = 10.0  # seconds between vitals, in clusters of up to 50
 VITALS_RATE = 5.0  # vitals per second in the whole of a larger cluster
-ROOM = 1200  # bytes of updates in a message other than TABLE
-TABLE_ROOM = 32 << 10  # bytes of claims in one TABLE message
 AWARE_MAX = 8
 PAUSE = 0.5  # seconds late from which a tick means that this process was not running
 EPOCH_AGAIN = 1.0  # seconds after which the same foreign map is reported again
 FORWARDS_MAX = 1024  # PING_REQs under way for others
-
-
-class Info(NamedTuple):
-    """What a member tells about itself."""
-
-    epoch: int
-    digest: bytes  # 32 bytes, of the cluster map
-    total: int  # bytes of disk
-    free: int  # bytes
-    load: float
-
-
-class Snapshot(NamedTuple):
-    """One member as it is known here at one moment."""
-
-    key: int
-    number: int
-    role: str
-    node_id: bytes
-    address: str
-    status: str  # "alive", "suspect", "dead", "left"; "unknown" = named by the map, never heard of
-    boot: int
-    incarnation: int
-    since: float  # monotonic seconds of the last change of status or boot
-    vitals: Vitals | None
-
-
-class Send(NamedTuple):
-    """Effect: send the message, at most once."""
-
-    address: str
-    message: Message
-
-
-class Changed(NamedTuple):
-    """Effect: a member's status changed, or it started again (the statuses may then be equal)."""
-
-    member: Snapshot
-    old: str
-    new: str
-
-
-class OtherMap(NamedTuple):
-    """Effect: a member has a newer map than we, or another one of the same epoch."""
-
-    address: str
-    epoch: int
-    digest: bytes
-
-
-class Usurped(NamedTuple):
-    """Effect: another process has this identity; this one must stop."""
-
-    reason: str
-
-
-Effect = Send | Changed | OtherMap | Usurped
 
 
 class _Probe:
@@ -145,7 +89,7 @@ class _Probe:
         self.nacks = 0
 
 
-class Membership:
+class Membership(Teller):
     """One member's view of all."""
 
     def __init__(
@@ -155,15 +99,11 @@ class Membership:
         if boot < 1:
             raise ValueError(f"boot must be at least 1, not {boot}")
         key = number * 2 + (role != key_role(0))
-        self.me = Claim(key, node_id, address, boot, 0, ALIVE, NOBODY)
-        self.my_raw = encode(self.me)
-        self.vitals = Vitals(key, boot, 0, 0, bytes(32), 0, 0, 0.0)
-        self.my_vitals_raw = encode(self.vitals)
+        super().__init__(Claim(key, node_id, address, boot, 0, ALIVE, NOBODY), chance)
         self.awareness = 0  # 0: healthy; each step makes one probe period longer
         self.joined = False  # somebody has spoken to us
         self.stopped = ""  # why we are silent; "" while we are not
         self.refresh_at = 0.0  # when `refresh` is wanted
-        self.table = Table(self.me, chance)
         self.counts = dict.fromkeys(
             ("probes", "indirect", "failed", "suspected", "declared", "refuted", "refused",
              "misdirected", "pauses", "syncs", "tables"), 0,
@@ -171,17 +111,12 @@ class Membership:
         self._chance = chance
         self._usurped = False
         self._banned: dict[bytes, int] = {}
-        self._claims = Rumours()
-        self._others = Rumours()  # vitals
-        self._burst = 0  # messages still to be sent so that others hear my own news
         self._suspicions: dict[int, Suspicion] = {}
         self._forwards: dict[int, tuple[float, str, int, int]] = {}
         self._probe: _Probe | None = None
         self._serial = 0
         self._told_map = (0, b"", -inf)
         self._probe_at = self._sync_at = self._seldom_at = self._beat_at = inf
-        self._gossiped = -inf
-        self._out: list[Effect] = []
 
     # ---------------------------------------------------------------------------------- events
 
@@ -356,7 +291,7 @@ class Membership:
         if key == self.me.key:
             return "alive"
         member = self.table.members.get(key)
-        text = "unknown" if member is None else _text(member)
+        text = "unknown" if member is None else status_of(member)
         return "dead" if text == "left" else text
 
     def is_up(self, key: int) -> bool:
@@ -370,12 +305,12 @@ class Membership:
     def snapshot(self, key: int) -> Snapshot | None:
         """One member other than this one; None if it is not known."""
         member = self.table.members.get(key)
-        return None if member is None else _snapshot(member)
+        return None if member is None else snapshot_of(member)
 
     def members(self) -> tuple[Snapshot, ...]:
         """All members other than this one, by key."""
         members = self.table.members
-        return tuple(_snapshot(members[key]) for key in sorted(members))
+        return tuple(snapshot_of(members[key]) for key in sorted(members))
 
     def statistics(self) -> dict[str, int]:
         """Counters, and how many members are how."""
@@ -391,14 +326,6 @@ class Membership:
         }
 
     # ----------------------------------------------------------------------------------- rules
-
-    def rule_limit(self) -> int:
-        """How often a claim is told by each member.
-
-        Telling it k times to members chosen by chance leaves a share of e^-k that nobody told it
-        (Demers et al., "Epidemic algorithms", 1987); n times that is how many are left over.
-        """
-        return CERTAINTY + ceil(log(len(self.table.peers) + 2))
 
     def rule_relays(self) -> int:
         """How many members are asked to ask a silent one."""
@@ -421,10 +348,6 @@ class Membership:
         return claim.boot > self.me.boot or (
             claim.boot == self.me.boot and claim.address != self.me.address
         )
-
-    def rule_first(self, member: Member) -> bytes:
-        """What a member is told before everything else: what it is accused of."""
-        return member.raw if member.claim.status != ALIVE else b""
 
     def rule_keeps(self, member: Member, now: float) -> bool:
         """Whether a member that is gone is still remembered."""
@@ -467,7 +390,7 @@ class Membership:
     def _adopt(self, claim: Claim, raw: bytes, now: float, *, relay: bool) -> None:
         key = claim.key
         member = self.table.members.get(key)
-        old = "unknown" if member is None else _text(member)
+        old = "unknown" if member is None else status_of(member)
         boot = 0 if member is None else member.claim.boot
         member = self.table.set(claim, raw, now)
         if claim.status == SUSPECT:
@@ -480,9 +403,9 @@ class Membership:
             self._others.discard(key)
         if relay:
             self._claims.add(key, raw)
-        new = _text(member)
+        new = status_of(member)
         if old != new or boot != claim.boot:
-            self._out.append(Changed(_snapshot(member), old, new))
+            self._out.append(Changed(snapshot_of(member), old, new))
 
     def _about_me(self, claim: Claim) -> None:
         me = self.me
@@ -504,14 +427,6 @@ class Membership:
             self.rule_slow(+1)
             self._set_me(me._replace(incarnation=self.rule_refuted(claim)))
             self._tell_about_me()
-
-    def _set_me(self, me: Claim) -> None:
-        self.me = me
-        self.my_raw = encode(me)
-        self.table.set_me(me)
-
-    def _tell_about_me(self) -> None:
-        self._burst = self.rule_limit()
 
     def _learn_vitals(self, raw: bytes, *, relay: bool) -> None:
         vitals = decode_vitals(raw)
@@ -626,24 +541,7 @@ class Membership:
         for suspicion in self._suspicions.values():
             suspicion.postpone(late)
 
-    # --------------------------------------------------------------------------------- telling
-
-    def _gossip_at(self) -> float:
-        return self._gossiped + GOSSIP_EVERY if self._burst > 0 or len(self._claims) else inf
-
-    def _gossip(self, now: float) -> None:
-        self._gossiped = now
-        limit = self.rule_limit()
-        told = False
-        for member in self.table.sample(FANOUT):
-            claims = self._claims.take(ROOM, limit, member.claim.key)
-            if claims or self._burst > 0:
-                told = True
-                self._burst -= 1
-                self._post(member.claim.address, GOSSIP, 0, 0, claims, [])
-        if not told:  # the only peer there is needs no news about itself
-            self._burst = 0
-            self._claims = Rumours()
+    # ------------------------------------------------------------------------------- comparing
 
     def _sync(self, now: float) -> None:
         count = 1 if self.joined else FANOUT
@@ -667,93 +565,3 @@ class Membership:
         share = SELDOM * len(self.table.dead) / (len(self.table.peers) + 1)
         if some is not None and self._chance.random() < share:
             self._send_sync(some)
-
-    def _send_table(self, to: Claim, heard: bytes, wanted: int, *, answer: bool) -> None:
-        """All that is known of some buckets, in parts; the last one asks for the same in return."""
-        parts: list[tuple[list[bytes], list[bytes]]] = [([], [])]
-        held = self.table.members.get(to.key)
-        size = 0
-        for member in self.table.of_buckets(wanted):
-            if size > TABLE_ROOM:
-                parts.append(([], []))
-                size = 0
-            if member is held and member.raw == heard:
-                continue  # it knows that of itself
-            parts[-1][0].append(member.raw)
-            size += len(member.raw)
-            if member.vitals is not None and member is not held:
-                parts[-1][1].append(member.vitals_raw)
-        for i, (claims, others) in enumerate(parts):
-            ask = answer and i == len(parts) - 1
-            self._post(to.address, TABLE, 0, (wanted, ask), claims, others)
-
-    def _reply(self, kind: int, to: Claim, heard: bytes, serial: int) -> None:
-        """Answer, and say so first if what is known of the other is not what it claims."""
-        member = self.table.members.get(to.key)
-        first = b"" if member is None or member.raw == heard else member.raw
-        self._send(to.address, kind, serial, 0, first=first, avoid=to.key)
-
-    def _send(
-        self,
-        address: str,
-        kind: int,
-        serial: int,
-        subject: object,
-        *,
-        to: Member | None = None,
-        first: bytes = b"",
-        avoid: int = NOBODY,
-        room: int = ROOM,
-    ) -> None:
-        """A message with what there is to tell; a member that is accused hears of that first."""
-        if to is not None:
-            avoid = to.claim.key
-            first = self.rule_first(to)
-        claims: list[bytes] = []
-        if first:
-            claims.append(first)
-            room -= len(first)
-        others: list[bytes] = []
-        if room > 0:
-            told = self._claims.take(room, self.rule_limit(), avoid)
-            claims += told
-            if kind in (PING, ACK):
-                room -= sum(map(len, told)) + 3 * len(told)
-                others = self._others.take(room, VITALS_TOLD, avoid)
-        self._post(address, kind, serial, subject, claims, others)
-
-    def _post(
-        self,
-        address: str,
-        kind: int,
-        serial: int,
-        subject: object,
-        claims: list[bytes],
-        others: list[bytes],
-    ) -> None:
-        message = (
-            VERSION, kind, self.my_raw, self.my_vitals_raw, serial, subject,
-            tuple(claims), tuple(others),
-        )  # fmt: skip
-        self._out.append(Send(address, message))
-
-
-def _text(member: Member) -> str:
-    claim = member.claim
-    return "unknown" if claim.boot == 0 and claim.status == ALIVE else STATUSES[claim.status]
-
-
-def _snapshot(member: Member) -> Snapshot:
-    claim = member.claim
-    return Snapshot(
-        claim.key,
-        key_number(claim.key),
-        key_role(claim.key),
-        claim.node_id,
-        claim.address,
-        _text(member),
-        claim.boot,
-        claim.incarnation,
-        member.since,
-        member.vitals,
-    )

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import trio
 
-from dfs.cluster import membership
+from dfs.cluster import swimeffects
 from dfs.cluster.map import ROLES, ClusterMap
-from dfs.cluster.membership import Changed, Effect, Membership, OtherMap, Send, Snapshot
+from dfs.cluster.membership import Membership
 from dfs.cluster.swim import member_key
+from dfs.cluster.swimeffects import Changed, Effect, OtherMap, Send, Snapshot
 from dfs.env import Context, Disk, Env, Handler, Priority, Reply
 from dfs.errors import ConfigError, Corrupt, LocalProtocolError, RemoteProtocolError
 
@@ -217,7 +218,7 @@ class Gossip:
         if changed or now >= self.core.refresh_at:
             total, free, load = self._info()
             self.core.refresh(
-                membership.Info(node_map.epoch, node_map.digest, total, free, float(load)), now
+                swimeffects.Info(node_map.epoch, node_map.digest, total, free, float(load)), now
             )
 
     def map_changed(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import trio
 
 from dfs.cluster.map import ClusterMap
-from dfs.cluster.membership import Snapshot
+from dfs.cluster.swimeffects import Snapshot
 from dfs.env import Env
 from dfs.errors import DfsError
 from dfs.rpc.gossip import Gossip, Info

@@ -11,8 +11,9 @@ from heapq import heappop, heappush
 from random import Random
 from typing import Any
 
-from dfs.cluster.membership import Changed, Info, Membership, OtherMap, Send, Usurped
+from dfs.cluster.membership import Membership
 from dfs.cluster.swim import Message, member_key
+from dfs.cluster.swimeffects import Changed, Info, OtherMap, Send, Usurped
 from dfs.codec import pack, unpack
 from dfs.wire.frame import HEADER_SIZE
 

@@ -8,8 +8,8 @@ Throughout, a member that was declared dead may only come back with a higher boo
 from collections.abc import Callable, Iterable
 from random import Random
 
-from dfs.cluster.membership import Changed
 from dfs.cluster.swim import ACK, NACK, Message
+from dfs.cluster.swimeffects import Changed
 from dfs.cluster.swimsuspicion import LONGEST, shortest
 from dfs.testing.gossip import Process, Sim, address_of, key_of
 from dfs.testing.gossip_mutants import MUTANTS, core_class

@@ -7,7 +7,7 @@ import pytest
 
 from dfs import codec
 from dfs.cluster import membership as m
-from dfs.cluster.membership import Changed, Info, Membership, OtherMap, Send, Usurped
+from dfs.cluster.membership import Membership
 from dfs.cluster.swim import (
     ACK,
     ALIVE,
@@ -32,8 +32,10 @@ from dfs.cluster.swim import (
     key_role,
     member_key,
 )
+from dfs.cluster.swimeffects import Changed, Info, OtherMap, Send, Usurped
 from dfs.cluster.swimrumours import Rumours
 from dfs.cluster.swimsuspicion import Suspicion, shortest
+from dfs.cluster.swimteller import FANOUT, ROOM
 from dfs.errors import RemoteProtocolError
 from dfs.testing.gossip_mutants import core_class
 
@@ -243,7 +245,7 @@ def test_an_accusation_is_refuted():
     assert (mine.incarnation, mine.status) == (5, ALIVE)
     assert core.awareness == 1
     told = [core.tick(1.0 + i / 4) for i in range(1, 20)]
-    assert len([e for x in told for e in sends(x, GOSSIP)]) >= core.rule_limit() - m.FANOUT
+    assert len([e for x in told for e in sends(x, GOSSIP)]) >= core.rule_limit() - FANOUT
 
 
 def test_an_accusation_of_an_earlier_boot_is_nothing():
@@ -345,9 +347,9 @@ def test_messages_other_than_tables_are_small():
         core.handle(message(GOSSIP, 4, others=[vitals(i)]), 0.1)
     for effect in sends(core.tick(1.5)) + sends(core.handle(message(PING, 1, 5, 0), 1.6)):
         size = len(codec.pack(effect.message))
-        assert size < m.ROOM + 400
+        assert size < ROOM + 400
         if effect.message[1] in (PING, ACK, GOSSIP):
-            assert size > m.ROOM - 200, "there is much to tell"
+            assert size > ROOM - 200, "there is much to tell"
 
 
 def test_the_dead_of_the_map_are_kept_and_others_forgotten_in_the_end():
