@@ -14,6 +14,7 @@ from dfs.volume.view import NodeCache, View
 
 Entries = Iterable[tuple[int, bytes]]
 Note = Callable[[entries.Entry, list[bytes]], None]
+Known = Callable[[entries.Entry, int], bool]
 
 
 class Feed:
@@ -21,16 +22,20 @@ class Feed:
 
     Entries come from several tasks in any order; they wait in a dict until it is their turn.  No
     lock is needed, because an entry leaves the dict in the same step that applies it.
+    `known(entry, seq)` is asked before each: True = the view holds it already, and was told so.
     `note(entry, changed keys)` is called for each one applied.
     """
 
-    def __init__(self, blobs: BlobSource, volume: bytes, note: Note, timeout: float) -> None:
+    def __init__(
+        self, blobs: BlobSource, volume: bytes, known: Known, note: Note, timeout: float
+    ) -> None:
         """`timeout` seconds are given to a fetch of tree nodes."""
         self.nodes = NodeCache()
         self.view: View
         self.fetched = 0
         self._blobs = blobs
         self._volume = volume
+        self._known = known
         self._note = note
         self._timeout = timeout
         self._pending: dict[int, bytes] = {}
@@ -52,6 +57,8 @@ class Feed:
     async def absorb(self, received: Entries) -> bool:
         """Apply entries in order, fetching the tree nodes that needs; whether the view moved."""
         seq = self.view.seq
+        for at in [at for at in self._pending if at <= seq]:
+            del self._pending[at]
         for at, entry in received:
             if at > seq:
                 self._pending[at] = entry
@@ -64,6 +71,10 @@ class Feed:
         while (entry := pending.get(view.seq + 1)) is not None:
             seq = view.seq + 1
             decoded = entries.decode(entry)
+            if self._known(decoded, seq):
+                del pending[seq]
+                self._note(decoded, [])
+                continue
             try:
                 changed = view.apply_effects(seq, fx.of_entry(decoded))
             except Missing as e:

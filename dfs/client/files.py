@@ -36,7 +36,6 @@ from dfs.client.openfile import File
 from dfs.client.reader import Reader
 from dfs.client.session import Session
 from dfs.client.store import ChunkStore
-from dfs.client.submission import Submission
 from dfs.client.writebuffer import WINDOW, Segment, Upload, WriteBuffer
 from dfs.codec import Buffer
 from dfs.errors import DfsError, FsError
@@ -51,6 +50,7 @@ UPLOADS = 4  # chunks on their way at once
 PARALLEL = 64  # files that the write-back commits at once
 AGE = 1.0  # seconds after which dirty data is committed without being asked
 MAX_SIZE = items.MAX_OFFSET
+INLINE_HERE = 16 << 10  # bytes that need no chunk under the delegation: many share one entry
 
 
 class Files:
@@ -129,7 +129,7 @@ class Files:
 
     async def close(self, file: File) -> None:
         """Give up a handle: commit what is left, and purge the file if that was its last hold."""
-        if file.buffer and not file.orphan and not self.flush_behind(file):
+        if file.buffer and not file.orphan and not self.flush_here(file):
             try:
                 await self.flush(file)
             except FsError as e:
@@ -178,7 +178,7 @@ class Files:
     async def settle(self, ino: int) -> None:
         """Commit dirty data, so that the mode or time set next is not undone by it."""
         file = self._dirty.get(ino)
-        if file is not None:
+        if file is not None and not self.flush_here(file):
             await self.flush(file)
 
     def _on_change(self, keys: Sequence[bytes] | None) -> None:
@@ -192,9 +192,10 @@ class Files:
                 if file_or_none is not None:
                     file_or_none.span, file_or_none.size = None, -1
 
-    def _on_fenced(self) -> None:
-        for file in self._dirty.values():
-            file.error, file.lost = fs_error(errno.EIO, "the session was lost"), True
+    def _on_fenced(self, lost: set[int]) -> None:
+        for file in self._files.values():
+            if file.ino in self._dirty or file.ino in lost:
+                file.error, file.lost = fs_error(errno.EIO, "the session was lost"), True
 
     # ------------------------------------------------------------------ writing
 
@@ -207,7 +208,6 @@ class Files:
         if not length:
             return 0
         buffer = file.buffer
-        file.covered = False
         if not buffer:
             file.dirty_since = self._clock.monotonic()
             self._dirty[file.ino] = file
@@ -272,59 +272,32 @@ class Files:
             await self._commit(file)
         self._raise_error(file)
 
-    def flush_behind(self, file: File) -> bool:
-        """Start to commit a few dirty bytes without waiting; False where that is not safe.
+    def flush_here(self, file: File) -> bool:
+        """Commit a few dirty bytes without waiting, under the delegation; False where it cannot be.
 
-        Safe is where nobody could notice: this session is the volume's only one, and the bytes
-        need no chunk.  The commit stays ahead of every later operation of this session, so that a
-        crash still leaves a prefix; its error is kept for the next write, flush or fsync.
+        A crash still leaves a prefix of what was done here: see `dfs.client.delegation`.
         """
         buffer = file.buffer
-        if file.behind is not None:
-            return file.covered
+        if not buffer:
+            return file.error is None
         if (
-            not self._session.solitary
+            not self._session.here
             or file.error is not None
             or file.orphan
             or file.lock.locked()
-            or buffer.size > INLINE
+            or buffer.size > INLINE_HERE
             or any(isinstance(s.source, Upload) for s in buffer)
-            or self._nursery is None
         ):
             return False
-        if not buffer:
-            return True
-        # Queued here and now: whatever this session does next stands behind it.
         segments = list(buffer)
-        queued = self._session.transact_behind(self._publication(file, segments))
-        if queued is None:
-            return False
-        file.behind, file.covered = trio.Event(), True
-        self._nursery.start_soon(self._end_behind, file, segments, queued)
-        return True
-
-    async def _end_behind(
-        self, file: File, segments: list[Segment], queued: tuple[Submission, tuple[int, bool]]
-    ) -> None:
-        """Follow up on a commit that nobody waits for; one that failed is left to write-back."""
-        submission, (size, crowded) = queued
-        began = self._clock.monotonic()
         try:
-            if await submission.wait():
-                self._committed(file, segments, began, size, crowded)
-        except DfsError as e:
-            file.error = file.error or FsError(f"write-back of inode {file.ino:x}: {e}", e.errno)
-            log.warning("write-back of inode %x: %s", file.ino, e)
-        finally:
-            behind, file.behind = file.behind, None
-            if behind is not None:
-                behind.set()
-
-    async def _settled(self, file: File) -> None:
-        """Wait for the commit that nobody waited for; call it with the file's lock."""
-        while file.behind is not None:
-            self._session.hurry()
-            await file.behind.wait()
+            done = self._session.transact_here(self._publication(file, segments))
+        except FsError:
+            return False  # whoever waits for it will meet this again, and can handle it
+        if done is None:
+            return False
+        self._committed(file, segments, 0.0, *done[0])
+        return True
 
     def _raise_error(self, file: File) -> None:
         if file.error is not None:
@@ -350,7 +323,6 @@ class Files:
 
     async def _commit(self, file: File) -> None:
         async with file.lock:
-            await self._settled(file)
             if not file.buffer:
                 return
             if file.orphan and not file.handles:
@@ -391,7 +363,8 @@ class Files:
     async def _store(self, file: File) -> tuple[list[Segment], int]:
         """Make the bytes of the dirty segments durable, unless they are few enough to be inline."""
         buffer = file.buffer
-        if buffer.size <= INLINE and not any(isinstance(s.source, Upload) for s in buffer):
+        limit = INLINE_HERE if self._session.here else INLINE
+        if buffer.size <= limit and not any(isinstance(s.source, Upload) for s in buffer):
             return list(buffer), 0
         self._pack(file)
         wanted = list(dict.fromkeys(s.source for s in buffer if isinstance(s.source, Upload)))
@@ -460,7 +433,6 @@ class Files:
             await self._session.transact(lambda txn: truncate(txn, ino, size, now))
             return
         async with file.lock:
-            await self._settled(file)
             before = file.buffer.size
             file.buffer.cut(size, sys.maxsize)
             self._uncommitted -= before - file.buffer.size

@@ -4,8 +4,9 @@ An inode-based POSIX file system on one session at one volume: no FUSE types, no
 `dfs.client.paths`), no permission checks (the kernel does those for a mount; a library client has
 the rights of its credentials).  Names are bytes, times nanoseconds, errors `FsError`.
 
-Every operation on names or attributes is committed before it returns.  File data is written back:
-it is committed by `flush`, `fsync`, `release`, or a second after it was written (see
+Every operation on names or attributes is committed before it returns; under the volume's delegation
+it is committed here, and `fsync` makes it durable (`dfs.client.delegation`).  File data is written
+back: it is committed by `flush`, `fsync`, `release`, or a second after it was written (see
 `dfs.client.files`).  Looking (`lookup`, `getattr`, `readdir`) answers from the session's view, at
 most 1.5 s old; `open` first brings the view up to date, so that it sees whatever was closed before,
 on any client.  All of it stands in one module so that there is one place to look it up.
@@ -103,7 +104,10 @@ class FileSystem:
 
     async def shut_down(self) -> None:
         """Commit all dirty data; raises the first error after having tried everything."""
-        await self.files.flush_all()
+        try:
+            await self.files.flush_all()
+        finally:
+            await self.session.settle()
 
     def statistics(self) -> dict[str, Any]:
         """Counters for people."""
@@ -371,16 +375,18 @@ class FileSystem:
     async def flush(self, handle: int) -> None:
         """Commit what was written: close(2) reports what goes wrong here.
 
-        A few bytes are on their way when it returns, not committed, if nobody else has the volume
-        open (see `Files.flush_behind`); fsync always waits.
+        Under the delegation a few bytes are committed here, and sent later; fsync always waits.
         """
         file = self.handles.file(handle).file
-        if not self.files.flush_behind(file):
+        if not self.files.flush_here(file):
             await self.files.flush(file)
 
     async def fsync(self, handle: int) -> None:
         """Commit what was written; on return it is on stable storage of a majority."""
-        await self.files.flush(self.handles.file(handle).file)
+        file = self.handles.file(handle).file
+        if not self.files.flush_here(file):
+            await self.files.flush(file)
+        await self.session.settle()
 
     async def release(self, handle: int) -> None:
         """Close a handle; commits what is left, whose errors are logged, not raised."""
@@ -405,8 +411,9 @@ class FileSystem:
         self.handles.pop(handle)
 
     async def fsyncdir(self, handle: int) -> None:
-        """Nothing to do: operations on names are committed before they return."""
+        """Wait until all operations on names are on stable storage of a majority."""
         self.handles.directory(handle)
+        await self.session.settle()
 
     async def readdir(self, handle: int, cookie: int = 0, limit: int = SCAN) -> list[Entry]:
         """Entries after a cookie, in order of the cookies, without `.` and `..`; empty at the end.
@@ -470,6 +477,7 @@ async def open_filesystem(
     mode: str = "rw",
     name: str = "",
     deadline: float = DEADLINE,
+    delegate: bool = True,
     **options: Any,
 ) -> AsyncIterator[FileSystem]:
     """A `FileSystem` for the length of the block; at its end dirty data is committed.
@@ -478,7 +486,7 @@ async def open_filesystem(
     `FileSystem`.  Errors are raised as they are, not wrapped in a group; so is a failed last
     commit.
     """
-    session = Session(cluster, volume, mode=mode, name=name, deadline=deadline)
+    session = Session(cluster, volume, mode=mode, name=name, deadline=deadline, delegate=delegate)
     error: BaseException | None = None
     async with trio.open_nursery() as nursery:
         try:

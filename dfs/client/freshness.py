@@ -14,18 +14,19 @@ class Freshness:
     shown, however long the answer took.
     """
 
-    __slots__ = ("_clock", "_confirmed", "_news")
+    __slots__ = ("_clock", "_confirmed", "_news", "limit")
 
     def __init__(self, clock: Clock) -> None:
-        """Not fresh."""
+        """Not fresh.  `limit` may be raised for as long as nobody else can change anything."""
         self._clock = clock
+        self.limit = FRESH
         self._confirmed = float("-inf")
         self._news = trio.lowlevel.ParkingLot()
 
     @property
     def now(self) -> bool:
         """Whether the view may answer."""
-        return self._clock.monotonic() - self._confirmed <= FRESH
+        return self._clock.monotonic() - self._confirmed <= self.limit
 
     @property
     def age(self) -> float:

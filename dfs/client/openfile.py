@@ -15,7 +15,7 @@ class File:
     """State of one file; owned by `dfs.client.files`, read by `dfs.client.reader`."""
 
     __slots__ = (
-        "behind", "buffer", "compacting", "covered", "dirty_since", "error", "handles", "ino",
+        "buffer", "compacting", "dirty_since", "error", "handles", "ino",
         "lock", "lost", "mtime", "orphan", "size", "span",
     )  # fmt: skip
 
@@ -24,8 +24,6 @@ class File:
         self.ino = ino
         self.handles = 0
         self.buffer = WriteBuffer()
-        self.behind: trio.Event | None = None  # a commit that nobody waits for ends with it
-        self.covered = False  # that commit has all that the buffer holds
         self.lock = trio.Lock()
         self.error: FsError | None = None  # of a write-back, until raised or made up for
         self.lost = False  # the session ended while the file was dirty: to be told once

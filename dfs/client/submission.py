@@ -56,24 +56,15 @@ class Waiter:
 class Submission(Waiter):
     """A transaction that waits for its verdict: True = committed, False = conflict."""
 
-    __slots__ = ("groups", "keys", "lazy", "oldest", "size", "txn")
+    __slots__ = ("groups", "keys", "oldest", "size", "txn")
 
-    def __init__(self, txn: Txn, oldest: int, *, lazy: bool = False) -> None:
-        """`oldest`: stamp of the oldest chunk that the effects rely on, 0 if none.
-
-        `lazy`: the operation has been answered already, so nothing later may overtake it.
-        """
+    def __init__(self, txn: Txn, oldest: int) -> None:
+        """`oldest`: stamp of the oldest chunk that the effects rely on, 0 if none."""
         super().__init__()
         self.txn = txn
         self.oldest = oldest
-        self.lazy = lazy
         self.keys, self.groups = fx.writes(txn.effects)
         self.size = sum(len(e[2]) if e[0] == fx.PUT else 64 for e in txn.effects)
-
-    @property
-    def abandoned(self) -> bool:
-        """Whether nobody waits any more; a lazy one is never given up."""
-        return self._task is None and not self.lazy
 
 
 def form(
@@ -83,8 +74,6 @@ def form(
 
     A transaction that reads or writes what an earlier one of the batch writes stays behind: its
     turn comes with the earlier one's entry in the view, where it will be found to conflict.
-    What stands behind a lazy one that stays, stays too: after a crash the volume must not hold a
-    later operation without an earlier one.
     """
     batch: list[Submission] = []
     left: deque[Submission] = deque()
@@ -92,7 +81,6 @@ def form(
     keys: set[bytes] = set()
     groups: set[bytes] = set()
     size = 0
-    held = False
     for s in queue:
         txn = s.txn
         if s.abandoned:
@@ -100,15 +88,13 @@ def form(
         if view.changed_since(txn.base, txn.keys, txn.groups):
             lost.append(s)
         elif (
-            held
-            or len(batch) >= MAX_BATCH
+            len(batch) >= MAX_BATCH
             or (batch and size + s.size > MAX_BATCH_BYTES)
             or not keys.isdisjoint(txn.keys)
             or not groups.isdisjoint(txn.groups)
             or not keys.isdisjoint(s.keys)
         ):
             left.append(s)
-            held = held or s.lazy
         else:
             keys.update(s.keys)
             groups.update(s.groups)

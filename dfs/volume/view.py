@@ -4,6 +4,10 @@ A view is a tree (nodes in a cache, fetched on demand) and an overlay of the jou
 since.  Nothing here waits: what needs a tree node that is not cached raises `Missing`, having
 changed nothing; the caller fetches the nodes and calls again.
 
+Who holds the volume's delegation commits to its own view first (`commit_local`), in batches that
+are sent as entries later; `confirm_local` says which entry a batch has become.  Nobody else's entry
+may be applied in between.
+
 An operation is a function on a `Txn`, run from `View.begin` to its end without giving up control,
 so that it sees one state; when it raises `Missing` it is run again with a new `Txn`.  The
 transaction records which keys and groups it read and which effects it wants.  The home of the
@@ -26,6 +30,7 @@ from dfs.volume.window import Window
 __all__ = ["Missing", "NodeCache", "Txn", "View"]
 
 WINDOW = 100_000  # writers that `changed_since` remembers
+LOCAL = 1 << 62  # sequence numbers from here on stand for batches that are in no entry yet
 
 
 class View:
@@ -102,6 +107,29 @@ class View:
     def changed_since(self, base: int, keys: Collection[bytes], groups: Collection[bytes]) -> bool:
         """Whether an entry after `base` wrote one of the keys or groups; True when unknown."""
         return self._window.changed_since(base, keys, groups)
+
+    # ----------------------------------------------------------------------- ahead of the journal
+
+    def commit_local(self, txn: "Txn", batch: Overlay, number: int) -> None:
+        """Apply a transaction to the view, and add it to the batch `number` that will be sent.
+
+        The batch holds final values.  May raise `Missing`; nothing has changed then.
+        """
+        own = txn.settled()
+        overlay = self._overlay
+        overlay.seq = LOCAL + number
+        overlay.absorb(own)
+        overlay.seq = self.seq
+        batch.absorb(own)
+
+    def confirm_local(self, seq: int, batch: Overlay, number: int) -> None:
+        """Entry `seq`, which must be the next, is the batch `number`: nothing changes by it."""
+        if seq != self.seq + 1:
+            raise ValueError(f"entry {seq} is not the next one after {self.seq}")
+        self.seq = seq
+        self._overlay.renumber(batch, LOCAL + number, seq)
+        # What was read before is not compared with these entries: it counts as changed.
+        self._window.forget(seq)
 
     # ----------------------------------------------------------------------- reading
 
@@ -236,6 +264,13 @@ class Txn:
                 self.patch(effect[1], effect[2])
             else:
                 self.delete_range(effect[1], effect[2])
+
+    def settled(self) -> Overlay:
+        """All that the transaction changes, as final values.  May raise `Missing`."""
+        own = self._overlaid()
+        for key in list(self._patches):
+            self._settle(key, own)
+        return own
 
     def _overlaid(self) -> Overlay:
         own = self._own

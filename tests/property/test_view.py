@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dfs.client.delegation import Delegation
 from dfs.codec import pack, unpack
 from dfs.volume import effects as fx
 from dfs.volume import entries, items, tree
@@ -184,6 +185,60 @@ def test_transactions_see_their_own_effects(in_tree, in_overlay, own, data):
     assert f(lambda: dict(f.view.scan())) == base  # the view is untouched
     f(f.view.apply_entry, 3, entry(tuple(txn.effects)))
     assert f(lambda: dict(f.view.scan())) == reference(base, own)
+
+
+@given(batch, st.lists(st.tuples(batch, st.booleans()), max_size=8), st.data())
+@settings(max_examples=200, deadline=None)
+def test_what_was_done_here_is_a_prefix_in_the_journal(in_tree, operations, data):
+    """Batches as entries lead everybody else to the same states, and the holder sees the last."""
+    f = Fetching()
+    f.view.reset(f.checkpoint(b"", in_tree), 1)
+    state, covered = reference({}, in_tree), list(in_tree)
+    follower = Fetching()
+    follower.blobs = f.blobs
+    follower.view.reset(f.view.root, 1)
+    here = Delegation()
+    waiting = []
+
+    def confirm():
+        seq = f.view.seq + 1
+        done, after = waiting.pop(0)
+        wanted = done.effects()
+        f.view.confirm_local(seq, done.changes, done.number)
+        here.confirmed(done)
+        follower(follower.view.apply_entry, seq, entry(wanted))
+        assert follower(lambda: dict(follower.view.scan())) == after
+        covered.extend(wanted)
+        if data.draw(st.booleans()):
+            root = f.checkpoint(b"", covered)
+            f.view.rebase(root, seq)
+            f.view.nodes.clear()
+
+    for wanted, close in operations:
+
+        def operation(wanted=wanted):
+            txn = f.view.begin()
+            txn.extend(wanted)
+            here.commit(f.view, txn, 0, 0.0)
+
+        f(operation)
+        state = reference(state, wanted)
+        assert f(lambda: dict(f.view.scan())) == state
+        for key in data.draw(st.lists(keys, max_size=3)):
+            assert f(f.view.get, key) == state.get(key)
+        if close:
+            if not waiting:
+                waiting.append((here.close_first(), state))
+            elif data.draw(st.booleans()):
+                confirm()
+        assert f(lambda: dict(f.view.scan())) == state
+    while here.batches:
+        if not waiting:
+            waiting.append((here.close_first(), state))
+        confirm()
+    assert here.pending == 0
+    f(f.view.apply_entry, f.view.seq + 1, entry(((fx.PUT, KEYS[0], pack((1, 7))),)))
+    assert f(f.view.get, KEYS[0]) == pack((1, 7))
 
 
 @given(batch, st.sampled_from(GROUPS), st.integers(1, 5))

@@ -20,11 +20,15 @@ def new_home(**params):
 
 
 @contextlib.asynccontextmanager
-async def filesystem(home, *, seed=0, mode="rw", deadline=30.0, flush=True, **options):
+async def filesystem(
+    home, *, seed=0, mode="rw", deadline=30.0, flush=True, delegate=False, **options
+):
     """A FileSystem with `.rpc` (the knobs of its network) and `.chunks`."""
     cluster = home.client(seed=seed, name=f"client{seed}")
     async with trio.open_nursery() as nursery:
-        session = Session(cluster, VOLUME, mode=mode, name=f"test{seed}", deadline=deadline)
+        session = Session(
+            cluster, VOLUME, mode=mode, name=f"test{seed}", deadline=deadline, delegate=delegate
+        )
         await nursery.start(session.run)
         if mode == "rw":
             await session.transact(lambda txn: make_root(txn, 1))

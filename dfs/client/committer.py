@@ -1,0 +1,318 @@
+"""The one task of a session that changes the volume: commits, and the delegation.
+
+One request is in flight at most.  What it carries depends on who may write: transactions that the
+home judges (`Submission`), or, while the session holds the volume's delegation, batches of what was
+done here already (`dfs.client.delegation`).  The switch from one to the other happens here, between
+two requests, so a transaction is never judged by both rules.
+
+A *verdict* is final.  Anything else than a verdict means "unknown", so the identical request is
+sent again, to any home.  A transaction that somebody waits for has a deadline: then the session is
+over, because whether its last request took effect can no longer be learned, and a new one is opened
+in its place.  A batch has none; its operations were acknowledged, and only `Fenced` ends the hope.
+"""
+
+import errno
+import logging
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from dfs.client.delegation import LINGER, Batch, Delegation
+from dfs.client.submission import Submission, Waiter, form
+from dfs.errors import DfsError, Fenced, FsError, InvalidArgument
+from dfs.volume import entries
+
+if TYPE_CHECKING:
+    from dfs.client.session import Session
+
+log = logging.getLogger(__name__)
+
+ATTEMPT = 3.0  # seconds one home is given to answer before another is asked
+ASK_AGAIN = 1.0  # seconds after a recall
+ASK_AFTER = 3  # transactions of a session after which it asks for the delegation
+
+
+class Committer:
+    """The queue and its task; a part of `Session`, which it serves."""
+
+    def __init__(self, session: "Session", *, delegate: bool) -> None:
+        """`delegate`: whether to ask for the volume's delegation at all."""
+        self.delegation = Delegation()
+        self.counts = dict.fromkeys(
+            ("commits", "transactions", "conflicts", "local_conflicts", "resends", "batches"), 0
+        )
+        self._session = session
+        self._delegate = delegate
+        self._clock = session.cluster.clock
+        self._queue: deque[Submission] = deque()
+        self._work = trio.lowlevel.ParkingLot()
+        self._no = 0
+        self._sent: Batch | None = None  # the batch in flight, and its request's number is `_no`
+        self._hurry = False
+        self._ask_at = 0.0
+        self._stray = 0  # epoch of a delegation that we were granted without learning of it
+        self._since_open = 0
+
+    # ------------------------------------------------------------------ the session's calls
+
+    def submit(self, submission: Submission) -> None:
+        """Queue a transaction to be judged."""
+        self._queue.append(submission)
+        self._work.unpark_all()
+
+    def began(self) -> None:
+        """A session was opened."""
+        self._no = self._since_open = self._stray = 0
+        self._sent = None
+        self._ask_at = 0.0
+        self._work.unpark_all()
+
+    def lost(self) -> set[int]:
+        """The session is over; returns the inodes whose acknowledged changes are lost with it."""
+        # Transactions that never left the queue are as good as never run: run them again.
+        while self._queue:
+            self._queue.popleft().resolve(False)
+        self._sent = None
+        error = FsError(
+            "the session was lost, and with it what was not on stable storage", errno.EIO
+        )
+        return self.delegation.lose(error)
+
+    def wake(self) -> None:
+        """Something changed that the task should look at."""
+        self._work.unpark_all()
+
+    def hear(self, epoch: int, holder: int, wanted: bool) -> bool:
+        """Note what a confirmed answer says of the delegation; whether it renews our lease."""
+        held, ours = self.delegation, holder == self._session.sid
+        if not held.held:
+            if ours and wanted and not self._stray:  # the answer that granted it was lost
+                self._stray = epoch
+                self._work.unpark_all()
+            return False
+        if epoch < held.epoch or (held.recalled and not held.batches):
+            return False  # older than the grant; or we have given it back, or are about to
+        if epoch > held.epoch or not ours:
+            self._session.lose("its delegation was revoked")
+            return False
+        if wanted and held.recall():
+            log.info("volume %s: the delegation is recalled", self._session.volume.hex())
+            self._work.unpark_all()
+        return True
+
+    def confirm(self, decoded: entries.Entry, seq: int) -> bool:
+        """Whether entry `seq`, the view's next, is the batch in flight; then the view has it."""
+        batch = self._sent
+        if batch is None or decoded.kind != entries.DATA:
+            return False
+        part = decoded.body[0][0]
+        if part[0] != self._session.sid or part[1] != self._no:
+            return False
+        self._confirm(batch, seq)
+        return True
+
+    def _confirm(self, batch: Batch, seq: int) -> None:
+        self._session.view.confirm_local(seq, batch.changes, batch.number)
+        self._sent = None
+        self.delegation.confirmed(batch)
+        self.counts["batches"] += 1
+
+    async def settle(self) -> None:
+        """Wait until all that was done here is in the journal; raises `FsError`."""
+        held = self.delegation
+        if not held.batches:
+            return
+        waiter = Waiter()
+        held.batches[-1].waiters.append(waiter)
+        self._hurry = True
+        self._work.unpark_all()
+        deadline = self._session.deadline
+        with trio.move_on_after(deadline):
+            await waiter.wait()
+            return
+        raise FsError(f"no quorum took what was written for {deadline:g} s", errno.EIO)
+
+    # ------------------------------------------------------------------ the task
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        held = self.delegation
+        while True:
+            if self._session.over:
+                await self._work.park()
+            elif held.batches:
+                await self._linger()
+                if held.batches and not self._session.over:
+                    await self._send_batch(held.close_first())
+            elif held.recalled:
+                await self._give_back(held.epoch)
+            elif held.held:
+                self._hurry = False
+                while self._queue:  # from before the grant
+                    self._queue.popleft().resolve(False)
+                await self._work.park()
+            elif self._stray:
+                await self._give_back(self._stray)
+            elif self._queue:
+                await self._send_transactions()
+            elif self._wants():
+                await self._ask()
+            else:
+                await self._work.park()
+
+    async def _linger(self) -> None:
+        """Give a batch that nobody waits for a little company."""
+        held = self.delegation
+        until = held.batches[0].since + LINGER
+        while len(held.batches) == 1 and not (self._hurry or held.recalled or self._session.over):
+            left = until - self._clock.monotonic()
+            if left <= 0:
+                return
+            with trio.move_on_after(left):
+                await self._work.park()
+
+    async def _send_transactions(self) -> None:
+        batch, self._queue, lost = form(self._queue, self._session.view)
+        for submission in lost:
+            self.counts["local_conflicts"] += 1
+            submission.resolve(False)
+        if not batch:
+            return
+        oldest = min((s.oldest for s in batch if s.oldest), default=0)
+        txns = tuple((tuple(s.txn.keys), tuple(s.txn.groups), tuple(s.txn.effects)) for s in batch)
+        try:
+            verdicts = await self._send(txns, oldest)
+        except DfsError as e:
+            for submission in batch:
+                submission.resolve(e)
+            return
+        self.counts["transactions"] += len(batch)
+        self._since_open += len(batch)
+        for submission, verdict in zip(batch, verdicts, strict=True):
+            submission.resolve(bool(verdict))
+
+    async def _send_batch(self, batch: Batch) -> None:
+        self._sent = batch
+        try:
+            verdicts = await self._send((((), (), batch.effects()),), batch.oldest, batch)
+        except DfsError as e:
+            if not self._session.over:  # nothing that was acknowledged may be left out
+                self._session.lose(f"its home refused what was done here: {e}")
+            return
+        if verdicts != (True,):
+            self._session.lose("its home found a conflict in what was done under the delegation")
+
+    async def _send(
+        self, txns: tuple[Any, ...], oldest: int, batch: Batch | None = None
+    ) -> tuple[bool, ...]:
+        """Send one request until there is a verdict; raises `FsError` when there will be none."""
+        session = self._session
+        self._no += 1
+        # Every read was just found unchanged up to the view's seq: that is its base.
+        no, generation, seq = self._no, session.generation, session.view.seq
+        epoch = self.delegation.epoch if batch is not None else 0
+        request = (session.volume, session.sid, no, seq, seq, txns, oldest, epoch)
+        give_up = self._clock.monotonic() + session.deadline
+        attempt = 0
+        while True:
+            if generation != session.generation or session.over:
+                raise _unknown("the session was lost while a commit was on its way")
+            asked_at = self._clock.monotonic()
+            try:
+                _, seq, verdicts, received, owner, state = await session.homes.ask(
+                    "vol.commit", request, timeout=ATTEMPT
+                )
+                if generation != session.generation:
+                    continue
+                if batch is not None and batch is self._sent and session.view.seq == seq - 1:
+                    self._confirm(batch, seq)
+                await session.absorb(received)
+            except Fenced as e:
+                session.lose(str(e))
+                raise _unknown(str(e)) from e
+            except InvalidArgument as e:
+                raise FsError(f"commit refused: {e}", errno.EINVAL) from e
+            except DfsError as e:
+                log.debug("commit to volume %s: %s", session.volume.hex(), e)
+                if batch is None and self._clock.monotonic() > give_up:
+                    session.lose(f"no verdict for a commit within {session.deadline:g} s: {e}")
+                    text = f"{session.homes.no_quorum(session.deadline)}; last: {e}"
+                    raise FsError(text, errno.EIO) from e
+                attempt += 1
+                self.counts["resends"] += 1
+                await session.homes.pause(attempt)
+                continue
+            self.counts["commits"] += 1
+            while session.view.seq < seq and generation == session.generation:
+                await session.wait_news()  # the tail was cut: the watch task resets the view
+            if True in verdicts:  # otherwise the answer says nothing about now
+                session.heard(asked_at, owner, state)
+            return tuple(map(bool, verdicts))
+
+    # ------------------------------------------------------------------ the delegation
+
+    def _wants(self) -> bool:
+        return (
+            self._delegate
+            and self._session.mode == "rw"
+            and self._since_open >= ASK_AFTER
+            and self._clock.monotonic() >= self._ask_at
+        )
+
+    async def _ask(self) -> None:
+        session = self._session
+        self._since_open = 0
+        generation, asked_at = session.generation, self._clock.monotonic()
+        try:
+            epoch, seq, wait, owner = await session.homes.ask(
+                "vol.delegate", (session.volume, session.sid), timeout=ATTEMPT
+            )
+            if generation != session.generation or session.over:
+                return
+            if not epoch:
+                self._ask_at = self._clock.monotonic() + wait
+                return
+            while session.view.seq < seq and generation == session.generation:
+                await session.refresh()
+        except Fenced as e:
+            session.lose(str(e))
+            return
+        except DfsError as e:
+            # Should it have been granted all the same, asking again says so, or the home revokes.
+            log.debug("delegation of volume %s: %s", session.volume.hex(), e)
+            self._ask_at = self._clock.monotonic() + ATTEMPT
+            return
+        if generation == session.generation and not session.over:
+            self._stray = 0
+            self.delegation.grant(epoch)
+            session.lease(asked_at, owner)
+            log.info("volume %s: delegated to us, epoch %d", session.volume.hex(), epoch)
+
+    async def _give_back(self, epoch: int) -> None:
+        session, generation = self._session, self._session.generation
+        session.end_lease()
+        attempt = 0
+        while generation == session.generation and not session.over:
+            try:
+                await session.homes.ask(
+                    "vol.return", (session.volume, session.sid, epoch), timeout=ATTEMPT
+                )
+            except Fenced as e:
+                session.lose(str(e))
+                return
+            except DfsError as e:
+                log.debug("return of volume %s: %s", session.volume.hex(), e)
+                attempt += 1
+                await session.homes.pause(attempt)
+            else:
+                break
+        if generation == session.generation:
+            self._ask_at = self._clock.monotonic() + ASK_AGAIN
+            self._stray = 0
+            self.delegation.end()
+            log.info("volume %s: the delegation is given back", session.volume.hex())
+
+
+def _unknown(why: str) -> FsError:
+    return FsError(f"it is not known whether the operation took place: {why}", errno.EIO)

@@ -1,0 +1,161 @@
+"""A volume's delegation as its holder has it: what was done here and is in no entry yet.
+
+The only live session of a volume may hold its delegation.  Then an operation is a function on the
+session's own view and nothing else: it is applied here, acknowledged, and sent later, in order and
+many at a time (write-back of at most `LINGER` seconds unless the home is slow).  Nobody else's
+commit comes in between, because the home lets nobody else do or see anything before the holder
+has given the delegation back, or was silent for longer than its lease.
+
+The lease: the holder serves for `LEASE` seconds from when it *sent* its last confirmed request that
+named it as the holder.  The home waits longer than that, on its own clock, before it revokes.  A
+holder that was stopped, or cut off, finds its lease over and asks; if it was fenced meanwhile, what
+it had not sent is lost, as a suffix of what it did.
+
+Changes are kept in *batches* of final values.  A batch is closed when it is sent or has grown
+large, always between two operations: whatever of them is in the journal is a prefix.
+"""
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import trio
+
+from dfs.errors import DfsError
+from dfs.volume.effects import DELETE, DELETE_RANGE, PUT, Effect
+from dfs.volume.overlay import Overlay
+from dfs.volume.view import Txn, View
+
+if TYPE_CHECKING:
+    from dfs.client.submission import Waiter
+
+LEASE = 12.0  # seconds; the home revokes after 15
+LINGER = 0.05  # seconds that a batch waits for company when nobody waits for it
+BATCH_BYTES = 512 << 10  # of values, beyond which a batch is closed
+MAX_PENDING = 8 << 20  # bytes in batches beyond which operations wait
+PER_ITEM = 48  # bytes of an item beyond its value, roughly
+
+
+def _nothing(_key: bytes) -> None:
+    """What lies below a batch: it is never asked what it did not change."""
+
+
+class Batch:
+    """Operations that go into one entry: the final values of what they change."""
+
+    __slots__ = ("changes", "number", "oldest", "since", "size", "waiters")
+
+    def __init__(self, number: int, since: float) -> None:
+        """An empty one, begun at the monotonic time `since`."""
+        self.number = number
+        self.since = since
+        self.changes = Overlay(_nothing)
+        self.size = 0
+        self.oldest = 0  # stamp of the oldest chunk that it relies on
+        self.waiters: list[Waiter] = []
+
+    def effects(self) -> tuple[Effect, ...]:
+        """What the home is sent."""
+        found: list[Effect] = [
+            (DELETE_RANGE, start, end)
+            for ranges in self.changes.ranges.values()
+            for start, end, _ in ranges
+        ]
+        for key, (_, value) in self.changes.items.items():
+            found.append((DELETE, key) if value is None else (PUT, key, value))
+        return tuple(found)
+
+    def inodes(self) -> set[int]:
+        """Inodes that it changes."""
+        return {int.from_bytes(key[:8], "big") for key in self.changes.items}
+
+
+class Delegation:
+    """The state of holding a volume's delegation, or of not holding it (`epoch` 0)."""
+
+    __slots__ = ("_changed", "_closed", "batches", "epoch", "pending", "recalled")
+
+    def __init__(self) -> None:
+        """Not held."""
+        self.epoch = 0
+        self.recalled = False
+        self.batches: deque[Batch] = deque()  # the last one is open, unless it was sent
+        self.pending = 0  # bytes in them
+        self._closed = 0  # number of the newest batch that was sent
+        self._changed = trio.lowlevel.ParkingLot()
+
+    @property
+    def held(self) -> bool:
+        """Whether the session holds it, as far as it knows; the lease is looked at elsewhere."""
+        return self.epoch > 0
+
+    def grant(self, epoch: int) -> None:
+        """It is ours."""
+        self.epoch = epoch
+        self.recalled = False
+        self._changed.unpark_all()
+
+    def recall(self) -> bool:
+        """Somebody else wants it: begin nothing new; whether that is news."""
+        news = self.held and not self.recalled
+        self.recalled = self.recalled or self.held
+        return news
+
+    def end(self) -> None:
+        """It was given back."""
+        self.epoch, self.recalled = 0, False
+        self._changed.unpark_all()
+
+    def lose(self, error: DfsError) -> set[int]:
+        """It was taken, and what was pending is lost; returns the inodes that concerns."""
+        lost: set[int] = set()
+        for batch in self.batches:
+            lost |= batch.inodes()
+            for waiter in batch.waiters:
+                waiter.resolve(error)
+        self.batches.clear()
+        self.pending = 0
+        self.end()
+        return lost
+
+    # ------------------------------------------------------------------ batches
+
+    def commit(self, view: View, txn: Txn, oldest: int, now: float) -> None:
+        """Apply a transaction to the view and to the open batch.  May raise `Missing`."""
+        batches = self.batches
+        if batches and batches[-1].size < BATCH_BYTES and batches[-1].number > self._closed:
+            batch = batches[-1]
+        else:
+            batch = Batch((batches[-1].number if batches else self._closed) + 1, now)
+        view.commit_local(txn, batch.changes, batch.number)
+        if not batches or batches[-1] is not batch:
+            batches.append(batch)
+        size = sum(
+            PER_ITEM + len(effect[2]) if effect[0] == PUT else PER_ITEM for effect in txn.effects
+        )
+        batch.size += size
+        self.pending += size
+        if oldest:
+            batch.oldest = min(oldest, batch.oldest or oldest)
+
+    def close_first(self) -> Batch:
+        """The oldest batch, which from now on stays as it is; it remains pending."""
+        batch = self.batches[0]
+        self._closed = max(self._closed, batch.number)
+        return batch
+
+    def confirmed(self, batch: Batch) -> None:
+        """It is in the journal."""
+        self.batches.popleft()
+        self.pending -= batch.size
+        for waiter in batch.waiters:
+            waiter.resolve(True)
+        self._changed.unpark_all()
+
+    @property
+    def crowded(self) -> bool:
+        """Whether so much is pending that operations must wait."""
+        return self.pending > MAX_PENDING
+
+    async def wait_change(self) -> None:
+        """Until batches were confirmed, or the delegation came or went."""
+        await self._changed.park()
