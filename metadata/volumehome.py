@@ -27,7 +27,7 @@ from metadata.journals import Journal, Trimmed
 from metadata.requests import Checkpoint, Close, Commit, Configure, Open, Request, parse_commit
 from metadata.tail import ANSWER_BYTES, Numbered, Tail, kind_of
 from metadata.volumes import Answer, HomeCore
-from metadata.waiter import Waiter
+from metadata.waiter import Parking, Waiter
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class VolumeHome:
         self._folder = folder
         self._tail = Tail()
         self._watchers: dict[Waiter, None] = {}
-        self._driver: trio.lowlevel.Task | None = None  # parked, nothing to do
+        self._driver = Parking()  # the driver task, when it has nothing to do
         self._taking: _Attempt | None = None
         self._beats: dict[SessionId, float] = {}
         self._owned_since = 0.0
@@ -250,23 +250,9 @@ class VolumeHome:
         watchers, self._watchers = self._watchers, {}
         for waiter in watchers:
             waiter.set(1)
-        self._kick()
+        self._driver.wake()
 
     # ------------------------------------------------------------------------------ the driver
-
-    def _kick(self) -> None:
-        driver, self._driver = self._driver, None
-        if driver is not None:
-            trio.lowlevel.reschedule(driver)
-
-    async def _park(self) -> None:
-        self._driver = trio.lowlevel.current_task()
-
-        def abort(_: Any) -> trio.lowlevel.Abort:
-            self._driver = None
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        await trio.lowlevel.wait_task_rescheduled(abort)
 
     async def _drive(self, core: HomeCore) -> None:
         """Form batches and propose them until the ballot is lost."""
@@ -279,7 +265,7 @@ class VolumeHome:
                 self._nursery.start_soon(self._settle_all, core, formed.confirm)
             if formed.payload is None:
                 if core.idle:
-                    await self._park()
+                    await self._driver.park()
                 continue
             try:
                 await propose(formed.payload, PROPOSE_TIMEOUT)
@@ -323,7 +309,7 @@ class VolumeHome:
     def _settle(self, core: HomeCore, request: Request) -> None:
         answer = core.settle(request)
         if answer is None:
-            self._kick()
+            self._driver.wake()
         else:
             request.token.set(answer)
 
@@ -339,7 +325,7 @@ class VolumeHome:
     async def _run(self, core: HomeCore, request: Request) -> Answer:
         waiter = request.token = Waiter()
         core.submit(request)
-        self._kick()
+        self._driver.wake()
         return await waiter.wait()
 
     # -------------------------------------------------------------------------------- requests

@@ -1,4 +1,4 @@
-"""Waiting for the outcome of a request, for a microsecond less than an event costs."""
+"""Waiting, for a microsecond less than an event costs: for an outcome, or for something to do."""
 
 from typing import Any
 
@@ -38,3 +38,29 @@ class Waiter:
         if isinstance(self.outcome, DfsError):
             raise self.outcome
         return self.outcome
+
+
+class Parking:
+    """Where one task parks while it has nothing to do; the caller looks for work again after."""
+
+    __slots__ = ("_task",)
+
+    def __init__(self) -> None:
+        """Nobody is parked."""
+        self._task: trio.lowlevel.Task | None = None
+
+    def wake(self) -> None:
+        """Let the task go on, if it is parked."""
+        task, self._task = self._task, None
+        if task is not None:
+            trio.lowlevel.reschedule(task)
+
+    async def park(self) -> None:
+        """Wait until woken; what came before does not count."""
+        self._task = trio.lowlevel.current_task()
+
+        def abort(_: Any) -> trio.lowlevel.Abort:
+            self._task = None
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
