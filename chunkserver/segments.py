@@ -255,8 +255,10 @@ class Segments:
                 buffers.append(head)
                 buffers += payload
             try:
-                append = active.file.append
-                at = append(buffers) if inline else await self._disk.run(append, buffers)
+                if inline:
+                    at = active.file.append(buffers)
+                else:
+                    at = await self._disk.run(_stream, active.file, buffers)
             except StoreFailed as e:
                 self.failed = str(e)
                 raise
@@ -419,6 +421,11 @@ def _create(disk: Disk, number: int, nonce: bytes) -> Segment:
     file.fdatasync()
     disk.sync_dir(SEGMENTS)
     return Segment(number, file, nonce, records.SEGMENT_HEADER)
+
+
+def _stream(file: DiskFile, buffers: Sequence[Buffer]) -> int:
+    """Append what is large: several servers have it, and few of them are ever asked for it."""
+    return file.append(buffers, cached=False)
 
 
 def _read(file: DiskFile, entry: Entry, first: int, count: int) -> list[Buffer]:

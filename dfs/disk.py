@@ -31,6 +31,7 @@ from dfs.threads import ThreadPool
 T = TypeVar("T")
 IOV_MAX = 1024  # buffers per pwritev, a limit of the kernel
 KEEP_SIZE, PUNCH_HOLE = 1, 2  # <linux/falloc.h>
+RWF_DONTCACHE = 0x80  # <linux/fs.h>
 ZEROS = bytes(1 << 16)
 SYNCS = 8  # the last ones, whose median tells whether the medium is quick
 QUICK_SYNC = 0.0005  # seconds
@@ -55,12 +56,13 @@ def translate(error: OSError, doing: str) -> DfsError:
 class RealFile:
     """An open file; see `dfs.env.DiskFile`."""
 
-    __slots__ = ("_fd", "_path")
+    __slots__ = ("_dontcache", "_fd", "_path")
 
     def __init__(self, fd: int, path: str) -> None:
         """Own the descriptor; `path` is for messages."""
         self._fd = fd
         self._path = path
+        self._dontcache = RWF_DONTCACHE
 
     def _fail(self, error: OSError, doing: str) -> NoReturn:
         raise translate(error, f"{doing} {self._path}") from error
@@ -80,15 +82,28 @@ class RealFile:
         except OSError as e:
             self._fail(e, f"read {length} bytes at {offset} of")
 
-    def append(self, buffers: Sequence[Buffer]) -> int:
-        """See `DiskFile.append`."""
+    def append(self, buffers: Sequence[Buffer], *, cached: bool = True) -> int:
+        """See `DiskFile.append`.
+
+        What is not to be cached is on its way to the medium at once and its pages are used again
+        for the next of it (RWF_DONTCACHE, Linux 6.14), where the file system can do that: a stream
+        then neither drives out what others read nor touches ever new memory, which is dear on
+        virtual machines, and a later sync finds little left to do.
+        """
         fd = self._fd
         start = os.lseek(fd, 0, os.SEEK_END)
         total = sum(map(len, buffers))
+        flags = 0 if cached else self._dontcache
         try:
-            done = os.pwritev(fd, buffers[:IOV_MAX], start)
+            try:
+                done = os.pwritev(fd, buffers[:IOV_MAX], start, flags)
+            except OSError as e:
+                if not flags or e.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+                self._dontcache = flags = 0  # an older kernel, or a file system without it
+                done = os.pwritev(fd, buffers[:IOV_MAX], start, 0)
             while done < total:
-                done += os.pwritev(fd, _rest(buffers, done), start + done)
+                done += os.pwritev(fd, _rest(buffers, done), start + done, flags)
         except OSError as e:
             if e.errno in (errno.ENOSPC, errno.EDQUOT):
                 with contextlib.suppress(OSError):  # the first error is the one to tell

@@ -33,9 +33,10 @@ class DiskFile(Protocol):
         """Up to `length` bytes at `offset`; shorter only at the end of the file."""
         ...
 
-    def append(self, buffers: Sequence[Buffer]) -> int:
+    def append(self, buffers: Sequence[Buffer], *, cached: bool = True) -> int:
         """Write all the buffers at the end of the file; return the offset where they start.
 
+        `cached=False`: nobody is expected to read them soon, so the kernel need not remember them.
         On ENOSPC raises `DiskFull` and cuts the file back to its old length; on EIO raises
         `StoreFailed`.
         """

@@ -23,6 +23,19 @@ class DiskContract:
         assert file.pread(100, 3009) == b"xx"
         assert file.pread(5, 4000) == b""
 
+    def test_append_without_caching_writes_the_same(self, disk: Disk) -> None:
+        """Whether the kernel is to remember the bytes changes nothing in the file."""
+        file = disk.open("a", create=True)
+        assert file.append([b"x" * 5000]) == 0
+        assert file.append([b"head", memoryview(b"y" * 200_000)], cached=False) == 5000
+        file.fdatasync()
+        assert file.append([b"", b"z"] * 3000, cached=False) == 205_004
+        assert file.append([b"end"]) == 208_004
+        assert file.size() == 208_007
+        assert file.pread(file.size(), 0) == (
+            b"x" * 5000 + b"head" + b"y" * 200_000 + b"z" * 3000 + b"end"
+        )
+
     def test_append_sees_other_handles(self, disk: Disk) -> None:
         """Two handles of one file append after each other's bytes."""
         one, two = disk.open("a", create=True), disk.open("a")

@@ -111,8 +111,9 @@ class SimFile:
         self._check("read")
         return bytes(self._inode.data[offset : offset + length])
 
-    def append(self, buffers: Sequence[Buffer]) -> int:
+    def append(self, buffers: Sequence[Buffer], *, cached: bool = True) -> int:
         """See `DiskFile.append`."""
+        del cached  # there is no cache
         offset = len(self._inode.data)
         self.pwrite(b"".join(buffers), offset)
         return offset

@@ -1,12 +1,13 @@
 """The real disk passes the contract; its locks, its errors and its batched completions."""
 
+import errno
 import os
 import subprocess
 
 import pytest
 import trio
 
-from dfs.disk import RealDisk, disk_at, translate
+from dfs.disk import RWF_DONTCACHE, RealDisk, disk_at, translate
 from dfs.errors import Busy, ConfigError, DiskFull, NotFound, StoreFailed
 from dfs.testing.contract_disk import DiskContract, FullDiskContract
 from dfs.threads import ThreadPool
@@ -20,6 +21,26 @@ class TestRealDisk(DiskContract):
         disk = RealDisk(tmp_path / "data")
         yield disk
         disk.close()
+
+
+def test_a_kernel_that_cannot_write_past_its_cache_writes_through_it(tmp_path, monkeypatch):
+    calls = []
+    real = os.pwritev
+
+    def pwritev(fd, buffers, offset, flags=0):
+        calls.append(flags)
+        if flags:
+            raise OSError(errno.EOPNOTSUPP, "not supported")
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    disk = RealDisk(tmp_path)
+    file = disk.open("a", create=True)
+    assert file.append([b"abc"], cached=False) == 0
+    assert file.append([b"def"], cached=False) == 3
+    assert file.pread(9, 0) == b"abcdef"
+    assert calls == [RWF_DONTCACHE, 0, 0]  # asked once a file
+    disk.close()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
@@ -57,10 +78,13 @@ def test_sync_error_is_never_disk_full(tmp_path, monkeypatch):
 
 def test_short_writes_are_continued(tmp_path, monkeypatch):
     real = os.pwritev
-    monkeypatch.setattr(os, "pwritev", lambda fd, b, at: real(fd, [memoryview(b[0])[:3]], at))
+    monkeypatch.setattr(
+        os, "pwritev", lambda fd, b, at, flags: real(fd, [memoryview(b[0])[:3]], at, flags)
+    )
     file = RealDisk(tmp_path).open("a", create=True)
-    file.append([b"0123456", b"", b"789", b"abcd"])
-    assert file.pread(99, 0) == b"0123456789abcd"
+    for cached in (True, False):
+        file.append([b"0123456", b"", b"789", b"abcd"], cached=cached)
+    assert file.pread(99, 0) == 2 * b"0123456789abcd"
 
 
 def test_one_owner(tmp_path):
