@@ -10,8 +10,9 @@ Interplay:
 
 - The removal of a register carries the epoch it was judged by, and the replica refuses it if the
   homes of the partition changed since.  Removing blobs looks at the map in turn with their writes.
-- A partition that is regained: rows that are still here are pulled first (`metadata.rejoin`), rows
-  that are gone cannot be too old.  `metadata.actors` mints under another name from then on, so that
+- A partition that is regained: rows that are still here go before it takes a new one
+  (`metadata.regained`), or, if this node slept meanwhile, are judged (`metadata.rejoin`); rows that
+  are gone cannot be too old.  `metadata.actors` mints under another name from then on, so that
   a forgotten dot of ours is nobody's dot of today.  The digests lose what is discarded in the same
   batch, and nobody is told of rows that are gone.
 - A partition that waits is not waited for any more once it is empty.

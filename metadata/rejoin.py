@@ -1,15 +1,18 @@
 """Rejoining: a node whose registers may be too old pulls before it shows anything.
 
-A node that was restored from a backup, lost its disk, or became a home again after it was none for
-a while, lacks acknowledged writes and may hold registers whose tombstones the others have purged
-since.  Until it has compared a partition with the other homes it is *waiting* there: it takes
-merges, but answers no read, coordinates nothing, and gives away only registers that are younger
-than the grace of tombstones: those cannot have been purged.  So what it pushes is not all there is,
-and during a transition it vouches for nothing that it waits for (`AntiEntropy.push_partitions`).
+A node that was restored from a backup, lost its disk, or became a home again after it slept through
+a time in which it was none, lacks acknowledged writes and may hold registers whose tombstones the
+others have purged since.  (Who was seen to be no home drops its rows: `metadata.regained`.)  Until
+it has compared a partition with the other homes it is *waiting* there: it answers no read,
+coordinates nothing, and gives away only registers that are younger than the grace of tombstones:
+those cannot have been purged.  So what it pushes is not all there is, and during a transition it
+vouches for nothing that it waits for (`AntiEntropy.push_partitions`).
 
-An older register that only it has is dropped, if all other homes answered and none of them is
-waiting itself.  When other homes were restored too, nothing can be told apart, and it is kept.
-`metadata.repair` does the pulling.
+It takes merges, but none into an older register: that may be the ghost of something deleted, which
+would look young with a new value beside it.  `metadata.registers` refuses such a merge with `Busy`
+until `metadata.pull`, which does the comparing, has judged the row: a ghost is a sibling that
+nobody else knows of.  Ghosts are dropped if all other homes answered and none of them is waiting
+itself.  When other homes were restored too, nothing can be told apart, and it is kept.
 """
 
 from collections.abc import Callable, Iterable
