@@ -113,7 +113,7 @@ class Committer:
         return True
 
     def _confirm(self, batch: Batch, seq: int) -> None:
-        self._session.view.confirm_local(seq, batch.changes, batch.number)
+        self._session.view.confirm_local(seq, batch.keys, batch.ranges, batch.number)
         self._sent = None
         self.delegation.confirmed(batch)
         self.counts["batches"] += 1
@@ -144,7 +144,7 @@ class Committer:
             elif held.batches:
                 await self._linger()
                 if held.batches and not self._session.over:
-                    await self._send_batch(held.close_first())
+                    await self._send_batch(held.first(self._session.view))
             elif held.recalled:
                 await self._give_back(held.epoch)
             elif held.held:
@@ -195,7 +195,7 @@ class Committer:
     async def _send_batch(self, batch: Batch) -> None:
         self._sent = batch
         try:
-            verdicts = await self._send((((), (), batch.effects()),), batch.oldest, batch)
+            verdicts = await self._send((((), (), batch.effects),), batch.oldest, batch)
         except DfsError as e:
             if not self._session.over:  # nothing that was acknowledged may be left out
                 self._session.lose(f"its home refused what was done here: {e}")

@@ -22,7 +22,6 @@ import trio
 
 from dfs.errors import DfsError
 from dfs.volume.effects import DELETE, DELETE_RANGE, PUT, Effect
-from dfs.volume.overlay import Overlay
 from dfs.volume.view import Txn, View
 
 if TYPE_CHECKING:
@@ -35,52 +34,49 @@ MAX_PENDING = 8 << 20  # bytes in batches beyond which operations wait
 PER_ITEM = 48  # bytes of an item beyond its value, roughly
 
 
-def _nothing(_key: bytes) -> None:
-    """What lies below a batch: it is never asked what it did not change."""
-
-
 class Batch:
     """Operations that go into one entry: the final values of what they change."""
 
-    __slots__ = ("changes", "number", "oldest", "since", "size", "waiters")
+    __slots__ = ("effects", "keys", "number", "oldest", "ranges", "since", "size", "waiters")
 
     def __init__(self, number: int, since: float) -> None:
         """An empty one, begun at the monotonic time `since`."""
         self.number = number
         self.since = since
-        self.changes = Overlay(_nothing)
+        self.keys: dict[bytes, None] = {}
+        self.ranges: list[tuple[bytes, bytes]] = []
+        self.effects: tuple[Effect, ...] = ()  # once it is closed
         self.size = 0
         self.oldest = 0  # stamp of the oldest chunk that it relies on
         self.waiters: list[Waiter] = []
 
-    def effects(self) -> tuple[Effect, ...]:
-        """What the home is sent."""
-        found: list[Effect] = [
-            (DELETE_RANGE, start, end)
-            for ranges in self.changes.ranges.values()
-            for start, end, _ in ranges
-        ]
-        for key, (_, value) in self.changes.items.items():
+    def close(self, view: View) -> None:
+        """Take what its keys are now; the next operation goes into another batch."""
+        found: list[Effect] = [(DELETE_RANGE, start, end) for start, end in self.ranges]
+        value_of = view.changed
+        for key in self.keys:
+            value = value_of(key)
             found.append((DELETE, key) if value is None else (PUT, key, value))
-        return tuple(found)
+        self.effects = tuple(found)
 
     def inodes(self) -> set[int]:
         """Inodes that it changes."""
-        return {int.from_bytes(key[:8], "big") for key in self.changes.items}
+        return {int.from_bytes(key[:8], "big") for key in self.keys}
 
 
 class Delegation:
     """The state of holding a volume's delegation, or of not holding it (`epoch` 0)."""
 
-    __slots__ = ("_changed", "_closed", "batches", "epoch", "pending", "recalled")
+    __slots__ = ("_changed", "_number", "_open", "batches", "epoch", "pending", "recalled")
 
     def __init__(self) -> None:
         """Not held."""
         self.epoch = 0
         self.recalled = False
-        self.batches: deque[Batch] = deque()  # the last one is open, unless it was sent
+        self.batches: deque[Batch] = deque()
         self.pending = 0  # bytes in them
-        self._closed = 0  # number of the newest batch that was sent
+        self._open: Batch | None = None  # the last one, if operations may still be added to it
+        self._number = 0  # of the newest batch
         self._changed = trio.lowlevel.ParkingLot()
 
     @property
@@ -113,6 +109,7 @@ class Delegation:
             for waiter in batch.waiters:
                 waiter.resolve(error)
         self.batches.clear()
+        self._open = None
         self.pending = 0
         self.end()
         return lost
@@ -121,27 +118,37 @@ class Delegation:
 
     def commit(self, view: View, txn: Txn, oldest: int, now: float) -> None:
         """Apply a transaction to the view and to the open batch.  May raise `Missing`."""
-        batches = self.batches
-        if batches and batches[-1].size < BATCH_BYTES and batches[-1].number > self._closed:
-            batch = batches[-1]
-        else:
-            batch = Batch((batches[-1].number if batches else self._closed) + 1, now)
-        view.commit_local(txn, batch.changes, batch.number)
-        if not batches or batches[-1] is not batch:
-            batches.append(batch)
-        size = sum(
-            PER_ITEM + len(effect[2]) if effect[0] == PUT else PER_ITEM for effect in txn.effects
-        )
+        batch = self._open
+        number = self._number + (batch is None)
+        own = view.commit_local(txn, number)
+        if batch is None:
+            self._number = number
+            batch = self._open = Batch(number, now)
+            self.batches.append(batch)
+        batch.keys.update(own.items)
+        for ranges in own.ranges.values():
+            batch.ranges += [(start, end) for start, end, _ in ranges]
+        size = PER_ITEM * len(own.items)
+        for effect in txn.effects:
+            if effect[0] == PUT:
+                size += len(effect[2])
         batch.size += size
         self.pending += size
         if oldest:
             batch.oldest = min(oldest, batch.oldest or oldest)
+        if batch.size >= BATCH_BYTES:
+            self._close(view)
 
-    def close_first(self) -> Batch:
-        """The oldest batch, which from now on stays as it is; it remains pending."""
-        batch = self.batches[0]
-        self._closed = max(self._closed, batch.number)
-        return batch
+    def _close(self, view: View) -> None:
+        if self._open is not None:
+            self._open.close(view)
+            self._open = None
+
+    def first(self, view: View) -> Batch:
+        """The oldest batch, closed; it remains pending until it is `confirmed`."""
+        if self.batches[0] is self._open:
+            self._close(view)
+        return self.batches[0]
 
     def confirmed(self, batch: Batch) -> None:
         """It is in the journal."""

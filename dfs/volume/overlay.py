@@ -97,14 +97,14 @@ class Overlay:
             self.put(key, item[1])
         self.items = kept  # with the sequence numbers they had
 
-    def renumber(self, changed: "Overlay", old: int, new: int) -> None:
-        """What `changed` changed under the sequence number `old` was changed by `new`."""
+    def renumber(self, keys: Iterable[bytes], groups: Iterable[bytes], old: int, new: int) -> None:
+        """What was changed under the sequence number `old` was changed by `new`."""
         items = self.items
-        for key in changed.items:
+        for key in keys:
             item = items[key]
             if item[0] == old:
                 items[key] = (new, item[1])
-        for group in changed.ranges:
+        for group in groups:
             self.ranges[group] = [
                 (start, end, new if seq == old else seq) for start, end, seq in self.ranges[group]
             ]

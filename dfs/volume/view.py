@@ -14,7 +14,7 @@ transaction records which keys and groups it read and which effects it wants.  T
 volume commits it if no commit after `Txn.base` wrote what it read.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
 
 from dfs.codec import Buffer
@@ -110,24 +110,31 @@ class View:
 
     # ----------------------------------------------------------------------- ahead of the journal
 
-    def commit_local(self, txn: "Txn", batch: Overlay, number: int) -> None:
-        """Apply a transaction to the view, and add it to the batch `number` that will be sent.
+    def commit_local(self, txn: "Txn", number: int) -> Overlay:
+        """Apply a transaction to the view, as part of batch `number`; returns what it changes.
 
-        The batch holds final values.  May raise `Missing`; nothing has changed then.
+        May raise `Missing`; nothing has changed then.
         """
         own = txn.settled()
         overlay = self._overlay
         overlay.seq = LOCAL + number
         overlay.absorb(own)
         overlay.seq = self.seq
-        batch.absorb(own)
+        return own
 
-    def confirm_local(self, seq: int, batch: Overlay, number: int) -> None:
+    def changed(self, key: bytes) -> bytes | None:
+        """What an item that was changed since the tree is now."""
+        return self._overlay.items[key][1]
+
+    def confirm_local(
+        self, seq: int, keys: Iterable[bytes], ranges: Iterable[tuple[bytes, bytes]], number: int
+    ) -> None:
         """Entry `seq`, which must be the next, is the batch `number`: nothing changes by it."""
         if seq != self.seq + 1:
             raise ValueError(f"entry {seq} is not the next one after {self.seq}")
         self.seq = seq
-        self._overlay.renumber(batch, LOCAL + number, seq)
+        groups = {start[:GROUP_SIZE] for start, _ in ranges}
+        self._overlay.renumber(keys, groups, LOCAL + number, seq)
         # What was read before is not compared with these entries: it counts as changed.
         self._window.forget(seq)
 

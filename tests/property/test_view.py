@@ -203,8 +203,8 @@ def test_what_was_done_here_is_a_prefix_in_the_journal(in_tree, operations, data
     def confirm():
         seq = f.view.seq + 1
         done, after = waiting.pop(0)
-        wanted = done.effects()
-        f.view.confirm_local(seq, done.changes, done.number)
+        wanted = done.effects
+        f.view.confirm_local(seq, done.keys, done.ranges, done.number)
         here.confirmed(done)
         follower(follower.view.apply_entry, seq, entry(wanted))
         assert follower(lambda: dict(follower.view.scan())) == after
@@ -228,13 +228,13 @@ def test_what_was_done_here_is_a_prefix_in_the_journal(in_tree, operations, data
             assert f(f.view.get, key) == state.get(key)
         if close:
             if not waiting:
-                waiting.append((here.close_first(), state))
+                waiting.append((here.first(f.view), state))
             elif data.draw(st.booleans()):
                 confirm()
         assert f(lambda: dict(f.view.scan())) == state
     while here.batches:
         if not waiting:
-            waiting.append((here.close_first(), state))
+            waiting.append((here.first(f.view), state))
         confirm()
     assert here.pending == 0
     f(f.view.apply_entry, f.view.seq + 1, entry(((fx.PUT, KEYS[0], pack((1, 7))),)))
