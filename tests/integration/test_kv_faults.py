@@ -288,7 +288,8 @@ def test_flipped_bits_in_tables_are_found_and_repaired(five):
             break
     wait_until(tables, 10, "a memtable of node2 is flushed")
     five.down("node2")
-    for table in tables():
+    flipped = tables()
+    for table in flipped:
         size = table.stat().st_size
         with table.open("r+b") as f:
             for part in (2, 3, 5, 7):
@@ -309,6 +310,9 @@ def test_flipped_bits_in_tables_are_found_and_repaired(five):
     print(f"  what reads met is repaired after {wait_whole(five):.1f} s more")
     scrub(five, "node2")
     print(f"  what the scrub met is repaired after {wait_whole(five):.1f} s more")
+    errors = [text for text, _ in five.node_status("node2")["node2"]["errors"]]
+    for table in flipped:
+        assert f"table {table.name} is quarantined" in errors
     load.check()
     filler.check()
     print(f"  homes are equal after {converged(five, filler):.1f} s")
