@@ -72,7 +72,8 @@ class Contents:
         """What every change of content does to the inode and to the volume's usage."""
         changes: list[fx.Change] = [
             (items.F_MTIME, fx.LAST, now),
-            (items.F_CTIME, fx.LAST, now),
+            # The data may be older than a change of attributes or names since it was written.
+            (items.F_CTIME, fx.LAST, max(now, inode.ctime)),
             (items.F_DATAVER, fx.ADD, 1),
         ]
         if size != inode.size:

@@ -171,7 +171,8 @@ class Files:
         file = self._dirty.get(attr.ino)
         if file is not None:
             attr.size = max(attr.size, file.buffer.end)
-            attr.mtime = attr.ctime = max(file.mtime, attr.mtime)
+            attr.mtime = max(file.mtime, attr.mtime)
+            attr.ctime = max(file.mtime, attr.ctime)
             attr.mode = self._contents.mode_after(attr.mode)
         return attr
 

@@ -140,11 +140,14 @@ class FileSystem:
         mtime: int | None = None,
         ctime: int | None = None,
     ) -> Attr:
-        """chmod, chown, truncate and utimens; None leaves a field as it is."""
+        """chmod, chown, truncate and utimens; None leaves a field as it is.
+
+        Whatever is asked for changes ctime, nothing at all (a chown to -1, -1) included.
+        """
         self._writable()
         if size is not None:
             await self.files.truncate(ino, size)
-        if not (mode is uid is gid is atime is mtime is ctime is None):
+        if size is None or not (mode is uid is gid is atime is mtime is ctime is None):
             if mtime is not None or mode is not None:
                 await self.files.settle(ino)
             now = self._time_ns()
@@ -343,7 +346,7 @@ class FileSystem:
         if attr.kind == DIR:
             raise fs_error(errno.EISDIR)
         handle = self._open(ino, readable=readable, writable=writable)
-        if truncate and (attr.size or self.files.is_dirty(ino)):
+        if truncate:  # an empty file too: its times change
             try:
                 await self.files.truncate(ino, 0)
             except BaseException:
