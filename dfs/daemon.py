@@ -93,13 +93,6 @@ def _run(role: str, make: MakeService, args: argparse.Namespace) -> None:
         metrics = parse_listen(args.metrics) if args.metrics else None
         _raise_file_limit()
         tune_allocator()
-        log.info(
-            "node %s (%s) of cluster %s, map epoch %d",
-            node.name,
-            role,
-            marker.cluster_id,
-            cluster.epoch,
-        )
         service = _Service(role, make, marker.number, address, args.insecure_listen_any, metrics)
         trio.run(service.run, disk, cluster)
     finally:
@@ -140,19 +133,39 @@ class _Service:
         async with WorkerProcesses() as processes:
             env = Env(clock, disk, endpoint, processes, random)
             service = self.make(env, self.number, keeper)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
-                await nursery.start(endpoint.run)
-                nursery.start_soon(keeper.poll)
-                nursery.start_soon(_stop_when_removed, keeper, cluster.node(self.number).node_id)
-                bound = await nursery.start(service.run, self.address)
-                if self.metrics is not None:
-                    server = MetricsServer(partial(_measure, service, env, disk), service.health)
-                    service.metrics_address = await nursery.start(server.run, *self.metrics)
-                    log.info("metrics at http://%s/metrics", server.address)
-                _tune_gc()
-                log.info("serving %s", bound)
+            async with trio.open_nursery() as outer:
+                # Signals first and the endpoint before what uses it: it ends last, so that a node
+                # that stops can still say good-bye, in whatever state of its start it is.
+                scope = trio.CancelScope()
+                await outer.start(_cancel_on_signal, scope)
+                self._introduce(cluster)
+                await outer.start(endpoint.run)
+                with scope:
+                    await self._serve(env, disk, keeper, service)
+                outer.cancel_scope.cancel()
         log.info("stopped")
+
+    def _introduce(self, cluster: ClusterMap) -> None:
+        log.info(
+            "node %s (%s) of cluster %s, map epoch %d",
+            cluster.node(self.number).name,
+            self.role,
+            cluster.cluster_id.hex(),
+            cluster.epoch,
+        )
+
+    async def _serve(self, env: Env, disk: RealDisk, keeper: MapKeeper, service: Service) -> None:
+        """Run the service and what belongs to it, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keeper.poll)
+            nursery.start_soon(_stop_when_removed, keeper, keeper().node(self.number).node_id)
+            bound = await nursery.start(service.run, self.address)
+            if self.metrics is not None:
+                server = MetricsServer(partial(_measure, service, env, disk), service.health)
+                service.metrics_address = await nursery.start(server.run, *self.metrics)
+                log.info("metrics at http://%s/metrics", server.address)
+            _tune_gc()
+            log.info("serving %s", bound)
 
 
 async def _stop_when_removed(keeper: MapKeeper, node_id: bytes) -> None:
@@ -169,8 +182,13 @@ def _measure(service: Service, env: Env, disk: RealDisk, page: Page) -> None:
         measure_rpc(page, env.rpc.statistics())
 
 
-async def _cancel_on_signal(scope: trio.CancelScope) -> None:
+async def _cancel_on_signal(
+    scope: trio.CancelScope,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
         async for number in signals:
             log.info("stopping: %s", signal.Signals(number).name)
             scope.cancel()

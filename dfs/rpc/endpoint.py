@@ -78,9 +78,14 @@ class RpcEndpoint:
                     counts=self._counts,
                 )
                 task_status.started()
-                await self._timers.run()
+                try:
+                    await self._timers.run()
+                finally:
+                    # At once: the nursery takes no new links from here on, and nothing would end
+                    # what is submitted now.
+                    self._closed = True
         finally:
-            self._closed = True
+            self._closed = True  # also when the run was cancelled before it began
 
     def _connection(self, role: Role) -> Connection:
         return Connection(role, self.cluster_id, self.name, self._secret)
