@@ -27,29 +27,54 @@ def node() -> None:
     """
 
 
-def _description(command: F) -> F:
-    """The options that describe a new node."""
-    for option in reversed(
-        (
-            click.option("--metadata", metavar="ADDRESS", help="tcp://HOST:PORT or unix:///PATH."),
-            click.option("--chunk", metavar="ADDRESS", help="Likewise, for its chunkserver."),
-            click.option("--zone", help="Failure domain. [default: the smallest zone]"),
-            click.option("--rack", default="", help="Failure domain within the zone."),
-            click.option("--host", help="Failure domain within the rack. [default: by address]"),
-            click.option(
-                "--weight", default=1.0, type=click.FloatRange(0.0), help="Capacity in any unit."
-            ),
-        )
-    ):
-        command = option(command)
-    return command
+def _description(*, zone: str, rack: str, weight: str) -> Callable[[F], F]:
+    """The options that describe a new node; the arguments say what some of them are by default."""
+    options = (
+        click.option(
+            "--metadata",
+            metavar="ADDRESS",
+            help="Where its metadata node listens: tcp://HOST:PORT or unix:///PATH. "
+            "[default: free ports on a local cluster; no metadata if only --chunk is given]",
+        ),
+        click.option(
+            "--chunk", metavar="ADDRESS", help="Likewise, for its chunkserver; no chunks without."
+        ),
+        click.option("--zone", help=f"Failure domain. [default: {zone}]"),
+        click.option(
+            "--rack", default="", help=f"Failure domain within the zone. [default: {rack}]"
+        ),
+        click.option(
+            "--host",
+            help="Failure domain within the rack. [default: the host of its address; "
+            "host-NAME if ports are chosen]",
+        ),
+        click.option(
+            "--weight",
+            type=click.FloatRange(0.0),
+            help="Capacity in each role, in the unit of the other nodes' weights: its share of "
+            f"the data is in proportion. [default: {weight}]",
+        ),
+    )
+
+    def describe(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return describe
 
 
 @node.command()
 @cluster_option
-@_description
+@_description(
+    zone="if ports are chosen, the zone with the least capacity; else a zone of its own, NAME",
+    rack="none",
+    weight="1",
+)
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
-def add(cluster_path: str | None, names: tuple[str, ...], **given: Any) -> None:
+def add(
+    cluster_path: str | None, names: tuple[str, ...], weight: float | None, **given: Any
+) -> None:
     """Stage new nodes.
 
     On a local cluster their ports are chosen; elsewhere give addresses, for one node at a time.
@@ -60,11 +85,13 @@ def add(cluster_path: str | None, names: tuple[str, ...], **given: Any) -> None:
     file = cluster_file(cluster_path)
     if len(names) > 1 and (given["metadata"] or given["chunk"]):
         raise ConfigError("one node at a time when addresses are given")
+    weights = (1.0, 1.0) if weight is None else (weight, weight)
 
     def make(cluster: "ClusterMap", staged: "Sequence[Edit]") -> "list[Edit]":
         edits: list[Edit] = []
         for name in names:
-            edits.append(Add(new_node(file, cluster, [*staged, *edits], name, **given)))
+            new = new_node(file, cluster, [*staged, *edits], name, weights=weights, **given)
+            edits.append(Add(new))
         return edits
 
     _stage(file, make)
@@ -82,7 +109,9 @@ def drain(cluster_path: str | None, name: str) -> None:
 
 @node.command()
 @cluster_option
-@click.option("--weight", default=0.0, help="[default: the mean of the others]")
+@click.option(
+    "--weight", default=0.0, help="Capacity in each role. [default: the mean of the others]"
+)
 @click.argument("name")
 def undrain(cluster_path: str | None, name: str, weight: float) -> None:
     """Stage that NAME, once drained, takes its share again."""
@@ -106,16 +135,24 @@ def remove(cluster_path: str | None, name: str) -> None:
 
 @node.command()
 @cluster_option
-@_description
+@_description(
+    zone="that of OLD",
+    rack="that of OLD, unless --zone is given",
+    weight="that of OLD; if it is drained, the mean of the others",
+)
 @click.argument("old")
 @click.argument("new")
-def replace(cluster_path: str | None, old: str, new: str, **given: Any) -> None:
+def replace(
+    cluster_path: str | None, old: str, new: str, weight: float | None, **given: Any
+) -> None:
     """Stage that the new node NEW takes the place of OLD, which leaves for ever.
 
     For a lost disk: a node must not come back empty under its old name.
+    On a local cluster the ports of NEW are chosen; elsewhere give addresses.
     """
     from dfs.cli.members import new_node
     from dfs.cluster.change import Replace
+    from dfs.cluster.edits import replacement_weights
 
     file = cluster_file(cluster_path)
     if old == new:
@@ -125,7 +162,8 @@ def replace(cluster_path: str | None, old: str, new: str, **given: Any) -> None:
         if given["zone"] is None:  # it stands where the old one stood
             for place in (n for n in cluster.nodes if n.name == old):
                 given.update(zone=place.zone, rack=given["rack"] or place.rack)
-        return [Replace(old, new_node(file, cluster, staged, new, **given))]
+        weights = replacement_weights(cluster, old) if weight is None else (weight, weight)
+        return [Replace(old, new_node(file, cluster, staged, new, weights=weights, **given))]
 
     _stage(file, make)
 

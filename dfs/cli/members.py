@@ -70,11 +70,12 @@ def new_node(
     zone: str | None,
     rack: str,
     host: str | None,
-    weight: float,
+    weights: tuple[float, float],
 ) -> NewNode:
     """Fill in what was not given: on a local cluster, the next free loopback ports and a zone.
 
-    Raises `ConfigError` if addresses are needed and were not given.
+    `weights` are those of the metadata and the chunk role.  Raises `ConfigError` if addresses are
+    needed and were not given.
     """
     if metadata is None and chunk is None:
         if not ClusterDir.of_file(file).local_nodes(cluster):
@@ -100,8 +101,8 @@ def new_node(
         host=host or first.removeprefix("tcp://").rpartition(":")[0],
         metadata_addr=metadata or "",
         chunk_addr=chunk or "",
-        metadata_weight=weight,
-        chunk_weight=weight,
+        metadata_weight=weights[0],
+        chunk_weight=weights[1],
     )
 
 

@@ -140,6 +140,22 @@ def apply_edits(m: ClusterMap, edits: Sequence[Edit]) -> ClusterMap:
     return m.begin(draft.nodes, leaving=draft.leaving)
 
 
+def replacement_weights(m: ClusterMap, old: str) -> tuple[float, float]:
+    """Metadata and chunk weight of a node that takes the place of `old`: the same capacity.
+
+    For a node that is drained, in a role that it does not have, and if there is no such node: the
+    mean of the others.
+    """
+    usual = [_usual(m.nodes, role) for role in ROLES]
+    for node in m.nodes:
+        if node.name == old and any(node.weight(role) for role in ROLES):
+            return (
+                node.metadata_weight if node.metadata_addr else usual[0],
+                node.chunk_weight if node.chunk_addr else usual[1],
+            )
+    return usual[0], usual[1]
+
+
 def nowhere(number: int) -> str:
     """The address of a removed node whose own was taken over: nobody can ever listen there."""
     return f"unix:///dev/null/removed-node-{number}"
@@ -198,12 +214,8 @@ class _Draft:
         node = self.nodes[at]
         if any(node.weight(role) for role in ROLES):
             raise ConfigError(f"node {name} is not drained: set its weight instead")
-        given = [weight or self._usual(role) for role in ROLES]
+        given = [weight or _usual(self.nodes, role) for role in ROLES]
         self.nodes[at] = replace(node, metadata_weight=given[0], chunk_weight=given[1])
-
-    def _usual(self, role: str) -> float:
-        weights = [w for node in self.nodes if (w := node.weight(role)) > 0]
-        return sum(weights) / len(weights) if weights else 1.0
 
     def _replace(self, old: str, new: NewNode) -> None:
         at = self._find(old)
@@ -232,6 +244,12 @@ class _Draft:
             if role == METADATA
             else replace(node, chunk_weight=weight)
         )
+
+
+def _usual(nodes: Sequence[Node], role: str) -> float:
+    """The mean weight in a role of the nodes that have any; 1 if none has."""
+    weights = [w for node in nodes if (w := node.weight(role)) > 0]
+    return sum(weights) / len(weights) if weights else 1.0
 
 
 def _new_node(fields: Any) -> NewNode:

@@ -153,6 +153,20 @@ def test_a_replacement_stands_where_the_old_one_stood(cluster):
         node("reset")
 
 
+def test_a_replacement_has_the_capacity_of_the_old_one_unless_told(cluster):
+    cluster.map = cluster.map.successor(
+        [
+            replace(n, metadata_weight=2.0, chunk_weight=4.0) if n.number == 1 else n
+            for n in cluster.map.nodes
+        ]
+    )
+    for given, weights in (((), (2.0, 4.0)), (("--weight", "3"), (3.0, 3.0))):
+        node("replace", "node1", "new", *FAR, *given)
+        (edit,) = staged(cluster)
+        assert (edit.node.metadata_weight, edit.node.chunk_weight) == weights
+        node("reset")
+
+
 def test_on_a_local_cluster_ports_and_zones_are_chosen(cluster, local, monkeypatch):
     taken = {7408, 7411}
 

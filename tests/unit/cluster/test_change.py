@@ -18,6 +18,7 @@ from dfs.cluster.change import (
     edit_from_fields,
     plan,
 )
+from dfs.cluster.edits import replacement_weights
 from dfs.cluster.map import CHUNK, METADATA, ROLES, ClusterMap
 from dfs.errors import ConfigError, RemoteProtocolError
 from dfs.hashing import PARTITIONS
@@ -145,6 +146,23 @@ def test_a_replacement_may_take_name_and_addresses():
     assert m.node(2).name == "node2 (replaced 2)"
     assert ClusterMap.decode(m.encode()) == m
     assert [x.name for x in end(m).nodes].count("node2") == 1
+
+
+def test_a_replacement_has_the_capacity_of_the_old_one():
+    changed = {
+        1: spread_out(1, metadata_weight=2.0, chunk_weight=4.0),
+        2: spread_out(2, metadata_weight=0.0, chunk_weight=0.0),  # drained
+        3: spread_out(3, metadata_weight=3.0, chunk_addr=""),
+        4: spread_out(4, metadata_weight=0.0, chunk_weight=5.0),  # emptied in one role on purpose
+    }
+    nodes = [changed.get(i, spread_out(i)) for i in range(1, 7)]
+    m = ClusterMap.create(bytes(16), nodes)
+    usual = (7 / 4, 11 / 4)  # the means of those that have any
+    assert replacement_weights(m, "node1") == (2.0, 4.0)
+    assert replacement_weights(m, "node2") == usual
+    assert replacement_weights(m, "node3") == (3.0, usual[1])
+    assert replacement_weights(m, "node4") == (0.0, 5.0)
+    assert replacement_weights(m, "nobody") == usual
 
 
 def test_set_weight():
