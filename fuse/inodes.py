@@ -38,6 +38,14 @@ class InodeTable:
         self._places[ino] = (key, (parent, name))
         self._buckets.setdefault(key, {})[name] = ino
 
+    def moved(self, ino: int, key: bytes, parent: int, name: bytes) -> None:
+        """A held inode has another name now; `key` is the new ENTRY's."""
+        old = self._places.get(ino)
+        if old is not None:
+            self._forget_place(ino, old)
+            self._places[ino] = (key, (parent, name))
+            self._buckets.setdefault(key, {})[name] = ino
+
     def forget(self, ino: int, count: int) -> bool:
         """The kernel gives back references; True when it holds the inode no more."""
         left = self._counts.get(ino, 0) - count
@@ -56,6 +64,11 @@ class InodeTable:
             del bucket[place[1][1]]
             if not bucket:
                 del self._buckets[place[0]]
+
+    def find(self, key: bytes, name: bytes) -> int:
+        """The inode that the kernel knows by a name, 0 if none."""
+        bucket = self._buckets.get(key)
+        return bucket.get(name, 0) if bucket is not None else 0
 
     def names(self, key: bytes) -> list[bytes]:
         """Names that the kernel may have cached from a bucket of a directory."""

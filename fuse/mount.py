@@ -39,7 +39,7 @@ class MountOptions:
     def fuse_options(self) -> set[str]:
         """Options for libfuse.  Never `max_read`: libfuse refuses it in this combination."""
         options = set(pyfuse3.default_options)
-        options |= {"default_permissions", f"fsname=dfs:{self.volume}", "subtype=dfs"}
+        options |= {"default_permissions", "noatime", f"fsname=dfs:{self.volume}", "subtype=dfs"}
         if self.read_only:
             options.add("ro")
         if self.allow_other and os.geteuid() == 0:

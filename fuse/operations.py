@@ -19,8 +19,10 @@ from typing import Any
 import pyfuse3
 import trio
 
+from dfs.client.attributes import without_privileges
 from dfs.client.filesystem import Attr, Caller, FileSystem
-from dfs.errors import DfsError
+from dfs.client.namespace import RENAME_EXCHANGE
+from dfs.errors import DfsError, FsError
 from dfs.volume import items
 from fuse.handles import OpenInodes
 from fuse.inodes import InodeTable
@@ -84,6 +86,7 @@ class Operations(pyfuse3.Operations):
         self._invalidator = invalidator
         self.inodes = InodeTable()
         self.open_inodes = OpenInodes()
+        self._removed: dict[int, Attr] = {}  # directories without a name that the kernel holds
         fs.session.on_change(self._changed_elsewhere)
 
     # ------------------------------------------------------------------ encoding
@@ -139,7 +142,8 @@ class Operations(pyfuse3.Operations):
     async def forget(self, forgotten: Sequence[tuple[int, int]]) -> None:
         """FORGET and BATCH_FORGET; must not fail."""
         for ino, count in forgotten:
-            self.inodes.forget(ino, count)
+            if self.inodes.forget(ino, count):
+                self._removed.pop(ino, None)
 
     async def mknod(
         self, parent: int, name: bytes, mode: int, rdev: int, ctx: Any
@@ -174,7 +178,26 @@ class Operations(pyfuse3.Operations):
 
     async def rmdir(self, parent: int, name: bytes, _ctx: Any) -> None:
         """RMDIR."""
+        key = items.entry_key(parent, self._fs.namespace.cookie(name))
+        removed = await self._held_directory(self.inodes.find(key, name))
         await self._fs.rmdir(parent, name)
+        self._remember(removed)
+
+    async def _held_directory(self, ino: int) -> Attr | None:
+        """Attributes of an inode that the kernel holds, if it is a directory."""
+        if not ino:
+            return None
+        try:
+            attr = await self._fs.getattr(ino)
+        except FsError:  # somebody else removed it: what follows will tell
+            return None
+        return attr if attr.is_dir else None
+
+    def _remember(self, removed: Attr | None) -> None:
+        """Keep the attributes of a directory that was removed, for who still has it open."""
+        if removed is not None and removed.ino in self.inodes:
+            removed.nlink = 0
+            self._removed[removed.ino] = removed
 
     async def rename(
         self,
@@ -186,13 +209,28 @@ class Operations(pyfuse3.Operations):
         _ctx: Any,
     ) -> None:
         """RENAME and RENAME2."""
-        await self._fs.rename(parent, name, new_parent, new_name, flags)
+        fs, inodes, cookie = self._fs, self.inodes, self._fs.namespace.cookie
+        old_key = items.entry_key(parent, cookie(name))
+        new_key = items.entry_key(new_parent, cookie(new_name))
+        moved, other = inodes.find(old_key, name), inodes.find(new_key, new_name)
+        replaced = await self._held_directory(other) if other and not flags else None
+        await fs.rename(parent, name, new_parent, new_name, flags)
+        self._remember(replaced)
+        if moved:
+            inodes.moved(moved, new_key, new_parent, new_name)
+        if other and flags & RENAME_EXCHANGE:
+            inodes.moved(other, old_key, parent, name)
 
     # ------------------------------------------------------------------ attributes
 
     async def getattr(self, ino: int, _ctx: Any) -> pyfuse3.EntryAttributes:
         """GETATTR."""
-        return self._attributes(await self._fs.getattr(ino))
+        try:
+            return self._attributes(await self._fs.getattr(ino))
+        except FsError as e:
+            if e.errno != errno.ESTALE or ino not in self._removed:
+                raise
+            return self._attributes(self._removed[ino])
 
     async def setattr(
         self, ino: int, attr: pyfuse3.EntryAttributes, fields: Any, _fh: Any, _ctx: Any
@@ -254,9 +292,11 @@ class Operations(pyfuse3.Operations):
 
     # ------------------------------------------------------------------ files
 
-    async def open(self, ino: int, flags: int, _ctx: Any) -> pyfuse3.FileInfo:
+    async def open(self, ino: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
         """OPEN; O_TRUNC arrives here.  ESTALE makes the kernel look the name up again."""
         mode = flags & os.O_ACCMODE
+        if flags & os.O_TRUNC and ctx.uid:
+            await self._clear_privileges(ino)
         handle = await self._fs.open(
             ino,
             readable=mode != os.O_WRONLY,
@@ -269,6 +309,13 @@ class Operations(pyfuse3.Operations):
             await self._invalidator.wait_inode(ino)
         self.open_inodes.opened(handle, ino)
         return pyfuse3.FileInfo(fh=handle, keep_cache=True)
+
+    async def _clear_privileges(self, ino: int) -> None:
+        """Clear set-ID bits: the kernel does that before any change of content but O_TRUNC's."""
+        attr = await self._fs.getattr(ino)
+        cleared = without_privileges(attr.mode)
+        if cleared != attr.mode and attr.is_file:
+            await self._fs.setattr(ino, mode=cleared)
 
     async def create(
         self, parent: int, name: bytes, mode: int, flags: int, ctx: Any
@@ -310,7 +357,13 @@ class Operations(pyfuse3.Operations):
 
     async def opendir(self, ino: int, _ctx: Any) -> int:
         """OPENDIR."""
-        return self.open_inodes.opened(await self._fs.opendir(ino), ino)
+        try:
+            handle = await self._fs.opendir(ino)
+        except FsError as e:
+            if e.errno != errno.ENOENT or ino not in self._removed:
+                raise
+            return 0  # a working directory that was removed; the kernel itself lists it as empty
+        return self.open_inodes.opened(handle, ino)
 
     async def readdir(self, fh: int, start: int, token: Any) -> None:
         """READDIRPLUS, from the cookie `start` until the kernel's buffer is full."""

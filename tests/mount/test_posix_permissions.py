@@ -1,0 +1,271 @@
+"""Who may do what: permission bits, set-ID bits, sticky directories, umask; compared with tmpfs."""
+
+import os
+import stat
+
+import pytest
+
+from tests.mount.differential import EXCHANGE, content, create, put, renameat2, umask, user
+
+pytestmark = pytest.mark.mount
+ALICE, BOB, TEAM = 4001, 4002, 5000
+W, R = os.O_WRONLY, os.O_RDONLY
+
+
+def owned(name, uid, gid, mode, data=b"content"):
+    create(name, data)
+    os.chown(name, uid, gid)
+    os.chmod(name, mode)
+
+
+def opened(name, flags):
+    os.close(os.open(name, flags))
+
+
+def test_files_by_owner_group_and_others(same):
+    def script(s):
+        for mode in (0o400, 0o200, 0o040, 0o020, 0o004, 0o002, 0o477, 0o747, 0o000):
+            name = f"f{mode:o}"
+            owned(name, ALICE, TEAM, mode)
+            for uid, groups in ((ALICE, ()), (BOB, (TEAM,)), (BOB, ())):
+                with user(uid, groups=groups):
+                    s.note("who", uid, groups)
+                    for flags in (R, W, os.O_RDWR, W | os.O_TRUNC, R | os.O_TRUNC):
+                        s.do(opened, name, flags)
+                    s.do(os.truncate, name, 3)
+                    for access in (os.R_OK, os.W_OK, os.X_OK):
+                        s.do(os.access, name, access, effective_ids=True)
+            s.do(content, name)  # root may
+
+    same(script)
+
+
+def test_directories_need_search_and_write(same):
+    def script(s):
+        for mode in (0o700, 0o755, 0o711, 0o744, 0o722, 0o733, 0o777):
+            d = f"d{mode:o}"
+            os.mkdir(d)
+            owned(f"{d}/f", BOB, BOB, 0o666)
+            os.mkdir(f"{d}/sub")
+            os.chown(d, ALICE, ALICE)
+            os.chmod(d, mode)
+            with user(BOB):
+                s.do(lambda d=d: sorted(os.listdir(d)))
+                s.do(content, f"{d}/f")
+                s.do(os.lstat, f"{d}/none")
+                s.do(create, f"{d}/new")
+                s.do(os.mkdir, f"{d}/newdir")
+                s.do(os.symlink, "x", f"{d}/newlink")
+                s.do(os.mkfifo, f"{d}/fifo")
+                s.do(os.link, f"{d}/f", f"{d}/hard")
+                s.do(os.rename, f"{d}/f", f"{d}/g")
+                s.do(os.unlink, f"{d}/g")
+                s.do(os.rmdir, f"{d}/sub")
+                s.do(os.chdir, f"{d}/..")
+
+    same(script)
+
+
+def test_chmod_and_chown_are_for_the_owner_and_root(same):
+    def script(s):
+        owned("f", ALICE, ALICE, 0o644)
+        os.mkdir("d")
+        os.chown("d", ALICE, ALICE)
+        for who, groups in ((BOB, ()), (ALICE, ()), (ALICE, (TEAM,))):
+            with user(who, groups=groups):
+                for name in ("f", "d"):
+                    s.do(os.chmod, name, 0o600)
+                    s.do(os.chown, name, -1, TEAM)
+                    s.do(os.chown, name, BOB, -1)
+                    s.do(os.chown, name, who, -1)
+                    s.do(os.chmod, name, 0o2755)  # set-group-ID of a group that one is not in
+                    s.look(name)
+
+    same(script)
+
+
+def test_times_are_for_the_owner_or_with_write_permission_to_now(same):
+    def script(s):
+        owned("f", ALICE, ALICE, 0o646)
+        owned("r", ALICE, ALICE, 0o644)
+        for name in ("f", "r"):
+            for who in (BOB, ALICE):
+                with user(who):
+                    s.do(os.utime, name)
+                    s.do(os.utime, name, (1, 1))
+            s.note(os.stat(name).st_mtime)
+
+    same(script)
+
+
+@pytest.mark.parametrize("who", [ALICE, 0], ids=["owner", "root"])
+def test_a_write_clears_set_id_bits(same, who):
+    def script(s):
+        for mode in (0o6777, 0o4755, 0o2755, 0o2745, 0o2644, 0o4644, 0o1777):
+            for how in ("write", "truncate", "ftruncate", "o_trunc", "append"):
+                name = f"{how}{mode:o}"
+                owned(name, ALICE, ALICE, mode)
+                with user(who) if who else umask(0o022):
+                    if how == "write":
+                        s.do(put, name, b"x")
+                    elif how == "append":
+                        s.do(put, name, b"x", os.O_APPEND)
+                    elif how == "truncate":
+                        s.do(os.truncate, name, 2)
+                    elif how == "o_trunc":
+                        s.do(opened, name, W | os.O_TRUNC)
+                    else:
+                        fd = os.open(name, W)
+                        s.do(os.ftruncate, fd, 100)
+                        os.close(fd)
+                s.look(name)
+
+    same(script)
+
+
+@pytest.mark.parametrize("who", [ALICE, 0], ids=["owner", "root"])
+def test_a_change_of_owner_clears_set_id_bits(same, who):
+    def script(s):
+        for mode in (0o6777, 0o4755, 0o2755, 0o2745, 0o4644, 0o1777):
+            for to in ((-1, TEAM), (ALICE, -1), (-1, -1), (ALICE, TEAM)):
+                name = f"{mode:o}{to[0]}{to[1]}"
+                owned(name, ALICE, ALICE, mode)
+                with user(who, groups=(TEAM,)) if who else umask(0o022):
+                    s.do(os.chown, name, *to)
+                s.look(name)
+        os.mkdir("d")
+        os.chmod("d", 0o6777)
+        s.do(os.chown, "d", ALICE, TEAM)  # directories keep them
+        s.look("d")
+
+    same(script)
+
+
+def test_a_write_through_a_mapping_or_an_old_descriptor_by_somebody_else(same):
+    def script(s):
+        owned("f", ALICE, ALICE, 0o6777)
+        fd = os.open("f", W)
+        s.look("f")
+        with user(BOB):
+            s.do(os.write, fd, b"x")
+        s.look("f")
+        os.chmod("f", 0o6777)
+        with user(BOB):
+            s.do(os.pwrite, fd, b"y", 5)
+        s.do(os.fstat, fd)
+        os.close(fd)
+
+    same(script)
+
+
+def test_sticky_directories(same):
+    def script(s):
+        os.mkdir("t")
+        os.chmod("t", 0o1777)
+        os.mkdir("own")
+        os.chown("own", BOB, BOB)
+        os.chmod("own", 0o1777)
+        for d in ("t", "own"):
+            for name in ("a", "b", "c", "x"):
+                owned(f"{d}/{name}", ALICE, ALICE, 0o666)
+            os.mkdir(f"{d}/dir")
+            os.chown(f"{d}/dir", ALICE, ALICE)
+            with user(BOB):
+                s.do(put, f"{d}/a", b"may write")
+                create(f"{d}/mine")
+                s.do(os.unlink, f"{d}/a")
+                s.do(os.rename, f"{d}/b", f"{d}/b2")
+                s.do(os.rename, f"{d}/mine", f"{d}/c")
+                s.do(os.rmdir, f"{d}/dir")
+                if os.path.exists(f"{d}/mine"):
+                    s.do(renameat2, f"{d}/mine", f"{d}/x", EXCHANGE)
+                    s.do(os.unlink, f"{d}/mine")
+        with user(ALICE):
+            s.do(os.unlink, "t/a")
+            s.do(os.rename, "t/b", "t/bb")
+
+    same(script)
+
+
+def test_set_group_id_directories_hand_down_their_group(same):
+    def script(s):
+        os.mkdir("d")
+        os.chown("d", ALICE, TEAM)
+        os.chmod("d", 0o2777)
+        for who, groups in ((0, ()), (BOB, ()), (BOB, (TEAM,))):
+            name = f"d/{who}{len(groups)}"
+            with user(who, groups=groups) if who else umask(0o022):
+                s.do(os.mkdir, name + "dir")
+                s.do(os.mkdir, name + "dir/below")
+                s.do(opened, name + "x", os.O_CREAT | W)
+                fd = os.open(name + "g", os.O_CREAT | W, 0o2775)
+                os.close(fd)
+                s.do(os.mkfifo, name + "fifo")
+                s.do(os.symlink, "x", name + "link")
+            s.look(*(name + x for x in ("dir", "dir/below", "x", "g", "fifo", "link")))
+
+    same(script)
+
+
+@pytest.mark.parametrize("mask", [0, 0o022, 0o077, 0o777])
+def test_umask(same, mask):
+    def script(s):
+        with umask(mask):
+            s.do(os.mkdir, "d", 0o7777)
+            os.close(os.open("f", os.O_CREAT | W, 0o7777))
+            s.do(os.mkfifo, "fifo", 0o666)
+            s.do(os.mknod, "reg", stat.S_IFREG | 0o6777)
+            os.symlink("x", "l")
+        s.look("d", "f", "fifo", "reg", "l")
+        os.chmod("d", 0o755)
+
+    same(script)
+
+
+def test_a_descriptor_keeps_the_rights_it_was_opened_with(same):
+    def script(s):
+        with user(ALICE):
+            fd = os.open("f", os.O_CREAT | os.O_RDWR, 0)  # mode 0, and yet writable
+            s.do(os.write, fd, b"hello")
+            s.do(opened, "f", R)
+            s.do(os.pread, fd, 5, 0)
+            s.do(os.fchmod, fd, 0o400)
+            s.do(os.write, fd, b" world")
+            os.close(fd)
+        ro = os.open("f", R)
+        s.do(os.write, ro, b"x")
+        s.do(os.ftruncate, ro, 0)
+        os.close(ro)
+        wo = os.open("f", W)
+        s.do(os.read, wo, 1)
+        os.close(wo)
+        s.do(content, "f")
+
+    same(script)
+
+
+def test_what_only_root_may_make(same):
+    def script(s):
+        with user(BOB):
+            s.do(os.mknod, "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+            s.do(os.mknod, "loop", stat.S_IFBLK | 0o666, os.makedev(7, 0))
+            s.do(os.mknod, "fifo", stat.S_IFIFO | 0o666)
+            s.do(os.mknod, "sock", stat.S_IFSOCK | 0o666)
+            s.do(os.mknod, "file", stat.S_IFREG | 0o666)
+            s.do(os.mkdir, "d")
+            s.do(os.chown, "file", ALICE, -1)
+        s.do(os.mknod, "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+
+    same(script)
+
+
+def test_programs_run_only_with_the_execute_bit(same):
+    def script(s):
+        create("run", b"#!/bin/sh\nexit 7\n", 0o644)
+        s.do(lambda: os.spawnv(os.P_WAIT, "./run", ["run"]))
+        os.chmod("run", 0o755)
+        s.do(lambda: os.spawnv(os.P_WAIT, "./run", ["run"]))
+        os.chmod("run", 0o644)
+        s.do(os.access, "run", os.X_OK)
+
+    same(script)
