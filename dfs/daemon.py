@@ -13,7 +13,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from dfs.cluster.map import ClusterMap
 from dfs.datadir import PROGRAMS, Marker, read_map, read_marker
 from dfs.disk import RealDisk
 from dfs.env import Disk, Env
-from dfs.errors import ConfigError, DfsError
+from dfs.errors import ConfigError, DfsError, leaves
 from dfs.memory import tune_allocator
 from dfs.metrics import MetricsServer, Page, measure_disk, measure_rpc, parse_listen
 from dfs.rpc.endpoint import RpcEndpoint
@@ -72,8 +72,8 @@ def main(role: str, make: MakeService, argv: list[str] | None = None) -> NoRetur
     try:
         _run(role, make, args)
     except BaseException as e:
-        lines = {str(leaf) for leaf in _leaves(e) if isinstance(leaf, DfsError)}
-        if not lines or any(not isinstance(leaf, DfsError) for leaf in _leaves(e)):
+        lines = {str(leaf) for leaf in leaves(e) if isinstance(leaf, DfsError)}
+        if not lines or any(not isinstance(leaf, DfsError) for leaf in leaves(e)):
             log.exception("stopped by an unexpected error")
         for line in sorted(lines) or [f"internal error, see above: {e!r}"]:
             sys.stderr.write(f"{program}: {line}\n")
@@ -306,14 +306,6 @@ def _arguments(role: str, argv: list[str] | None) -> argparse.Namespace:
         "--log-level", default="info", choices=["debug", "info", "warning", "error"]
     )
     return parser.parse_args(argv)
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error
 
 
 def _raise_file_limit() -> None:

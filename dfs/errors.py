@@ -7,6 +7,7 @@ thing, the cause and the next step.
 """
 
 import errno as _errno
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 
@@ -180,6 +181,15 @@ class FsError(DfsError):
         """Build from `(message, errno)`."""
         super().__init__(message, *details)
         self.errno = int(details[0]) if details else _errno.EIO
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """The errors in a tree of exception groups, in order; of a single error, itself."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from leaves(inner)
+    else:
+        yield error
 
 
 def _tree(cls: type[DfsError]) -> dict[int, type[DfsError]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dfs.errors import ConfigError, DfsError
+from dfs.errors import ConfigError, DfsError, leaves
 
 if TYPE_CHECKING:
     import trio
@@ -129,9 +129,9 @@ def run(fn: Callable[..., Awaitable[T]], *args: Any) -> T:
     except BaseException as e:
         if received and not isinstance(e, Interrupted):
             raise Interrupted(received[0]) from e
-        leaves = list(_leaves(e))
-        if len(leaves) == 1 and leaves[0] is not e:
-            raise leaves[0] from None
+        causes = list(leaves(e))
+        if len(causes) == 1 and causes[0] is not e:
+            raise causes[0] from None
         raise
     finally:
         _scopes.reset(token)
@@ -192,7 +192,7 @@ def printable(text: str) -> str:
 def explain(error: BaseException) -> list[str] | None:
     """The lines to show for an error that people can act on; None for one that is a defect."""
     lines: list[str] = []
-    for leaf in _leaves(error):
+    for leaf in leaves(error):
         if isinstance(leaf, DfsError):
             text = str(leaf)
         elif isinstance(leaf, OSError) and leaf.errno:
@@ -226,11 +226,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value).hex()
     raise TypeError(f"no JSON for {type(value).__name__}")
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error

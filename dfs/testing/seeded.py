@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import trio
 import trio.testing
 
+from dfs.errors import leaves
+
 T = TypeVar("T")
 
 
@@ -30,17 +32,8 @@ def run_judged(
     try:
         run_seeded(fn, seed=seed)
     except BaseException as e:
-        found = _first(e, wanted)
+        found = next((x for x in leaves(e) if isinstance(x, wanted)), None)
         if found is None:
             raise
         return [f"{name} seed {seed}: {type(found).__name__}: {found}"]
     return []
-
-
-def _first(error: BaseException, wanted: tuple[type[Exception], ...]) -> BaseException | None:
-    """The first of those types in a tree of exceptions."""
-    if isinstance(error, wanted):
-        return error
-    if isinstance(error, BaseExceptionGroup):
-        return next((v for e in error.exceptions if (v := _first(e, wanted)) is not None), None)
-    return None

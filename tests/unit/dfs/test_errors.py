@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from dfs.errors import DfsError, DiskFull, FsError, NotFound, from_wire, to_wire
+from dfs.errors import DfsError, DiskFull, FsError, NotFound, from_wire, leaves, to_wire
 
 
 def every(cls):
@@ -47,3 +47,9 @@ def test_an_unknown_code_is_a_plain_error():
 def test_posix_errors_carry_their_errno():
     assert FsError("no", errno.EXDEV).errno == errno.EXDEV
     assert DiskFull("full").errno == errno.ENOSPC
+
+
+def test_the_leaves_of_groups_are_in_order():
+    a, b, c = NotFound("a"), KeyError("b"), DiskFull("c")
+    assert list(leaves(ExceptionGroup("", [a, ExceptionGroup("", [b]), c]))) == [a, b, c]
+    assert list(leaves(a)) == [a]
