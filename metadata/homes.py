@@ -39,7 +39,8 @@ from metadata.journals import JournalHost
 from metadata.requests import check_open
 from metadata.sessionids import SessionIds
 from metadata.store.engine import Store
-from metadata.volumehome import MAX_WATCH, Folder, OwnershipLost, VolumeHome
+from metadata.volumehome import Folder, OwnershipLost
+from metadata.volumeservice import MAX_WATCH, VolumeService
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ _UNDECIDED = (
 
 __all__ = ["Folder", "Homes"]
 
-Local = Callable[[VolumeHome], Awaitable[tuple[Any, ...]]]
+Local = Callable[[VolumeService], Awaitable[tuple[Any, ...]]]
 
 
 class _Route:
@@ -107,7 +108,7 @@ class Homes:
         self._journals = journals
         self._folder = folder or inline_folder(blobs)
         self._sids = SessionIds(store, number)
-        self._homes: dict[bytes, VolumeHome] = {}
+        self._homes: dict[bytes, VolumeService] = {}
         self._routes: dict[bytes, _Route] = {}
         self._nursery: trio.Nursery | None = None
         self.forwarded = 0
@@ -131,6 +132,8 @@ class Homes:
             "vol.commit": self._commit,
             "vol.watch": self._watch,
             "vol.sync": self._sync,
+            "vol.delegate": self._delegate,
+            "vol.return": self._return,
             "vol.close": self._close,
         }
 
@@ -161,13 +164,15 @@ class Homes:
         mode, nonce, name = own
         check_open(mode, nonce, name)
 
-        async def local(home: VolumeHome) -> tuple[Any, ...]:
+        async def local(home: VolumeService) -> tuple[Any, ...]:
             return await home.open(await self._sids.mint(), mode, nonce, name)
 
         return await self._serve(ctx, "vol.open", volume, own, hops, local)
 
     async def _commit(self, ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
-        volume, own, hops = _parse(args, 6)
+        if len(args) == 7:  # without the epoch, which is optional unless a home forwards
+            args = (*args, 0)
+        volume, own, hops = _parse(args, 7)
         return await self._serve(ctx, "vol.commit", volume, own, hops, lambda h: h.commit(own))
 
     async def _watch(self, ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
@@ -176,14 +181,31 @@ class Homes:
         if type(sid) is not int or type(have) is not int or type(wait) not in (int, float):
             raise InvalidArgument(f"vol.watch takes (volume, sid, have, wait), not {own!r:.80}")
 
-        async def local(home: VolumeHome) -> tuple[Any, ...]:
+        async def local(home: VolumeService) -> tuple[Any, ...]:
             return await home.watch(sid, have, wait)
 
         return await self._serve(ctx, "vol.watch", volume, own, hops, local, waits=MAX_WATCH)
 
     async def _sync(self, ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
         volume, own, hops = _parse(args, 0)
-        return await self._serve(ctx, "vol.sync", volume, own, hops, VolumeHome.sync)
+        return await self._serve(ctx, "vol.sync", volume, own, hops, VolumeService.sync)
+
+    async def _delegate(self, ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
+        volume, own, hops = _parse(args, 1)
+        if type(own[0]) is not int:
+            raise InvalidArgument(f"vol.delegate takes (volume, sid), not {own!r:.80}")
+        return await self._serve(
+            ctx, "vol.delegate", volume, own, hops, lambda h: h.delegate(own[0])
+        )
+
+    async def _return(self, ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
+        volume, own, hops = _parse(args, 2)
+        sid, epoch = own
+        if type(sid) is not int or type(epoch) is not int:
+            raise InvalidArgument(f"vol.return takes (volume, sid, epoch), not {own!r:.80}")
+        return await self._serve(
+            ctx, "vol.return", volume, own, hops, lambda h: h.give_back(sid, epoch)
+        )
 
     async def _close(self, ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
         volume, own, hops = _parse(args, 1)
@@ -193,7 +215,7 @@ class Homes:
 
     # --------------------------------------------------------------------------------- routing
 
-    def find(self, volume: bytes) -> VolumeHome | None:
+    def find(self, volume: bytes) -> VolumeService | None:
         """The volume here, if its journal has a replica here."""
         home = self._homes.get(volume)
         if home is None:
@@ -202,7 +224,7 @@ class Homes:
                 return None
             if self._nursery is None:
                 raise OwnershipLost(f"node {self._number} is still starting")
-            home = self._homes[volume] = VolumeHome(
+            home = self._homes[volume] = VolumeService(
                 volume, journal, self._number, self._env.clock, self._nursery, self._folder
             )
             self._routes[volume] = _Route()
@@ -262,11 +284,11 @@ class Homes:
                 raise error
             await trio.sleep(pause)
 
-    def _homes_of(self, home: VolumeHome, first: NodeNumber) -> tuple[NodeNumber, ...]:
+    def _homes_of(self, home: VolumeService, first: NodeNumber) -> tuple[NodeNumber, ...]:
         return (first, *(m for m in home.journal.members if m != first))
 
     def _target(
-        self, home: VolumeHome, hops: int, hint: NodeNumber | None, now: float
+        self, home: VolumeService, hops: int, hint: NodeNumber | None, now: float
     ) -> NodeNumber | None:
         """Whom to ask; None: take the ballot.  Raises `NotHome` when this node is no member."""
         me, journal, route = self._number, home.journal, self._routes[home.volume]
@@ -291,7 +313,7 @@ class Homes:
         first = next(m for m in order if m == me or m not in route.unreachable)
         return None if first == me else first
 
-    def _failed(self, home: VolumeHome, error: DfsError, started: float) -> NodeNumber | None:
+    def _failed(self, home: VolumeService, error: DfsError, started: float) -> NodeNumber | None:
         """Note a call that failed; whom it said to ask instead."""
         route = self._routes[home.volume]
         if route.failing_since is None:

@@ -33,10 +33,16 @@ class Request:
 class Commit(Request):
     """Transactions of one session, judged together: `vol.commit`."""
 
-    __slots__ = ("base", "no", "oldest", "sid", "size", "txns", "writing")
+    __slots__ = ("base", "epoch", "no", "oldest", "sid", "size", "txns", "writing")
 
     def __init__(
-        self, sid: SessionId, no: int, base: int, txns: tuple[Txn, ...], oldest: int = 0
+        self,
+        sid: SessionId,
+        no: int,
+        base: int,
+        txns: tuple[Txn, ...],
+        oldest: int = 0,
+        epoch: int = 0,
     ) -> None:
         """See `vol.commit` of `dfs.wire.messages`; nothing is checked here."""
         self.token = None
@@ -45,6 +51,7 @@ class Commit(Request):
         self.base = base
         self.txns = txns
         self.oldest = oldest
+        self.epoch = epoch
         self.writing = any(txn[2] for txn in txns)
         self.size = sum(map(_size, txns)) if self.writing else 0
 
@@ -74,6 +81,46 @@ class Close(Request):
         self.sids = sids
 
 
+class DelegationChange(Request):
+    """What gives the volume's delegation to somebody, or takes it away."""
+
+    __slots__ = ()
+
+
+class Delegate(DelegationChange):
+    """A session gets the delegation, as soon as `metadata.delegation` admits it."""
+
+    __slots__ = ("sid",)
+
+    def __init__(self, sid: SessionId) -> None:
+        """`sid` is open for writing."""
+        self.token = None
+        self.sid = sid
+
+
+class Return(DelegationChange):
+    """The holder gives the delegation back."""
+
+    __slots__ = ("epoch", "sid")
+
+    def __init__(self, sid: SessionId, epoch: int) -> None:
+        """Nothing happens if `sid` does not hold it with that epoch."""
+        self.token = None
+        self.sid = sid
+        self.epoch = epoch
+
+
+class Revoke(DelegationChange):
+    """The home takes the delegation of an epoch away and ends its holder's session."""
+
+    __slots__ = ("epoch",)
+
+    def __init__(self, epoch: int) -> None:
+        """Nothing happens if the epoch is over."""
+        self.token = None
+        self.epoch = epoch
+
+
 class Configure(Request):
     """The journal's members change: node numbers, and the version that follows the present one."""
 
@@ -100,13 +147,13 @@ class Checkpoint(Request):
 
 
 def parse_commit(args: tuple[Any, ...], *, system: bool) -> tuple[Commit, int]:
-    """The request and `have` from (sid, no, base, have, txns, oldest) as they came from the wire.
+    """The request and `have` from (sid, no, base, have, txns, oldest, epoch), as on the wire.
 
     `system` admits items of the system volume.  Raises `InvalidArgument`; what passes can neither
     make the core fail nor grow its memory beyond `MAX_REQUEST`.
     """
-    sid, no, base, have, txns, oldest = args
-    for value in (sid, no, base, have, oldest):
+    sid, no, base, have, txns, oldest, epoch = args
+    for value in (sid, no, base, have, oldest, epoch):
         if type(value) is not int or value < 0:
             raise InvalidArgument(f"commit with a malformed number: {value!r}")
     if no == 0:
@@ -119,7 +166,7 @@ def parse_commit(args: tuple[Any, ...], *, system: bool) -> tuple[Commit, int]:
         _check_reads(txn[0], MAX_KEY)
         _check_reads(txn[1], GROUP_SIZE)
         validate(txn[2], system=system)
-    request = Commit(sid, no, base, txns, oldest)
+    request = Commit(sid, no, base, txns, oldest, epoch)
     if request.size > MAX_REQUEST:
         raise InvalidArgument(
             f"commit of {request.size} bytes is over the limit of {MAX_REQUEST}: split it"

@@ -9,24 +9,35 @@ Concurrency contract (one trio loop; what happens between two awaits is atomic):
   arrive meanwhile queue in the core; the next batch takes all of them (group commit).
 - A request is parked on its `Waiter` and answered exactly once: with an outcome, with the error
   that leaves it unknown, or with `OwnershipLost` when the ballot went to another home.
+- Whatever is told a session is told in one piece with the look at who has the delegation
+  (`Recall.admitted`); a request that may not be answered waits for its return, then fails `Busy`.
 - The core lives from a take-over to the loss of the ballot (`_drop`).  Whoever awaited anything
   checks that `self.core` is still the core it started with.
 """
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from functools import partial
 
 import trio
 
 from dfs.clock import Clock
-from dfs.errors import Busy, Corrupt, DfsError, DiskFull, Fenced, InvalidArgument, NotHome
-from dfs.ids import SYSTEM_VOLUME, SessionId
+from dfs.errors import Busy, Corrupt, DfsError, DiskFull, InvalidArgument, NotHome
+from dfs.ids import SessionId
 from dfs.volume import entries
+from metadata.batches import Answer
+from metadata.delegation import Delegated
 from metadata.journals import Journal, Trimmed
-from metadata.requests import Checkpoint, Close, Commit, Configure, Open, Request, parse_commit
+from metadata.recall import RECALL_WAIT, Recall
+from metadata.requests import (
+    Checkpoint,
+    Close,
+    Commit,
+    Configure,
+    Request,
+)
 from metadata.tail import ANSWER_BYTES, Numbered, Tail, kind_of
-from metadata.volumes import Answer, HomeCore
+from metadata.volumes import HomeCore
 from metadata.waiter import Parking, Waiter
 
 log = logging.getLogger(__name__)
@@ -35,8 +46,6 @@ PROPOSE_TIMEOUT = 4.0  # seconds
 CONFIRM_TIMEOUT = 2.0
 ACQUIRE_TIMEOUT = 1.5
 TAKE_OVER_WAIT = 1.0  # seconds that a request waits for a take-over
-MAX_WATCH = 0.5  # seconds that a watch waits
-MAX_BACKLOG = 64 << 20  # bytes of effects that wait
 SESSION_TTL = 24 * 3600.0  # seconds without a beat
 EXPIRY_LOOK = 10.0  # seconds between looks for sessions that are silent
 CHECKPOINT_BYTES = 16 << 20  # of journal, or a hundredth of the tree if that is more
@@ -88,11 +97,10 @@ class VolumeHome:
         self._nursery = nursery
         self._folder = folder
         self._tail = Tail()
-        self._watchers: dict[Waiter, None] = {}
+        self._watchers: dict[Waiter, SessionId] = {}
         self._driver = Parking()  # the driver task, when it has nothing to do
         self._taking: _Attempt | None = None
-        self._beats: dict[SessionId, float] = {}
-        self._owned_since = 0.0
+        self._recall: Recall  # there is one whenever there is a core
         self._backlog = 0
         self._covered = 0  # by the newest checkpoint seen here
         self._checkpoint_at = 0.0  # time of the last one, or of the last attempt
@@ -111,15 +119,15 @@ class VolumeHome:
 
     def _chosen(self, seq: int, entry: bytes) -> None:
         """A journal entry was chosen; called by the journal, in order."""
-        core, ours = self.core, False
+        core = self.core
         try:
             if core is not None:
                 self._tail.append(seq, entry)
-                flying = core.flying
-                answers = core.absorb(seq, entry)
-                ours = flying and not core.flying
-                for request, answer in answers:
+                epoch = core.epoch
+                for request, answer in core.absorb(seq, entry):
                     request.token.set(answer)
+                if core.epoch != epoch:
+                    self._recall.changed()
             if kind_of(entry) == entries.CHECKPOINT:
                 self._checkpointed(entries.decode(entry).body[0])
         except DfsError as e:
@@ -128,20 +136,26 @@ class VolumeHome:
             if core is not None:
                 self._drop(core, str(e))
         if self._watchers:
-            woken, self._watchers = self._watchers, {}
-            for waiter in woken:
-                # An entry chosen under our own ballot proves, like a Confirm, that the ballot was
-                # ours while it was on its way.
-                waiter.set(2 if ours else 1)
+            self._news()
 
     def _reset(self, base: int) -> None:
         """This replica was so far behind that it got a snapshot: entries up to `base` are gone."""
         if self.core is not None:
             self._drop(self.core, f"entries up to {base} came as a snapshot")
         self._tail = Tail()
+        self._news()
+
+    def _news(self) -> None:
+        """Answer every watch."""
         watchers, self._watchers = self._watchers, {}
         for waiter in watchers:
-            waiter.set(1)
+            waiter.set(True)
+
+    def _alert(self, sid: SessionId) -> None:
+        """Answer the watches of one session."""
+        for waiter, watching in self._watchers.items():
+            if watching == sid:
+                waiter.set(True)
 
     def _checkpointed(self, covered: int) -> None:
         """A checkpoint was chosen: forget what the one before it covers.
@@ -206,8 +220,10 @@ class VolumeHome:
             if self.journal.owned:
                 self.core = core
                 self.take_overs += 1
-                self._beats = {}
-                self._owned_since = self._checkpoint_at = self._clock.monotonic()
+                self._recall = Recall(
+                    core, self._clock, self._nursery, partial(self._run, core), self._alert
+                )
+                self._checkpoint_at = self._clock.monotonic()
                 self._nursery.start_soon(self._drive, core)
         except DfsError as e:
             attempt.error = e
@@ -247,9 +263,8 @@ class VolumeHome:
         lost = OwnershipLost(f"volume {self.volume.hex()}: {reason}", *self.journal.members)
         for request in core.abandon():
             request.token.set(lost)
-        watchers, self._watchers = self._watchers, {}
-        for waiter in watchers:
-            waiter.set(1)
+        self._recall.end()
+        self._news()
         self._driver.wake()
 
     # ------------------------------------------------------------------------------ the driver
@@ -258,6 +273,7 @@ class VolumeHome:
         """Form batches and propose them until the ballot is lost."""
         propose, time_ns = self.journal.propose, self._clock.time_ns
         while self.core is core:
+            self._recall.wake()  # what was queued or in flight may have come to nothing
             formed = core.form(time_ns())
             for request, answer in formed.answers:
                 request.token.set(answer)
@@ -322,91 +338,34 @@ class VolumeHome:
         if self.core is not core:
             raise OwnershipLost(f"volume {self.volume.hex()} has another owner")
 
-    async def _run(self, core: HomeCore, request: Request) -> Answer:
-        waiter = request.token = Waiter()
-        core.submit(request)
-        self._driver.wake()
-        return await waiter.wait()
+    async def _run(self, core: HomeCore, request: Request, sid: SessionId = 0) -> Answer:
+        """Get a request of `sid` its outcome, if need be after another session's delegation."""
+        give_up = 0.0
+        while True:
+            waiter = request.token = Waiter()
+            if type(request) is Commit and not request.writing:
+                await self._confirm(core)
+                self._settle(core, request)
+            else:
+                core.submit(request)
+                self._driver.wake()
+            try:
+                return await waiter.wait()
+            except Delegated:
+                give_up = give_up or self._clock.monotonic() + RECALL_WAIT
+            await self._admitted(core, sid, give_up)
 
-    # -------------------------------------------------------------------------------- requests
+    async def _admitted(self, core: HomeCore, sid: SessionId, give_up: float) -> None:
+        """Wait until `sid` may be told about now; see `Recall.admitted`."""
+        if self.core is core:
+            await self._recall.admitted(sid, give_up)
+        if self.core is not core:
+            raise OwnershipLost(f"volume {self.volume.hex()} has another owner")
 
     def _current(self) -> HomeCore:
         if self.core is None:
             raise OwnershipLost(f"volume {self.volume.hex()} has another owner")
         return self.core
-
-    async def open(self, sid: SessionId, mode: str, nonce: bytes, name: str) -> tuple[Any, ...]:
-        """Open a session, or find the one of that nonce; the answer of `vol.open`."""
-        core = self._current()
-        sid = await self._run(core, Open(sid, mode, nonce, name))
-        self._beats[sid] = self._clock.monotonic()
-        if self.core is not core:
-            raise OwnershipLost(f"volume {self.volume.hex()} has another owner")
-        tail = self.entries_after(core.covered, core.seq)
-        if tail is None:
-            raise Corrupt(f"volume {self.volume.hex()}: entries after its checkpoint are missing")
-        return sid, core.seq, core.covered, core.root, tail, self._number, core.params
-
-    async def commit(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Judge and commit transactions; the answer of `vol.commit`."""
-        core = self._current()
-        request, have = parse_commit(args, system=self.volume == SYSTEM_VOLUME)
-        if self._backlog > MAX_BACKLOG:
-            raise Busy(f"{self._backlog} bytes of commits wait at volume {self.volume.hex()}")
-        self._backlog += request.size
-        try:
-            if request.writing:
-                seq, verdicts = await self._run(core, request)
-            else:
-                seq, verdicts = await self._validate(core, request)
-        finally:
-            if self.core is core:
-                self._backlog -= request.size
-        self._beats[request.sid] = self._clock.monotonic()
-        news = self.entries_after(have, seq)
-        # A caller so far behind that entries are gone sees from `seq` that it misses some, and
-        # catches up by a watch; its verdicts are final all the same.
-        return request.no, seq, verdicts, () if news is None else news, self._number
-
-    async def _validate(self, core: HomeCore, request: Commit) -> Answer:
-        waiter = request.token = Waiter()
-        await self._confirm(core)
-        self._settle(core, request)
-        return await waiter.wait()
-
-    async def watch(self, sid: SessionId, have: int, wait: float) -> tuple[Any, ...]:
-        """Wait for entries after `have`; the answer of `vol.watch`."""
-        core = self._current()
-        news = 0
-        if have >= core.seq and wait > 0:
-            waiter = Waiter()
-            self._watchers[waiter] = None
-            with trio.move_on_after(min(wait, MAX_WATCH)):
-                news = await waiter.wait()
-            self._watchers.pop(waiter, None)
-        if news != 2 or self.core is not core:
-            await self._confirm(core)
-        if sid not in core.sessions:
-            raise Fenced(f"session {sid} is over or never was: open the volume again")
-        self._beats[sid] = self._clock.monotonic()
-        found = self.entries_after(have, core.seq)
-        if found is not None:
-            return core.seq, found, None, self._number
-        found = self.entries_after(core.covered, core.seq) or ()
-        return core.seq, found, (core.covered, core.root), self._number
-
-    async def sync(self) -> tuple[Any, ...]:
-        """The last committed sequence number; the answer of `vol.sync`."""
-        core = self._current()
-        await self._confirm(core)
-        return core.seq, self._number
-
-    async def close(self, sids: tuple[SessionId, ...]) -> tuple[Any, ...]:
-        """End sessions; fine if they are over."""
-        await self._run(self._current(), Close(sids))
-        for sid in sids:
-            self._beats.pop(sid, None)
-        return ()
 
     async def configure(self, members: tuple[int, ...]) -> None:
         """Make `members` the journal's; returns when that is chosen.  Raises like `commit`.
@@ -431,22 +390,20 @@ class VolumeHome:
             return
         if now >= self._look_at:
             self._look_at = now + EXPIRY_LOOK
-            since, beats = self._owned_since, self._beats
-            silent = tuple(
-                sid
-                for sid in core.sessions
-                if now - max(since, beats.get(sid, since)) > SESSION_TTL
-            )
-            if silent:
-                self._nursery.start_soon(self._expire, silent)
+            if self._recall.standing.expired(core.sessions, SESSION_TTL, now):
+                self._nursery.start_soon(self._expire, core)
         if not self._folding and self._due(core, now):
             self._folding = True
             self._nursery.start_soon(self._checkpoint, core)
 
-    async def _expire(self, sids: tuple[SessionId, ...]) -> None:
+    async def _expire(self, core: HomeCore) -> None:
+        now = self._clock.monotonic()
+        sids = self._recall.standing.expired(core.sessions, SESSION_TTL, now)
+        if self.core is not core or not sids:
+            return
         log.info("volume %s: sessions %s are silent, closing", self.volume.hex(), sids)
         try:
-            await self.close(sids)
+            await self._run(core, Close(sids))
         except DfsError as e:
             log.info("volume %s: cannot close sessions now: %s", self.volume.hex(), e)
 

@@ -21,63 +21,44 @@ Three rules follow, and each has a mutant that breaks it (`dfs.testing.scenario_
 - What is said about *now* (a read is still valid, a session is unknown) needs a `Confirm` of the
   ballot begun after the request arrived; the core hands such requests back in `Formed.confirm`.
 
+While a session holds the volume's *delegation* (`metadata.delegation`), its commits that name the
+epoch are accepted as they are: nobody else can have written since it last looked.  Other sessions
+are told nothing and commit nothing until it is back; `form` and `settle` see to that, since the
+holder may change while a request waits.
+
 There is one batch in flight at most.  `absorb` must see every chosen entry, in order, before the
 next batch is formed; nothing here waits or does I/O.
 """
 
 from collections import deque
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dfs.errors import Busy, Corrupt, DfsError, Fenced, InvalidArgument
+from dfs.ids import SessionId
 from dfs.volume import entries
 from dfs.volume.effects import Effect
 from dfs.volume.window import Window
-from metadata.requests import Checkpoint, Close, Commit, Configure, Open, Request
+from metadata.batches import Answer, Answers, Flight, Formed, Verdicts
+from metadata.delegation import busy, change, refuse
+from metadata.requests import (
+    Checkpoint,
+    Close,
+    Commit,
+    Configure,
+    Delegate,
+    DelegationChange,
+    Open,
+    Request,
+    Revoke,
+)
 from metadata.sessions import READ_WRITE, Control, Session
-
-if TYPE_CHECKING:
-    from dfs.ids import SessionId
 
 BATCH_BYTES = 1 << 20  # of effects in one entry; a larger request has an entry to itself
 MAX_SESSIONS = 4096
 MAX_CHUNK_AGE = 12 * 3600 * 10**9  # ns; half of the time that unreferenced chunks are kept
 _KINDS = frozenset(range(entries.DELEGATION + 1))
 UNBOUNDED = 1 << 62  # the window forgets by checkpoint only, see the module's docstring
-
-Verdicts = tuple[bool, ...]
-Answer = (
-    Any  # Commit: (seq, verdicts); Open: sid; Close, Checkpoint: None; or the DfsError to raise
-)
-Answers = list[tuple[Request, Answer]]
-
-
-class Formed:
-    """Result of forming a batch."""
-
-    __slots__ = ("answers", "confirm", "payload")
-
-    def __init__(self, payload: bytes | None, answers: Answers, confirm: list[Request]) -> None:
-        """`payload`: the entry to propose, if there is one; `answers`: final already; `confirm`:
-        to be passed to `settle` after a Confirm begun now.
-        """
-        self.payload = payload
-        self.answers = answers
-        self.confirm = confirm
-
-
-class Flight:
-    """A batch that was handed out to be proposed."""
-
-    __slots__ = ("answers", "parts", "payload")
-
-    def __init__(
-        self, payload: bytes, answers: Answers, parts: tuple[tuple[Any, ...], ...] | None
-    ) -> None:
-        """`parts`: body of a DATA entry; `answers` hold once it is chosen."""
-        self.payload = payload
-        self.answers = answers
-        self.parts = parts
 
 
 class HomeCore:
@@ -99,6 +80,8 @@ class HomeCore:
         self.sessions: dict[SessionId, Session] = {}
         self.epoch = 0  # of the delegation
         self.holder = 0  # session that holds it, 0 for nobody
+        self.launched = 0  # batches that were handed out to be proposed
+        self.proved = 0  # number of the last of them that was chosen
         self._nonces: dict[bytes, SessionId] = {}
         self._window = Window(seq, UNBOUNDED)
         self._data: deque[Commit] = deque()
@@ -117,6 +100,7 @@ class HomeCore:
         flight = self._flight
         if flight is not None and (entry is flight.payload or entry == flight.payload):
             self._flight = None
+            self.proved = self.launched
             if flight.parts is not None:
                 self.seq = seq
                 self._absorb_data(flight.parts)
@@ -156,12 +140,12 @@ class HomeCore:
         elif kind == entries.SESSION:
             self._add(Session(*body))
         elif kind == entries.CLOSE:
-            for sid in body[0]:
-                session = self.sessions.pop(sid, None)
-                if session is not None:
-                    self._nonces.pop(session.nonce, None)
+            self._end(body[0])
+            if self.holder in body[0]:
+                self.epoch, self.holder = self.epoch + 1, 0
         elif kind == entries.DELEGATION:
-            self.epoch, self.holder = body
+            self.epoch, self.holder, *closed = body
+            self._end(closed)
         elif kind == entries.GENESIS:
             self.params = body[0]
             self.root = body[0].get("root", b"")
@@ -193,6 +177,41 @@ class HomeCore:
     def _add(self, session: Session) -> None:
         self.sessions[session.sid] = session
         self._nonces[session.nonce] = session.sid
+
+    def _end(self, sids: Iterable[SessionId]) -> None:
+        for sid in sids:
+            session = self.sessions.pop(sid, None)
+            if session is not None:
+                self._nonces.pop(session.nonce, None)
+
+    # -------------------------------------------------------------------------- the delegation
+
+    @property
+    def claimant(self) -> SessionId:
+        """Who has the delegation, or may have it by an entry that is not chosen yet; 0: nobody."""
+        if self.holder:
+            return self.holder
+        return next((r.sid for r in self._undone() if isinstance(r, Delegate)), 0)
+
+    def losing(self, sid: SessionId) -> bool:
+        """Whether an entry that is not chosen yet takes the delegation away from its holder `sid`.
+
+        Until that is decided the holder must not be told that it has it: its answer would arrive
+        after others were told that they may go on.  A holder that returns it knows what it does.
+        """
+        if not sid or sid != self.holder:
+            return False
+        return any(
+            (isinstance(r, Revoke) and r.epoch == self.epoch)
+            or (isinstance(r, Close) and sid in r.sids)
+            for r in self._undone()
+        )
+
+    def _undone(self) -> list[Request]:
+        flight = self._flight
+        if flight is None or flight.control is None:
+            return list(self._control)
+        return [flight.control, *self._control]
 
     # ------------------------------------------------------------------------------- the queue
 
@@ -265,6 +284,7 @@ class HomeCore:
         self.stamp = max(now, self.stamp + 1)
         formed.payload = entries.encode(kind, self.stamp, *body)
         parts = body[0] if kind == entries.DATA else None
+        self.launched += 1
         self._flight = Flight(formed.payload, answers, parts)
 
     # --------------------------------------------------------------------------- data requests
@@ -286,7 +306,7 @@ class HomeCore:
                 waiting.append(request)
                 continue
             session = self.sessions.get(request.sid)
-            if session is None:
+            if session is None or request.epoch > self.epoch:
                 formed.confirm.append(request)
                 continue
             answer = self._recall(session, request) or self._refuse(session, request, now)
@@ -332,14 +352,17 @@ class HomeCore:
                 f" {(now - request.oldest) // 10**9} s ago, more than"
                 f" {MAX_CHUNK_AGE // 10**9}: touch its chunks again"
             )
-        return None
+        return refuse(request, self.epoch, self.holder)
 
     def _judge(self, request: Commit, batch: Window) -> Verdicts | None:
         """One verdict per transaction; None if one depends on an entry that is not chosen yet.
 
         Transactions of one request read the same base, so a later one that read what an earlier
         one writes is in conflict with it, whatever happens to the batch: they share its fate.
+        What the holder of the delegation read is what it wrote itself.
         """
+        if request.epoch:
+            return (True,) * len(request.txns)
         base, changed, clashes = request.base, self._changed, batch.changed_since
         own: Window | None = None
         verdicts = []
@@ -370,19 +393,27 @@ class HomeCore:
             if session is None:
                 return Fenced(f"session {request.sid} is over or never was: open the volume again")
             known = self._recall(session, request)
+            known = known or refuse(request, self.epoch, self.holder)
             if known is not None:
                 return known
-            changed = self._changed
-            verdicts = tuple(not changed(request.base, txn[0], txn[1]) for txn in request.txns)
+            changed, base, guarded = self._changed, request.base, request.epoch
+            verdicts = tuple(bool(guarded) or not changed(base, t[0], t[1]) for t in request.txns)
             if _accepted(request, verdicts):
                 self.submit(request)
                 return None
             return self.seq, verdicts
         if isinstance(request, Open):
             sid = self._nonces.get(request.nonce)
+            if self.holder not in (0, sid):
+                return busy(self.holder)
             if sid is None:
                 self.submit(request)
             return sid
+        if isinstance(request, DelegationChange):
+            if change(request, self.epoch, self.holder, self.sessions) is not None:
+                self.submit(request)
+                return None
+            return Busy(_NOT_NOW) if isinstance(request, Delegate) else self.epoch
         if isinstance(request, Close):
             if any(sid in self.sessions for sid in request.sids):
                 self.submit(request)
@@ -394,7 +425,10 @@ class HomeCore:
 
     def _form_control(self, request: Request, now: int, formed: Formed) -> None:
         if isinstance(request, Open):
-            if request.nonce in self._nonces:
+            sid = self._nonces.get(request.nonce)
+            if self.holder not in (0, sid):
+                formed.answers.append((request, busy(self.holder)))
+            elif sid is not None:
                 formed.confirm.append(request)
             elif len(self.sessions) >= MAX_SESSIONS:
                 formed.answers.append((request, Busy(_TOO_MANY_SESSIONS)))
@@ -407,6 +441,13 @@ class HomeCore:
                 self._launch(formed, entries.CLOSE, now, (sids,), [(request, ())])
             else:
                 formed.confirm.append(request)
+        elif isinstance(request, DelegationChange):
+            delegation = change(request, self.epoch, self.holder, self.sessions)
+            if delegation is None:
+                formed.confirm.append(request)
+            else:
+                answers: Answers = [(request, delegation[0])]
+                self._launch(formed, entries.DELEGATION, now, delegation, answers)
         elif isinstance(request, Checkpoint):
             if request.covered <= self.covered:
                 formed.answers.append((request, ()))
@@ -425,6 +466,7 @@ class HomeCore:
         return state.encode()
 
 
+_NOT_NOW = "the delegation went to another session, or the session ended: ask again"
 _TOO_MANY_SESSIONS = (
     f"the volume has {MAX_SESSIONS} open sessions, which is the limit: unmount some; sessions of"
     " clients that died end after a day"

@@ -3,9 +3,10 @@
 from typing import Any
 
 from dfs.volume.window import Window
+from metadata.batches import Answer
 from metadata.requests import Commit, Open, Request
 from metadata.sessions import Session
-from metadata.volumes import Answer, HomeCore
+from metadata.volumes import HomeCore
 
 
 class _EarlyConflict(HomeCore):

@@ -20,8 +20,9 @@ from dfs.testing.home_mutants import CORES
 from dfs.testing.homemodel import Ledger, Op, Violation, invent, run_op, whole
 from dfs.volume import entries
 from dfs.volume.window import Window
+from metadata.batches import Answer
 from metadata.requests import Checkpoint, Close, Commit, Open, Request
-from metadata.volumes import Answer, HomeCore
+from metadata.volumes import HomeCore
 
 NAME = "home"
 STEPS = 2500

@@ -28,8 +28,9 @@ from dfs.volume import entries, tree
 from dfs.volume.items import inode_key
 from dfs.volume.nodecache import NodeCache
 from metadata import volumehome
+from metadata.batches import Answers
 from metadata.volumehome import VolumeHome
-from metadata.volumes import Answers, HomeCore
+from metadata.volumes import HomeCore
 
 NAME = "homes"
 VOLUME = b"homes of volumes"
@@ -115,9 +116,9 @@ def _apply_mutant(mutant: str | None) -> None:
     elif mutant == "answer_early":
         run = VolumeHome._run
 
-        async def early(self: VolumeHome, core: HomeCore, request: Any) -> Any:
+        async def early(self: VolumeHome, core: HomeCore, request: Any, sid: int = 0) -> Any:
             with trio.move_on_after(0.001 if hasattr(request, "txns") else float("inf")):
-                return await run(self, core, request)
+                return await run(self, core, request, sid)
             return core.seq, (True,) * len(request.txns)
 
         setattr(VolumeHome, "_run", early)  # noqa: B010 - mypy refuses assignments to methods
@@ -191,7 +192,7 @@ class _Client:
         self.no += 1
         ledger.submit(self.sid, self.no, ops, txns)
         args = (self.sid, self.no, base, base, tuple(txns), 0)
-        no, seq, verdicts, news, _ = await self.ask("vol.commit", *args)
+        no, seq, verdicts, news, *_ = await self.ask("vol.commit", *args)
         if no != self.no:
             raise Violation("an answer to another request")
         ledger.check_final(self.sid, no, verdicts)
@@ -206,7 +207,7 @@ class _Client:
         while True:
             have, floor = self.seq, self.run.ledger.floor
             wait = self.random.choice((0.0, 0.2, 0.5))
-            seq, news, reset, _ = await self.ask("vol.watch", self.sid, have, wait)
+            seq, news, reset, *_ = await self.ask("vol.watch", self.sid, have, wait)
             if seq < floor:
                 raise Violation("a watch missed a commit that was answered before it began")
             self.entered(have if reset is None else reset[0], seq, news)

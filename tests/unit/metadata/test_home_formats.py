@@ -37,6 +37,7 @@ ENTRIES = {
     "genesis": (entries.GENESIS, CONTROL.params, 1, (1, 2, 3)),
     "checkpoint": (entries.CHECKPOINT, 344, b"r" * 32, CONTROL.encode()),
     "delegation": (entries.DELEGATION, 2, 0),
+    "revocation": (entries.DELEGATION, 3, 0, (3 << 26) + 1),
 }
 
 
@@ -71,3 +72,12 @@ def test_control_state_of_another_shape_is_refused(value):
 def test_what_is_no_entry_has_no_kind():
     assert kind_of(b"") == kind_of(b"\x93\x02\x00") == kind_of(b"abc") == -1
     assert unpack(bytes.fromhex(golden()["close"]))[1] == entries.CLOSE
+
+
+def test_entries_say_which_sessions_end():
+    ended = {name: entries.closed(entries.decode(bytes.fromhex(h))) for name, h in golden().items()}
+    sid = (3 << 26) + 1
+    assert {name: sids for name, sids in ended.items() if sids} == {
+        "close": (sid,),
+        "revocation": (sid,),
+    }

@@ -95,13 +95,13 @@ async def test_open_commit_watch_close():
         assert (covered, root, params["name"]) == (0, b"", "test")
         assert [s for s, _ in tail] == list(range(1, seq + 1))
         assert owner == c.map().volume_homes(VOLUME)[0]
-        no, at, verdicts, news, _ = await client.ask(
+        no, at, verdicts, news, _, state = await client.ask(
             "vol.commit", VOLUME, sid, 1, seq, seq, (txn([put(5)]),), 0
         )
-        assert (no, at, verdicts) == (1, seq + 1, (True,))
+        assert (no, at, verdicts, state) == (1, seq + 1, (True,), (0, 0, False))
         assert entries.decode(news[0][1]).body == (((sid, 1, (True,), (put(5),)),),)
-        seq2, news2, reset, _ = await client.ask("vol.watch", VOLUME, sid, seq, 0.5)
-        assert (seq2, news2, reset) == (at, news, None)
+        seq2, news2, reset, _, state = await client.ask("vol.watch", VOLUME, sid, seq, 0.5)
+        assert (seq2, news2, reset, state) == (at, news, None, (0, 0, False))
         assert await client.ask("vol.sync", VOLUME) == (at, owner)
         assert await client.ask("vol.close", VOLUME, sid) == ()
         assert await client.ask("vol.close", VOLUME, sid) == ()
@@ -229,7 +229,7 @@ async def test_watch_is_woken_by_other_sessions_and_beats_without_news():
     async with cluster() as c:
         a, b = await opened(c, "a"), await opened(c, "b")
         start = trio.current_time()
-        seq, news, reset, _ = await b.watch(wait=9.0)
+        seq, news, reset, *_ = await b.watch(wait=9.0)
         assert (seq, news, reset) == (b.seq, (), None)
         assert 0.5 <= trio.current_time() - start < 0.6
         got = []
@@ -243,7 +243,7 @@ async def test_watch_is_woken_by_other_sessions_and_beats_without_news():
             await trio.sleep(0.1)
             seq, _ = await a.commit(txn([put(5)]), base=b.seq)
             done = trio.current_time()
-        (at, news, reset, _), when = got
+        (at, news, reset, *_), when = got
         assert (at, [n for n, _ in news], reset) == (seq, [seq], None)
         assert when - done < 0.01
 
@@ -469,7 +469,7 @@ async def test_a_client_far_behind_gets_entries_in_portions(monkeypatch):
         start = a.seq
         for i in range(30):
             last, _ = await a.commit(txn([put(10 * i + j) for j in range(1, 6)]))
-        seq, news, reset, _ = await a.watch(have=start)
+        seq, news, reset, *_ = await a.watch(have=start)
         assert (seq, reset) == (last, None)
         have = start
         while news:

@@ -1,0 +1,136 @@
+"""What sessions ask of a volume's home, each as one method that returns the answer of `vol.*`.
+
+What is told is decided and put together without an await in between, at the end of each method:
+the ballot is known to have been ours since the request arrived, no other session has the
+delegation, and the asking one is not about to lose it.
+"""
+
+from typing import Any
+
+import trio
+
+from dfs.errors import Busy, Corrupt, Fenced, InvalidArgument
+from dfs.ids import SYSTEM_VOLUME, SessionId
+from metadata.recall import RECALL_WAIT
+from metadata.requests import Close, Delegate, Open, Return, parse_commit
+from metadata.sessions import READ_WRITE
+from metadata.volumehome import VolumeHome
+from metadata.waiter import Waiter
+
+MAX_WATCH = 0.5  # seconds that a watch waits
+MAX_BACKLOG = 64 << 20  # bytes of effects that wait
+
+
+class VolumeService(VolumeHome):
+    """A volume at a home that serves its sessions; the caller sees to it that the home is `ready`.
+
+    Every method raises `OwnershipLost` when the ballot is lost before the outcome is known,
+    `NoQuorum` when no majority answers, and `Busy` when it is to be asked again, unless it says
+    otherwise.
+    """
+
+    async def open(self, sid: SessionId, mode: str, nonce: bytes, name: str) -> tuple[Any, ...]:
+        """Open a session, or find the one of that nonce; the answer of `vol.open`."""
+        core, give_up = self._current(), self._clock.monotonic() + RECALL_WAIT
+        self._recall.heard(sid)
+        sid = await self._run(core, Open(sid, mode, nonce, name), sid)
+        await self._admitted(core, sid, give_up)
+        self._recall.heard(sid)
+        tail = self.entries_after(core.covered, core.seq)
+        if tail is None:
+            raise Corrupt(f"volume {self.volume.hex()}: entries after its checkpoint are missing")
+        return sid, core.seq, core.covered, core.root, tail, self._number, core.params
+
+    async def commit(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Judge and commit transactions; the answer of `vol.commit`."""
+        core, recall = self._current(), self._recall
+        request, have = parse_commit(args, system=self.volume == SYSTEM_VOLUME)
+        if self._backlog > MAX_BACKLOG:
+            raise Busy(f"{self._backlog} bytes of commits wait at volume {self.volume.hex()}")
+        sid = request.sid
+        recall.heard(sid)
+        self._backlog += request.size
+        mark = core.launched
+        try:
+            seq, verdicts = await self._run(core, request, sid)
+        finally:
+            if self.core is core:
+                self._backlog -= request.size
+        # An entry that was proposed since proves, like a Confirm, that the ballot was ours.  Other
+        # answers come from memory: they may be final, but nobody may take them for a beat.
+        if core.proved <= mark and request.writing and (core.holder == sid or True in verdicts):
+            await self._confirm(core)
+        if core.losing(sid):
+            await self._admitted(core, sid, self._clock.monotonic() + RECALL_WAIT)
+        recall.heard(sid)
+        news = self.entries_after(have, seq)
+        # A caller so far behind that entries are gone sees from `seq` that it misses some, and
+        # catches up by a watch; its verdicts are final all the same.
+        news = () if news is None else news
+        return request.no, seq, verdicts, news, self._number, recall.state(sid)
+
+    async def watch(self, sid: SessionId, have: int, wait: float) -> tuple[Any, ...]:
+        """Wait for entries after `have`; the answer of `vol.watch`."""
+        core, recall = self._current(), self._recall
+        recall.heard(sid)
+        mark, start = core.launched, self._clock.monotonic()
+        if sid in core.sessions:
+            await self._admitted(core, sid, start + MAX_WATCH)
+            if have >= core.seq and wait > 0 and not recall.untold(sid):
+                waiter = Waiter()
+                self._watchers[waiter] = sid
+                with trio.move_on_after(min(wait, MAX_WATCH)):
+                    await waiter.wait()
+                self._watchers.pop(waiter, None)
+        if core.proved <= mark:  # see `commit`
+            await self._confirm(core)
+        if sid in core.sessions:
+            await self._admitted(core, sid, self._clock.monotonic() + MAX_WATCH)
+        if sid not in core.sessions:
+            raise Fenced(f"session {sid} is over or never was: open the volume again")
+        recall.heard(sid)
+        found = self.entries_after(have, core.seq)
+        if found is not None:
+            return core.seq, found, None, self._number, recall.state(sid)
+        found = self.entries_after(core.covered, core.seq) or ()
+        return core.seq, found, (core.covered, core.root), self._number, recall.state(sid)
+
+    async def sync(self) -> tuple[Any, ...]:
+        """The last committed sequence number; the answer of `vol.sync`."""
+        core, give_up = self._current(), self._clock.monotonic() + RECALL_WAIT
+        await self._confirm(core)
+        await self._admitted(core, 0, give_up)
+        return core.seq, self._number
+
+    async def delegate(self, sid: SessionId) -> tuple[Any, ...]:
+        """Give a session the delegation if all others are silent; the answer of `vol.delegate`."""
+        core, recall = self._current(), self._recall
+        recall.heard(sid)
+        session = core.sessions.get(sid)
+        if session is not None and session.mode != READ_WRITE:
+            raise InvalidArgument(f"session {sid} is read-only: a volume is delegated to writers")
+        if session is None or core.claimant == sid:
+            await self._confirm(core)
+        else:
+            wait = recall.wait(sid)
+            if wait > 0:
+                return 0, 0, wait, self._number
+            await self._run(core, Delegate(sid), sid)
+        await self._admitted(core, sid, self._clock.monotonic() + RECALL_WAIT)
+        if sid not in core.sessions:
+            raise Fenced(f"session {sid} is over or never was: open the volume again")
+        if core.holder != sid:
+            raise Busy(f"the delegation of volume {self.volume.hex()} is not settled: ask again")
+        recall.heard(sid)
+        return core.epoch, core.seq, 0.0, self._number
+
+    async def give_back(self, sid: SessionId, epoch: int) -> tuple[Any, ...]:
+        """End a delegation, if it has not ended; the answer of `vol.return`."""
+        core = self._current()
+        await self._run(core, Return(sid, epoch), sid)
+        return core.seq, self._number
+
+    async def close(self, sids: tuple[SessionId, ...]) -> tuple[Any, ...]:
+        """End sessions; fine if they are over."""
+        await self._run(self._current(), Close(sids))
+        return ()
