@@ -11,7 +11,7 @@ on the disk.  A failed write or sync makes the store refuse writes for good: wha
 after an fsync error is unknown.  Reads go on, since a chunk proves itself.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -79,6 +79,7 @@ class Segments:
         self.quarantine = Quarantine(env.disk)
         self.recovery = found
         self.failed = ""  # why writes are refused
+        self.on_unlink: Callable[[int], None] | None = None  # told the number of a removed segment
         self._puts = self._touches = self._bytes = 0
 
     @classmethod
@@ -361,6 +362,8 @@ class Segments:
             for number in self._ledger.removable(self._active.number, now):
                 await self._disk.run(self._unlink, number)
                 self._ledger.forget(number)
+                if self.on_unlink is not None:
+                    self.on_unlink(number)
                 segment = self._segments.pop(number)
                 segment.readers += 1
                 segment.doomed = True

@@ -16,6 +16,7 @@ import trio
 
 from chunkserver.boot import ChunkBoot
 from chunkserver.catchup import CatchUp
+from chunkserver.door import Door
 from chunkserver.handover import HandOver
 from chunkserver.membership import Presence
 from chunkserver.metrics import measure
@@ -74,6 +75,7 @@ class ChunkNode:
         self.scrub: Scrub
         self.catch_up: CatchUp
         self.hand_over: HandOver
+        self.door: Door
         self.workers: tuple[Worker, ...] = ()
         self.metrics_address = ""
         self.presence: Presence | None = None
@@ -93,6 +95,7 @@ class ChunkNode:
         self.scrub = Scrub(env, store, self.bad)
         self.catch_up = CatchUp(env, store, self.peers)
         self.hand_over = HandOver(env, store, self.peers)
+        self.door = Door(env, store, lambda: self.boot)
         self.workers = (self.repair, self.catch_up, self.hand_over, self.scrub)
         for text in store.recovery.notes:
             log.info("recovery: %s", text)
@@ -126,6 +129,7 @@ class ChunkNode:
                     nursery.start_soon(self.presence.run)
                 if self.life is not None:
                     nursery.start_soon(self.life.run)
+                nursery.start_soon(self.door.run)
                 await env.rpc.serve(address, self.handlers(), started=task_status.started)
         finally:
             unsubscribe()
@@ -183,6 +187,7 @@ class ChunkNode:
             "chunk.delete": self._delete,
             "chunk.fence": self._fence,
             "chunk.progress": self._progress,
+            **self.door.handlers(),
         }
 
     # ------------------------------------------------------------------------------------- chunks

@@ -263,6 +263,27 @@ class Header:
             out.append(view[raw_from:])
         return out
 
+    def check_range(self, offset: int, length: int) -> None:
+        """Raise `InvalidArgument` when a range leaves the chunk."""
+        if not 0 <= offset <= offset + length <= self.length:
+            raise InvalidArgument(f"bytes {offset}+{length} of a chunk of {self.length} bytes")
+
+    def range(self, offset: int, length: int, stored: Buffer) -> Buffer:
+        """Verified plain bytes of a range inside the chunk, given the stored blocks covering it.
+
+        A range in raw blocks is a view of `stored`.  Raises `Corrupt`.
+        """
+        first = offset // BLOCK
+        count = block_count(offset + length) - first
+        if not count:
+            return b""
+        parts = self.plain(first, count, stored)
+        plain = parts[0] if len(parts) == 1 else b"".join(parts)
+        skip = offset - first * BLOCK
+        if skip == 0 and len(plain) == length:
+            return plain
+        return memoryview(plain)[skip : skip + length]
+
 
 def verify(encoded: Buffer, chunk_id: bytes) -> Header:
     """Verify a whole encoded chunk, header and every block, against its id; raises `Corrupt`."""
@@ -287,17 +308,5 @@ def decode_range(answer: Buffer, chunk_id: bytes, offset: int, length: int) -> B
     """
     header = Header.parse(answer)
     header.verify_id(chunk_id)
-    if not 0 <= offset <= offset + length <= header.length:
-        raise InvalidArgument(
-            f"bytes {offset}+{length} of chunk {chunk_id.hex()[:16]} of {header.length} bytes"
-        )
-    first = offset // BLOCK
-    count = block_count(offset + length) - first
-    if not count:
-        return b""
-    parts = header.plain(first, count, memoryview(answer)[header.size :])
-    plain = parts[0] if len(parts) == 1 else b"".join(parts)
-    skip = offset - first * BLOCK
-    if skip == 0 and len(plain) == length:
-        return plain
-    return memoryview(plain)[skip : skip + length]
+    header.check_range(offset, length)
+    return header.range(offset, length, memoryview(answer)[header.size :])

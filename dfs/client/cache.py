@@ -28,6 +28,10 @@ class ChunkReader(Protocol):
         """Verified bytes of a chunk."""
         ...
 
+    def read_nowait(self, chunk_id: bytes, offset: int, length: int) -> Buffer | None:
+        """The same if it can be had without waiting, else None."""
+        ...
+
 
 class _Fetch:
     __slots__ = ("data", "done", "error")
@@ -75,6 +79,8 @@ class ChunkCache:
         waiting: list[tuple[int, int, int, _Fetch]] = []
         while offset < end:
             key, data = self._find(chunk_id, offset, small)
+            if data is None and small and key[1] == SMALL and key not in self._fetches:
+                data = self._take(key, chunk_length)
             begin = offset - key[1] * key[2]
             count = min(end - offset, key[1] - begin)
             if data is not None:
@@ -111,6 +117,17 @@ class ChunkCache:
         if data is not None:
             parts[key] = data  # most recently used is last
         return key, data
+
+    def _take(self, key: Key, chunk_length: int) -> memoryview | None:
+        """A block that need not be waited for: a task would cost more than reading it."""
+        chunk_id, size, number = key
+        offset = size * number
+        data = self._chunks.read_nowait(chunk_id, offset, min(size, chunk_length - offset))
+        if data is None:
+            return None
+        view = memoryview(data)
+        self._add(key, view)
+        return view
 
     def _start(self, key: Key, chunk_length: int) -> _Fetch:
         fetch = self._fetches[key] = _Fetch()

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from random import Random
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, finalize
 
 import trio
 
@@ -30,11 +30,14 @@ from dfs.cluster.map import CHUNK, ClusterMap
 from dfs.env import Buffer, Priority, Rpc
 from dfs.errors import DfsError, DiskFull, NoQuorum, StaleEpoch, Unreachable
 from dfs.hashing import partition_of
+from dfs.rpc.descriptors import machine as this_machine
+from dfs.threads import ThreadPool
 
 log = logging.getLogger(__name__)
 
 INLINE = 64 << 10  # bytes encoded or verified in the loop rather than on a thread
 IN_FLIGHT = 256 << 20  # bytes of puts that some server has not answered yet
+THREADS = 2  # that hash and compress
 PER_SERVER = 64 << 20  # the same for one server; one that is so far behind is passed over
 KEEP = 64 << 20  # bytes of un-synced buffers that start a barrier; at twice that, puts wait for it
 PUT_TIMEOUT = 20.0  # of one request
@@ -44,16 +47,6 @@ SYNC_TIMEOUT = 20.0
 RECENT = 60.0  # seconds for which `sync` still reports a put's stamp
 
 Offload = Callable[..., Awaitable[Any]]
-
-
-def thread_offload(threads: int = 2) -> Offload:
-    """Runs functions on threads of their own limit."""
-    limiter = trio.CapacityLimiter(threads)
-
-    async def run(fn: Callable[..., Any], *args: Any) -> Any:
-        return await trio.to_thread.run_sync(fn, *args, limiter=limiter)
-
-    return run
 
 
 class _Put:
@@ -187,19 +180,32 @@ class ChunkClient:
         random: Random,
         host: str = "",
         offload: Offload | None = None,
+        machine: bytes | None = None,
     ) -> None:
         """`host`: name of our own host in the map, whose chunkserver is read first.
 
         `offload`: how to run hashing and compression of large chunks; default: two threads.
+        `machine`: see `dfs.rpc.descriptors`; default: the real one, b"": read nothing directly.
         """
         self.rpc = rpc
         self.get_map = get_map
         self.clock = clock
         self._salt = salt
         self._compress = compress
-        self._offload = offload or thread_offload()
+        if offload is None:
+            pool = ThreadPool(THREADS, name="chunks")
+            finalize(self, pool.close)
+            offload = pool.run
+        self._offload = offload
         self._reader = self.reader_class(
-            rpc, get_map, clock, random=random, host=host, offload=self._offload, inline=INLINE
+            rpc,
+            get_map,
+            clock,
+            random=random,
+            host=host,
+            offload=self._offload,
+            inline=INLINE,
+            machine=this_machine() if machine is None else machine,
         )
         # Chunks that no server has yet; who prepared them owns them.
         self._prepared: WeakValueDictionary[bytes, Prepared] = WeakValueDictionary()
@@ -218,8 +224,8 @@ class ChunkClient:
         """Home of the barriers that `put` starts in the background; nothing outlives it."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            nursery.start_soon(self._reader.shortcut.run)
             task_status.started()
-            await trio.Event().wait()  # until cancelled
 
     def quorum(self, cluster: ClusterMap) -> int:
         """How many servers must have a chunk before it counts as written."""
@@ -482,6 +488,13 @@ class ChunkClient:
         if prepared is not None:
             return prepared.read(offset, length)
         return await self._reader.read(chunk_id, offset, length)
+
+    def read_nowait(self, chunk_id: bytes, offset: int, length: int) -> Buffer | None:
+        """Verified plain bytes that can be had without waiting, else None."""
+        prepared = self._prepared.get(chunk_id)
+        if prepared is not None:
+            return prepared.read(offset, length)
+        return self._reader.shortcut.read_nowait(chunk_id, offset, length)
 
     def statistics(self) -> dict[str, int]:
         """Counts for status pages and tests."""

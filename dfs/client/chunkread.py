@@ -1,5 +1,8 @@
 """Reading chunks: the best replica first, every block verified, another replica when one fails.
 
+Chunks on a disk of our own host are read from it directly, see `dfs.client.shortcut`; what follows
+is for the others.
+
 Order: the chunkserver of our own host, then the homes by how fast they answered lately (with some
 chance, so that load spreads and a slow one is tried again), then every other node of the preference
 list.  A server that is silent for long is not given up: the next one is asked as well and the first
@@ -19,6 +22,7 @@ from typing import Any
 import trio
 
 from dfs.chunks import format as chunks
+from dfs.client.shortcut import Shortcut
 from dfs.clock import Clock
 from dfs.cluster.map import CHUNK, ClusterMap
 from dfs.env import Buffer, Priority, Rpc
@@ -53,8 +57,10 @@ class ChunkReader:
         host: str,
         offload: Callable[..., Awaitable[Any]],
         inline: int,
+        machine: bytes = b"",
     ) -> None:
         """See `ChunkClient`."""
+        self.shortcut = Shortcut(rpc, get_map, clock, machine)
         self._rpc = rpc
         self._get_map = get_map
         self._clock = clock
@@ -84,7 +90,7 @@ class ChunkReader:
 
         return [node for _, node in sorted(enumerate(preference), key=cost)]
 
-    async def read(self, chunk_id: bytes, offset: int, length: int) -> bytes | memoryview:
+    async def read(self, chunk_id: bytes, offset: int, length: int) -> Buffer:
         """Verified plain bytes `[offset, offset + length)` of a chunk.
 
         Raises `NotFound` when every server answered that it has none, `Corrupt` when the only
@@ -94,6 +100,10 @@ class ChunkReader:
             if length == 0 and offset >= 0:
                 return b""
             raise InvalidArgument(f"negative range {offset}+{length}")
+        if offset + length > chunks.BLOCK:  # one block is here as soon as its place would be known
+            data = await self.shortcut.read(chunk_id, offset, length, partial(self.order, chunk_id))
+            if data is not None:
+                return data
         first = offset // chunks.BLOCK
         count = chunks.block_count(offset + length) - first
         candidates = deque(self.order(chunk_id))
@@ -193,6 +203,7 @@ class ChunkReader:
             "read_bytes": self._bytes,
             "hedges": self._hedges,
             "corrupt": self._corrupt,
+            **self.shortcut.statistics(),
         }
 
 

@@ -79,3 +79,7 @@ class ChunkStore(Protocol):
     async def read(self, chunk_id: bytes, offset: int, length: int) -> Buffer:
         """Verified bytes of a chunk."""
         ...
+
+    def read_nowait(self, chunk_id: bytes, offset: int, length: int) -> Buffer | None:
+        """Verified bytes that can be had without waiting, else None."""
+        ...

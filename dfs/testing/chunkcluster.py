@@ -141,4 +141,5 @@ class ChunkCluster:
             salt=SALT,
             random=self.random,
             offload=inline,
+            machine=b"",
         )

@@ -436,6 +436,11 @@ class FakeChunks:
         self._mine.clear()
         return 0
 
+    def read_nowait(self, chunk_id: bytes, offset: int, length: int) -> Buffer | None:
+        """Only what is not sent yet."""
+        prepared = self._prepared.get(chunk_id)
+        return None if prepared is None else bytes(prepared.read(offset, length))
+
     async def touch(self, chunk_ids: Iterable[bytes]) -> list[bool]:
         """Whether each chunk is held durably."""
         await trio.sleep(self.store.delay)

@@ -124,6 +124,11 @@ Chunkserver (design.md section 8).  An encoded chunk is `dfs.chunks.format`: hea
         nothing about that put (the server restarted in between): the client puts it again.
     chunk.get(chunk_id, first_block, blocks) -> (plain_length, stamp) data=header + those stored blocks
         blocks = -1 means to the end.  errors: NotFound, Corrupt
+    chunk.door()                         -> (boot, machine, socket, token)  # where readers of one host get files
+        machine: see `dfs.rpc.descriptors.machine`; b"" = there is no such door.  socket: its
+        abstract name.  token: what to say there.
+    chunk.locate((chunk_id, ...))        -> (boot, ((segment, offset, stored_length, plain_length) or None, ...))
+        for readers with a descriptor of the segment: where the encoded chunk lies now.
     chunk.report(chunk_id)               -> (action,)               # a reader saw a bad copy: "ok" | "quarantined" | "absent"
     chunk.list(after_id, limit, last_partition=0) -> (((chunk_id, plain_length, stored_length, stamp), ...),)
     chunk.summary()                      -> (4096,)                 data=(count u32, sum of id[:16] mod 2**128) a partition
