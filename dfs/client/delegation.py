@@ -43,7 +43,7 @@ class Batch:
         """An empty one, begun at the monotonic time `since`."""
         self.number = number
         self.since = since
-        self.keys: dict[bytes, None] = {}
+        self.keys: dict[bytes, object] = {}
         self.ranges: list[tuple[bytes, bytes]] = []
         self.effects: tuple[Effect, ...] = ()  # once it is closed
         self.size = 0
