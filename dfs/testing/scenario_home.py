@@ -90,6 +90,8 @@ class Client:
 class World:
     """One schedule."""
 
+    client_type = Client
+
     def __init__(self, seed: int, mutant: str | None = None) -> None:
         """Everything is drawn from `seed`."""
         self.random = Random(seed)
@@ -100,7 +102,7 @@ class World:
         self.ballots = 0
         self.accepted: tuple[int, bytes] | None = None
         self.homes = [Home() for _ in range(3)]
-        self.clients = [Client(i) for i in range(4)]
+        self.clients = [self.client_type(i) for i in range(4)]
         self.mail: list[tuple[int, dict[str, Any]]] = []  # (home or ~client, message)
         self.time = self.ids = self.sids = 0
         self.dead: set[int] = set()
@@ -119,8 +121,12 @@ class World:
             payload = self.accepted[1]
             self.accepted = None
             if self.random.random() < 0.5:
-                self.ledger.choose(payload)
+                self.choose(payload)
         home.core = self.rebuild()
+
+    def choose(self, payload: bytes) -> None:
+        """An entry is chosen."""
+        self.ledger.choose(payload)
 
     def rebuild(self) -> HomeCore:
         """A core made from what a home still holds of the journal."""
@@ -154,12 +160,16 @@ class World:
             return
         ballot, payload = self.accepted
         self.accepted = None
-        self.ledger.choose(payload)
+        self.choose(payload)
         for home in self.homes:
             if home.ballot == ballot and home.core is not None:
                 home.proposing = None
-                for request, answer in home.core.absorb(len(self.ledger.log), payload):
-                    self.answer(home, request, answer)
+                self.absorb(home, home.core, payload)
+
+    def absorb(self, home: Home, core: HomeCore, payload: bytes) -> None:
+        """The proposer of an entry that was chosen learns it."""
+        for request, answer in core.absorb(len(self.ledger.log), payload):
+            self.answer(home, request, answer)
 
     # -------------------------------------------------------------------------------- a home
 
@@ -170,8 +180,9 @@ class World:
     def reply(self, request: Request, message: dict[str, Any]) -> None:
         """Post a message to the client that made a request."""
         if request.token is not None:
-            client, sid, no = request.token
-            self.send(~client, {**message, "sid": sid, "no": no})
+            asked = request.token
+            about = {key: asked[key] for key in ("sid", "no", "asked")}
+            self.send(~asked["client"], {**message, **about})
 
     def answer(self, home: Home, request: Request, answer: Answer) -> None:
         """Turn an outcome of the core into a message."""
@@ -196,16 +207,20 @@ class World:
             if self.random.random() < 0.08:
                 self.takeover(home)
             return
+        self.serve(home, core, m)
+
+    def serve(self, home: Home, core: HomeCore, m: dict[str, Any]) -> None:
+        """A home that believes that it owns the ballot deals with a message."""
         if m["k"] == "open":
             self.sids += 1
-            opening = Open(self.sids, "rw", m["nonce"], "")
-            opening.token = (m["client"], 0, m["nonce"])
+            opening = Open(self.sids, "rw", m["no"], "")
+            opening.token = m
             core.submit(opening)
         elif m["k"] == "watch":
             self.confirm(home, ("watch", m), skip=self.mutant == "watch_unconfirmed")
         else:
-            request = Commit(m["sid"], m["no"], m["base"], m["txns"])
-            request.token = (m["client"], m["sid"], m["no"])
+            request = Commit(m["sid"], m["no"], m["base"], m["txns"], 0, m["epoch"])
+            request.token = m
             if self.mutant == "dedup_at_arrival":
                 session = core.sessions.get(request.sid)
                 known = session and HomeCore._recall(core, session, request)
@@ -230,11 +245,15 @@ class World:
         if core is None:
             raise Violation("confirmed without a core")
         if kind == "watch":
-            self.send(~what["client"], {**what, "k": "watched", "seq": core.seq})
+            self.watched(home, core, what)
             return
         answer = core.settle(what)
         if answer is not None:
             self.answer(home, what, answer)
+
+    def watched(self, home: Home, core: HomeCore, m: dict[str, Any]) -> None:
+        """Answer a watch."""
+        self.send(~m["client"], {**m, "k": "watched", "seq": core.seq})
 
     def turn(self, home: Home) -> None:
         """A home does one piece of its own work."""
@@ -288,14 +307,12 @@ class World:
             client.guess = r.randrange(3)
         if not client.sid:
             if r.random() < 0.4:
-                m = {"k": "open", "client": client.number, "nonce": client.nonce}
-                self.send(client.guess, m)
+                self.ask(client, "open", no=client.nonce)
             return
         if r.random() < 0.1:
             self.ids += 1
             client.watch = (self.ids, self.ledger.floor)
-            m = {"k": "watch", "client": client.number, "sid": client.sid, "no": self.ids}
-            self.send(client.guess, m)
+            self.ask(client, "watch", no=self.ids)
         if client.pause > self.time:
             return
         if client.request is None:
@@ -308,7 +325,16 @@ class World:
                 client.seq = len(self.ledger.log)
                 self.issue(client)
             if client.request is not None:
-                self.send(client.guess, dict(client.request))
+                self.ask(client, "commit", **client.request)
+
+    def ask(self, client: Client, kind: str, **message: Any) -> None:
+        """Send a request to the home that the client takes for the owner."""
+        about = {"client": client.number, "sid": client.sid, "asked": self.clock(client)}
+        self.send(client.guess, {"k": kind, **about, **message})
+
+    def clock(self, client: Client) -> float:
+        """What a client's clock says."""
+        return self.time
 
     def invent(self, client: Client) -> Op:
         """A random operation."""
@@ -338,14 +364,8 @@ class World:
             return
         client.no += 1
         self.ledger.submit(client.sid, client.no, ops, txns)
-        client.request = {
-            "k": "commit",
-            "client": client.number,
-            "sid": client.sid,
-            "no": client.no,
-            "base": client.seq,
-            "txns": tuple(txns),
-        }
+        base, epoch = client.seq, 0
+        client.request = {"no": client.no, "base": base, "txns": tuple(txns), "epoch": epoch}
 
     def client_message(self, client: Client, m: dict[str, Any]) -> None:
         """An answer arrives at a client."""
