@@ -39,6 +39,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="serve extended attributes; costs a request more for each write",
     )
+    parser.add_argument(
+        "--relatime",
+        action="store_true",
+        help="keep access times, as seldom as relatime does; without: noatime",
+    )
     parser.add_argument("--cache", type=int, default=64, metavar="MIB", help="data cache (64)")
     parser.add_argument("--log", metavar="FILE", help="write messages there instead of stderr")
     parser.add_argument("--verbose", action="store_true")
@@ -73,6 +78,7 @@ async def mount(arguments: argparse.Namespace, ready: Ready) -> None:
         volume=arguments.volume,
         read_only=arguments.read_only,
         xattrs=arguments.xattrs,
+        relatime=arguments.relatime,
     )
     check_system()
     check_mountpoint(options.mountpoint)

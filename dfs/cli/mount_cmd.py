@@ -14,6 +14,8 @@ from dfs.cli.context import run as run_async
 @cluster_option
 @click.option("--foreground", is_flag=True, help="Serve in this process until interrupted.")
 @click.option("--read-only", is_flag=True, help="Refuse every change.")
+@click.option("--xattrs", is_flag=True, help="Serve extended attributes; writes cost more.")
+@click.option("--relatime", is_flag=True, help="Keep access times, as seldom as relatime does.")
 @click.option(
     "--pid-file",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -25,6 +27,8 @@ def mount(
     cluster_path: str | None,
     foreground: bool,
     read_only: bool,
+    xattrs: bool,
+    relatime: bool,
     pid_file: Path | None,
     volume: str,
     mountpoint: Path,
@@ -38,7 +42,8 @@ def mount(
     from dfs.cli.mounts import check_mount_point, forget_dead, start_mount
 
     file = cluster_file(cluster_path)
-    options = ["--read-only"] if read_only else []
+    flags = {"--read-only": read_only, "--xattrs": xattrs, "--relatime": relatime}
+    options = [name for name, given in flags.items() if given]
     where = check_mount_point(mountpoint)
     run_async(_find, file, volume)
     if foreground:
