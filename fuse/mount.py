@@ -13,9 +13,11 @@ from pathlib import Path
 import pyfuse3
 import trio
 
+from dfs.client.atimes import AccessTimes
 from dfs.client.filesystem import FileSystem
 from dfs.errors import ConfigError, DfsError, FsError
 from fuse.invalidate import Invalidator
+from fuse.listen import Listener, devices, install
 from fuse.operations import Operations
 
 log = logging.getLogger(__name__)
@@ -34,12 +36,15 @@ class MountOptions:
     volume: str
     read_only: bool = False
     xattrs: bool = False
+    relatime: bool = False
     allow_other: bool = True  # only has an effect for root
 
     def fuse_options(self) -> set[str]:
         """Options for libfuse.  Never `max_read`: libfuse refuses it in this combination."""
         options = set(pyfuse3.default_options)
-        options |= {"default_permissions", "noatime", f"fsname=dfs:{self.volume}", "subtype=dfs"}
+        options |= {"default_permissions", f"fsname=dfs:{self.volume}", "subtype=dfs"}
+        if not self.relatime:
+            options.add("noatime")
         if self.read_only:
             options.add("ro")
         if self.allow_other and os.geteuid() == 0:
@@ -126,10 +131,12 @@ def tune_collector() -> None:
 
 
 @contextlib.asynccontextmanager
-async def mounted(fs: FileSystem, options: MountOptions) -> AsyncIterator[Operations]:
+async def mounted(fs: FileSystem, options: MountOptions) -> AsyncIterator[Listener]:
     """The file system in the kernel for the length of the block; `serve` must run inside."""
+    before = devices()
     invalidator = Invalidator()
-    operations = Operations(fs, invalidator, xattrs=options.xattrs)
+    atimes = AccessTimes(fs.session) if options.relatime and not options.read_only else None
+    operations = Operations(fs, invalidator, xattrs=options.xattrs, atimes=atimes)
     try:
         pyfuse3.init(operations, options.mountpoint, options.fuse_options())
     except RuntimeError as e:
@@ -137,9 +144,23 @@ async def mounted(fs: FileSystem, options: MountOptions) -> AsyncIterator[Operat
         raise ConfigError(
             f"cannot mount on {options.mountpoint}: {e}; the lines above tell what libfuse says"
         ) from e
+    listener = Listener(min(devices() - before))
+    operations.waits = listener.pass_on
+    uninstall = install(listener)
     try:
-        yield operations
+        async with trio.open_nursery() as nursery:
+            if atimes is not None:
+                nursery.start_soon(atimes.run)
+            yield listener
+            nursery.cancel_scope.cancel()
+        if atimes is not None:
+            try:
+                with trio.move_on_after(FLUSH_TIMEOUT):
+                    await atimes.commit()
+            except DfsError as e:  # data is what an unmount must not lose
+                log.warning("access times are not committed: %s", e)
     finally:
+        uninstall()
         invalidator.stop()
         pyfuse3.close(unmount=True)
 
@@ -149,8 +170,8 @@ async def serve(fs: FileSystem, options: MountOptions, ready: Callable[[], None]
 
     Raises `ConfigError` when it cannot mount, `FsError` when dirty data could not be committed.
     """
-    async with mounted(fs, options), trio.open_nursery() as nursery:
-        nursery.start_soon(_until_signal, fs)
+    async with mounted(fs, options) as listener, trio.open_nursery() as nursery:
+        nursery.start_soon(_until_signal, fs, listener)
         nursery.start_soon(_when_served, options.mountpoint, ready)
         await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
         nursery.cancel_scope.cancel()
@@ -172,7 +193,7 @@ async def _when_served(real_mountpoint: str, ready: Callable[[], None]) -> None:
     ready()
 
 
-async def _until_signal(fs: FileSystem) -> None:
+async def _until_signal(fs: FileSystem, listener: Listener) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for number in signals:
             log.info("%s: unmounting", signal.Signals(number).name)
@@ -181,5 +202,6 @@ async def _until_signal(fs: FileSystem) -> None:
                     await fs.shut_down()
             except DfsError as e:
                 log.warning("not everything is committed: %s", e)
+            listener.close()
             pyfuse3.terminate()
             return

@@ -13,12 +13,13 @@ import functools
 import logging
 import os
 import stat
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import pyfuse3
 import trio
 
+from dfs.client.atimes import AccessTimes
 from dfs.client.attributes import without_privileges
 from dfs.client.filesystem import Attr, Caller, FileSystem
 from dfs.client.namespace import RENAME_EXCHANGE
@@ -27,6 +28,7 @@ from dfs.volume import items
 from fuse.handles import OpenInodes
 from fuse.inodes import InodeTable
 from fuse.invalidate import Invalidator
+from fuse.listen import first_wait
 
 log = logging.getLogger(__name__)
 
@@ -35,16 +37,16 @@ BLOCK_SIZE = 4096  # of statfs
 NO_LIMIT = 1 << 60  # bytes that statfs shows when nobody knows a limit
 READDIR_LIMIT = 256
 
-Handler = Callable[..., Awaitable[Any]]
+Handler = Callable[..., Coroutine[Any, Any, Any]]
 
 
 def _answering(handler: Handler) -> Handler:
-    """Let only `FUSEError` out of a handler."""
+    """Let only `FUSEError` out of a handler; tell when it waits."""
 
     @functools.wraps(handler)
     async def answering(self: "Operations", *args: Any) -> Any:
         try:
-            return await handler(self, *args)
+            return await first_wait(handler(self, *args), self.waits)
         except pyfuse3.FUSEError:
             raise
         except DfsError as e:
@@ -78,9 +80,22 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = False
 
-    def __init__(self, fs: FileSystem, invalidator: Invalidator, *, xattrs: bool = False) -> None:
-        """Serve `fs`."""
+    def __init__(
+        self,
+        fs: FileSystem,
+        invalidator: Invalidator,
+        *,
+        xattrs: bool = False,
+        atimes: AccessTimes | None = None,
+        waits: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Serve `fs`; `waits` is called whenever a handler begins to wait for something.
+
+        `atimes` keeps access times; without it nothing changes them but who sets them.
+        """
         super().__init__()
+        self._atimes = atimes
+        self.waits = waits
         self._fs = fs
         self._xattrs = xattrs
         self._invalidator = invalidator
@@ -92,6 +107,8 @@ class Operations(pyfuse3.Operations):
     # ------------------------------------------------------------------ encoding
 
     def _attributes(self, attr: Attr) -> pyfuse3.EntryAttributes:
+        if self._atimes is not None:
+            self._atimes.overlay(attr)
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = attr.ino
         entry.st_mode = attr.kind << 12 | attr.mode
@@ -105,7 +122,6 @@ class Operations(pyfuse3.Operations):
         entry.st_atime_ns = attr.atime
         entry.st_mtime_ns = attr.mtime
         entry.st_ctime_ns = attr.ctime
-        entry.st_birthtime_ns = attr.btime
         entry.entry_timeout = TIMEOUT
         entry.attr_timeout = TIMEOUT
         return entry
@@ -170,6 +186,8 @@ class Operations(pyfuse3.Operations):
 
     async def readlink(self, ino: int, _ctx: Any) -> bytes:
         """READLINK."""
+        if self._atimes is not None:
+            self._atimes.accessed(await self._fs.getattr(ino))
         return await self._fs.readlink(ino)
 
     async def unlink(self, parent: int, name: bytes, _ctx: Any) -> None:
@@ -236,6 +254,8 @@ class Operations(pyfuse3.Operations):
         self, ino: int, attr: pyfuse3.EntryAttributes, fields: Any, _fh: Any, _ctx: Any
     ) -> pyfuse3.EntryAttributes:
         """SETATTR: chmod, chown, truncate, utimens."""
+        if self._atimes is not None and fields.update_atime:
+            self._atimes.set(ino)
         changed = await self._fs.setattr(
             ino,
             mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
@@ -308,6 +328,9 @@ class Operations(pyfuse3.Operations):
         if self._invalidator.is_pending(ino):
             await self._invalidator.wait_inode(ino)
         self.open_inodes.opened(handle, ino)
+        if self._atimes is not None and mode == os.O_RDONLY and not flags & os.O_NOATIME:
+            # Reads of pages that the kernel has do not arrive here, so this counts as one.
+            self._atimes.accessed(await self._fs.getattr(ino))
         return pyfuse3.FileInfo(fh=handle, keep_cache=True)
 
     async def _clear_privileges(self, ino: int) -> None:
@@ -371,18 +394,28 @@ class Operations(pyfuse3.Operations):
         for cookie, name in ((1, b"."), (2, b"..")):
             if start < cookie:  # these two are not counted as looked up
                 attr = await self._fs.lookup(ino, name)
+                if self._atimes is not None and cookie == 1:
+                    self._atimes.accessed(attr)
                 if not pyfuse3.readdir_reply(token, name, self._attributes(attr), cookie):
                     return
                 start = cookie
+        fs, looked_up, attributes = self._fs, self.inodes.looked_up, self._attributes
+        reply, entry_key = pyfuse3.readdir_reply, items.entry_key
         while True:
-            entries = await self._fs.readdir(fh, start, READDIR_LIMIT)
-            for name, cookie, attr in entries:
-                if not pyfuse3.readdir_reply(token, name, self._attributes(attr), cookie):
-                    return
-                self._entry(ino, name, attr)
-                self._fs.returned(fh, name, cookie)
+            entries = await fs.readdir(fh, start, READDIR_LIMIT)
+            taken = len(entries)
+            for n, (name, cookie, attr) in enumerate(entries):
+                if not reply(token, name, attributes(attr), cookie):
+                    taken = n
+                    break
+                looked_up(attr.ino, entry_key(ino, cookie), ino, name)
                 start = cookie
-            if not entries:
+            # The reader's place is a cookie and which of its names were taken; mostly that is one.
+            for name, cookie, _ in reversed(entries[:taken]):
+                if cookie != start:
+                    break
+                fs.returned(fh, name, cookie)
+            if not entries or taken < len(entries):
                 return
 
     async def fsyncdir(self, fh: int, _datasync: bool) -> None:

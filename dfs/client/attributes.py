@@ -168,9 +168,18 @@ def list_xattrs(txn: Txn, ino: int) -> list[bytes]:
 
 
 def set_xattr(txn: Txn, ino: int, name: bytes, value: bytes, now: int, flags: int = 0) -> None:
-    """Set an extended attribute; flags as of setxattr(2)."""
+    """Set an extended attribute; flags as of setxattr(2).
+
+    EOPNOTSUPP for the `system` namespace: an access control list that is kept and not enforced
+    would be a hole.
+    """
     if not 0 < len(name) <= items.MAX_NAME:
         raise fs_error(errno.ERANGE, "name of an extended attribute")
+    namespace, _, rest = name.partition(b".")
+    if namespace == b"system":
+        raise fs_error(errno.EOPNOTSUPP, repr(name))
+    if not rest:
+        raise fs_error(errno.EINVAL, repr(name))
     if len(value) > MAX_XATTR:
         raise fs_error(errno.E2BIG, f"extended attribute of {len(value)} bytes")
     inode = get_inode(txn, ino)

@@ -251,6 +251,41 @@ def test_reading_changes_no_time(same):
     same(reads)
 
 
+def test_relatime_on_request(sides):
+    """A read moves an access time that is older than the last change, or than a day."""
+    m = sides.mount("relatime", "--relatime")
+    f, link, d = m / "f", m / "l", m / "d"
+    create(f, b"hello")
+    os.mkdir(d)
+    os.symlink("f", link)
+    old = 10**18
+    content(f)  # ctime is newer than atime: moved
+    os.listdir(d)
+    os.readlink(link)
+    time.sleep(1.1)  # longer than the kernel keeps attributes
+    first = {p: os.lstat(p).st_atime_ns for p in (f, d, link)}
+    for p, atime in first.items():
+        assert now_ish(atime), p
+        assert atime > os.lstat(p).st_mtime_ns
+    content(f)  # newer than everything: stays
+    os.listdir(d)
+    os.readlink(link)
+    time.sleep(1.1)
+    assert {p: os.lstat(p).st_atime_ns for p in first} == first
+    fd = os.open(f, os.O_RDONLY | os.O_NOATIME)
+    put(f, b"HELLO")
+    os.read(fd, 5)
+    os.close(fd)
+    assert os.stat(f).st_atime_ns == first[f]
+    content(f)  # changed since
+    sides.umount("relatime", "--relatime")  # commits what was noted
+    m = sides.mount("relatime", "--relatime")
+    assert os.stat(m / "f").st_atime_ns > os.stat(m / "f").st_mtime_ns > first[f]
+    os.utime(m / "f", ns=(old, old))
+    assert os.stat(m / "f").st_atime_ns == old
+    sides.umount("relatime", "--relatime")
+
+
 def test_the_mount_says_noatime(sides):
     where = str(sides.mount())
     lines = Path("/proc/mounts").read_text().splitlines()

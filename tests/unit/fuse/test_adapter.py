@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 import pyfuse3
 import pytest
@@ -42,7 +43,7 @@ async def answer(error):
         raise error
 
     with pytest.raises(pyfuse3.FUSEError) as caught:
-        await handler(None)
+        await handler(SimpleNamespace(waits=lambda: None))
     return caught.value.errno
 
 
@@ -64,7 +65,7 @@ async def test_a_cancelled_handler_answers():
     with trio.CancelScope() as scope:
         scope.cancel()
         with pytest.raises(pyfuse3.FUSEError) as caught:
-            await handler(None)
+            await handler(SimpleNamespace(waits=lambda: None))
         assert caught.value.errno == errno.EIO
 
 
