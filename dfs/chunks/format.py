@@ -277,8 +277,11 @@ class Header:
         count = block_count(offset + length) - first
         if not count:
             return b""
-        parts = self.plain(first, count, stored)
-        plain = parts[0] if len(parts) == 1 else b"".join(parts)
+        if count == 1:
+            plain = self.block(first, stored)
+        else:
+            parts = self.plain(first, count, stored)
+            plain = parts[0] if len(parts) == 1 else b"".join(parts)
         skip = offset - first * BLOCK
         if skip == 0 and len(plain) == length:
             return plain

@@ -1,7 +1,9 @@
 """Reading files: committed extents under what is not committed yet, and reading ahead."""
 
 import errno
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from operator import attrgetter
 
 from dfs.client.attributes import get_inode
 from dfs.client.cache import ChunkCache, join
@@ -15,7 +17,13 @@ from dfs.volume import extents
 from dfs.volume.view import Txn
 
 SPAN = 16 << 20  # bytes of a file, beyond what is asked for, whose extents are looked up at once
+WIDE = 2 << 30  # bytes of a file of which all extents may be kept
+MANY = 1024  # extents that a file whose extents are all kept may have, judged by those seen
+FEW = 16  # extents that need no search
 SMALL_READ = 128 << 10  # longest read of a scattered reader that fetches blocks, not megabytes
+
+
+_offset = attrgetter("offset")
 
 
 class Reader:
@@ -70,14 +78,36 @@ class Reader:
             or start < span[0]
             or min(end + READAHEAD_MAX, max(end, file.size)) > span[1]
         ):
-            ino, stop = file.ino, end + SPAN
+            ino = file.ino
+            first, stop = self._widen(file, start, end)
 
             def op(txn: Txn) -> tuple[int, list[extents.Extent]]:
-                return get_inode(txn, ino).size, scan_extents(txn, ino, start, stop)
+                return get_inode(txn, ino).size, scan_extents(txn, ino, first, stop)
 
             file.size, found = await self._session.read(op)
-            file.span = span = (start, stop, found)
-        return file.size, span[2]
+            file.span = span = (first, stop, found)
+        found = span[2]
+        if len(found) <= FEW:
+            return file.size, found
+        # The range, and what may be read ahead after it.
+        i = max(bisect_right(found, start, key=_offset) - 1, 0)
+        j = bisect_left(found, end + READAHEAD_MAX, lo=i, key=_offset)
+        return file.size, found[i:j]
+
+    def _widen(self, file: File, start: int, end: int) -> tuple[int, int]:
+        """The part of a file whose extents are looked up now.
+
+        A reader that jumps about in a file of few extents misses what was looked up last again and
+        again: each time four times as much is looked up, until it is all of it.
+        """
+        span = file.span
+        if span is None or not 0 <= file.size <= WIDE:
+            return start, end + SPAN
+        width = span[1] - span[0]
+        if len(span[2]) * file.size > MANY * width:
+            return start, end + SPAN
+        width *= 4
+        return start // width * width, max(-(-end // width) * width, end + SPAN)
 
     async def gather(
         self, plan: Sequence[extents.Piece], *, small: bool = False

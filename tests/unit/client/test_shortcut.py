@@ -359,3 +359,52 @@ def test_buffers_have_their_size_and_place():
 
 def test_this_machine_is_known():
     assert machine()
+
+
+def test_short_reads_stay_in_the_loop_while_the_medium_is_quick(monkeypatch):
+    now, took = 0.0, 0.0001
+
+    def clock():
+        return now
+
+    def pull(*args):
+        nonlocal now
+        now += took
+        return args
+
+    monkeypatch.setattr(shortcut, "perf_counter", clock)
+    quick = shortcut._Quick()
+    for _ in range(shortcut.READS):
+        assert not quick.inline(4096)
+        assert quick.timed(pull, 1, 2) == (1, 2)
+    assert quick.inline(4096)
+    assert quick.inline(shortcut.SHORT)
+    assert not quick.inline(shortcut.SHORT + 1)
+    took = 1.0  # one stall, and it has to prove itself again
+    quick.timed(pull)
+    took = 0.0001
+    for _ in range(shortcut.READS - 1):
+        assert not quick.inline(4096)
+        quick.timed(pull)
+    quick.timed(pull)
+    assert quick.inline(4096)
+    took = 0.005  # slow, but no stall: when most of the last ones were
+    for n in range(shortcut.READS):
+        assert quick.inline(4096) == (n < shortcut.READS // 2)
+        quick.timed(pull)
+
+
+async def test_cold_short_reads_of_a_quick_medium_need_no_thread(tmp_path):
+    async with world(tmp_path) as w:
+        data = random.Random(2).randbytes(SIZE)
+        chunk_id = await w.put(data)
+        await w.opened(chunk_id)
+        local = w.client._reader.shortcut
+        assert not local._quick.inline(4096)
+        for k in range(shortcut.READS + 1):  # the slow way, on threads
+            assert bytes(await w.client.read(chunk_id, 65_536 + k, 100)) == data[65_536 + k :][:100]
+        local._quick._quick = True  # whatever this machine's disk is like
+        (place,) = local._places.values()
+        os.posix_fadvise(place.file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        for k in range(0, SIZE - 65_536, 65_536):
+            assert bytes(w.client.read_nowait(chunk_id, k, 65_536)) == data[k : k + 65_536]
