@@ -393,3 +393,21 @@ def test_a_replaced_file_is_reopened_by_name_and_the_old_one_is_estale(sides, mn
         assert os.pread(fd, 10, 0) == b"old"
     os.close(fd)
     sides.umount("posix", which=1)
+
+
+def test_small_files_beyond_a_quota_fail_before_close_has_accepted_them(sides):
+    """Without fsync too: the quota is charged when write(2) or close(2) answers, not later."""
+    m = sides.mount("small-quota", params={"quota_bytes": 128 << 10})
+    accepted = []
+    for i in range(100):
+        fd = os.open(m / f"f{i}", os.O_CREAT | os.O_WRONLY)
+        got = [errno_of(os.write, fd, b"%02d" % i * 1024), errno_of(os.close, fd)]
+        assert set(got) <= {0, errno.EDQUOT}
+        if not any(got):
+            accepted.append(i)
+    assert 60 <= len(accepted) <= 64
+    sides.umount("small-quota")
+    m = sides.mount("small-quota")
+    for i in accepted:
+        assert content(m / f"f{i}") == b"%02d" % i * 1024
+    sides.umount("small-quota")
