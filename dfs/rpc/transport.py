@@ -24,6 +24,8 @@ _CONTROL_LOWAT = 128 << 10  # keep little in the kernel, so that priorities deci
 _BULK_LOWAT = 4 << 20
 _USER_TIMEOUT = 20_000  # ms without an acknowledged byte after which the kernel gives up
 _SMALL_RECEIVE = 16 << 10
+_LARGE = 64 << 10  # bytes still to come of one frame from which the kernel gathers them
+_GATHER = 512 << 10  # bytes it gathers before it wakes us
 _SENDS = 8  # sends in a row before other tasks get a turn
 
 
@@ -202,7 +204,9 @@ class Channel:
     receiver that has just answered a whole batch.
     """
 
-    __slots__ = ("_blocked", "_drained", "_sender", "connection", "on_progress", "sock")
+    __slots__ = (
+        "_blocked", "_drained", "_low", "_sender", "connection", "on_progress", "sock",
+    )  # fmt: skip
 
     def __init__(self, sock: socket.socket, connection: Connection) -> None:
         """Take over a connected, non-blocking socket."""
@@ -211,6 +215,8 @@ class Channel:
         self.on_progress: Callable[[], None] | None = None  # called after bytes left
         self._sender: Task | None = None  # parked: nothing to send
         self._drained = False  # the last receive took little
+        # SO_RCVLOWAT: bytes that make the socket readable; 0 = cannot be set.
+        self._low = 0 if sock.family == socket.AF_UNIX else 1
         self._blocked = False  # the kernel's buffer is full, the sender waits for it
 
     def close(self) -> None:
@@ -222,13 +228,13 @@ class Channel:
         connection, sock = self.connection, self.sock
         buffer = connection.next_buffer()
         if self._drained:
-            await trio.lowlevel.wait_readable(sock)
+            await self._wait(len(buffer))
         while True:
             try:
                 n = sock.recv_into(buffer)
                 break
             except BlockingIOError:
-                await trio.lowlevel.wait_readable(sock)
+                await self._wait(len(buffer))
         if not n:
             connection.eof()
             raise EOFError
@@ -239,6 +245,15 @@ class Channel:
         if n == len(buffer):
             await trio.lowlevel.checkpoint()  # a fast peer must not starve the other tasks
         return events
+
+    async def _wait(self, wanted: int) -> None:
+        """Wait for bytes; within a large frame for many, or the loop wakes for every 100 KiB."""
+        if self._low:
+            low = min(wanted, _GATHER) if wanted > _LARGE else 1
+            if low != self._low:
+                self._low = low
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low)
+        await trio.lowlevel.wait_readable(self.sock)
 
     async def send_loop(self) -> None:
         """Send whatever is queued until cancelled or the socket fails (`OSError`)."""

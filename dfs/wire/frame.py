@@ -27,6 +27,7 @@ one scratch buffer; a large frame gets a buffer of its own which the socket fill
 from collections.abc import Sequence
 from struct import Struct
 
+from dfs.buffers import allocate
 from dfs.codec import Buffer
 from dfs.errors import DfsError, LocalProtocolError, RemoteProtocolError, WrongVersion
 from dfs.hashing import crc32
@@ -149,7 +150,7 @@ class Decoder:
             return self._view[: min(self._skip, SCRATCH)]
         start, end = self._start, self._end
         if self._head is not None:
-            self._body = body = memoryview(bytearray(self.waiting))
+            self._body = body = memoryview(allocate(self.waiting))
             have = self._view[start + HEADER_SIZE : end]
             self._filled = len(have)
             body[: len(have)] = have
