@@ -29,6 +29,7 @@ from fuse.handles import OpenInodes
 from fuse.inodes import InodeTable
 from fuse.invalidate import Invalidator
 from fuse.listen import first_wait
+from fuse.removed import Removed
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,8 @@ class Operations(pyfuse3.Operations):
         self._invalidator = invalidator
         self.inodes = InodeTable()
         self.open_inodes = OpenInodes()
-        self._removed: dict[int, Attr] = {}  # directories without a name that the kernel holds
+        self._removed = Removed()
+        self._time_ns = fs.session.cluster.clock.time_ns
         fs.session.on_change(self._changed_elsewhere)
 
     # ------------------------------------------------------------------ encoding
@@ -159,7 +161,7 @@ class Operations(pyfuse3.Operations):
         """FORGET and BATCH_FORGET; must not fail."""
         for ino, count in forgotten:
             if self.inodes.forget(ino, count):
-                self._removed.pop(ino, None)
+                self._removed.forget(ino)
 
     async def mknod(
         self, parent: int, name: bytes, mode: int, rdev: int, ctx: Any
@@ -192,30 +194,27 @@ class Operations(pyfuse3.Operations):
 
     async def unlink(self, parent: int, name: bytes, _ctx: Any) -> None:
         """UNLINK."""
+        removed = await self._held(self._fs.lookup(parent, name))
         await self._fs.unlink(parent, name)
+        self._remember(removed)
 
     async def rmdir(self, parent: int, name: bytes, _ctx: Any) -> None:
         """RMDIR."""
-        key = items.entry_key(parent, self._fs.namespace.cookie(name))
-        removed = await self._held_directory(self.inodes.find(key, name))
+        removed = await self._held(self._fs.lookup(parent, name))
         await self._fs.rmdir(parent, name)
         self._remember(removed)
 
-    async def _held_directory(self, ino: int) -> Attr | None:
-        """Attributes of an inode that the kernel holds, if it is a directory."""
-        if not ino:
-            return None
+    async def _held(self, look: Coroutine[Any, Any, Attr]) -> Attr | None:
+        """Attributes of an inode whose name is about to be removed; None if not known."""
         try:
-            attr = await self._fs.getattr(ino)
-        except FsError:  # somebody else removed it: what follows will tell
+            return await look
+        except FsError:  # nothing is there: what follows will tell
             return None
-        return attr if attr.is_dir else None
 
     def _remember(self, removed: Attr | None) -> None:
-        """Keep the attributes of a directory that was removed, for who still has it open."""
+        """Keep the attributes of what was removed, as long as the kernel holds the inode."""
         if removed is not None and removed.ino in self.inodes:
-            removed.nlink = 0
-            self._removed[removed.ino] = removed
+            self._removed.add(removed, self._time_ns())
 
     async def rename(
         self,
@@ -231,7 +230,7 @@ class Operations(pyfuse3.Operations):
         old_key = items.entry_key(parent, cookie(name))
         new_key = items.entry_key(new_parent, cookie(new_name))
         moved, other = inodes.find(old_key, name), inodes.find(new_key, new_name)
-        replaced = await self._held_directory(other) if other and not flags else None
+        replaced = await self._held(fs.getattr(other)) if other and not flags else None
         await fs.rename(parent, name, new_parent, new_name, flags)
         self._remember(replaced)
         if moved:
@@ -244,11 +243,10 @@ class Operations(pyfuse3.Operations):
     async def getattr(self, ino: int, _ctx: Any) -> pyfuse3.EntryAttributes:
         """GETATTR."""
         try:
-            return self._attributes(await self._fs.getattr(ino))
+            attr = await self._fs.getattr(ino)
         except FsError as e:
-            if e.errno != errno.ESTALE or ino not in self._removed:
-                raise
-            return self._attributes(self._removed[ino])
+            attr = self._removed.instead_of(e, ino)
+        return self._attributes(attr)
 
     async def setattr(
         self, ino: int, attr: pyfuse3.EntryAttributes, fields: Any, _fh: Any, _ctx: Any
@@ -256,16 +254,20 @@ class Operations(pyfuse3.Operations):
         """SETATTR: chmod, chown, truncate, utimens."""
         if self._atimes is not None and fields.update_atime:
             self._atimes.set(ino)
-        changed = await self._fs.setattr(
-            ino,
-            mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
-            uid=attr.st_uid if fields.update_uid else None,
-            gid=attr.st_gid if fields.update_gid else None,
-            size=attr.st_size if fields.update_size else None,
-            atime=attr.st_atime_ns if fields.update_atime else None,
-            mtime=attr.st_mtime_ns if fields.update_mtime else None,
-            ctime=attr.st_ctime_ns if fields.update_ctime else None,
-        )
+        changes = {
+            "mode": stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
+            "uid": attr.st_uid if fields.update_uid else None,
+            "gid": attr.st_gid if fields.update_gid else None,
+            "size": attr.st_size if fields.update_size else None,
+            "atime": attr.st_atime_ns if fields.update_atime else None,
+            "mtime": attr.st_mtime_ns if fields.update_mtime else None,
+            "ctime": attr.st_ctime_ns if fields.update_ctime else None,
+        }
+        try:
+            changed = await self._fs.setattr(ino, **changes)
+        except FsError as e:
+            changed = self._removed.instead_of(e, ino)
+            self._removed.change(changed, changes, self._time_ns())
         return self._attributes(changed)
 
     async def statfs(self, _ctx: Any) -> pyfuse3.StatvfsData:

@@ -40,7 +40,10 @@ class FakeFileSystem:
     """Answers at once; every method costs a call and nothing else."""
 
     def __init__(self):
-        self.session = SimpleNamespace(on_change=lambda fn: None)
+        clock = SimpleNamespace(time_ns=time.time_ns)
+        self.session = SimpleNamespace(
+            on_change=lambda fn: None, cluster=SimpleNamespace(clock=clock)
+        )
         self.namespace = SimpleNamespace(
             cookie=lambda name: items.name_hash(b"salt" * 4, name), salt=b"salt" * 4
         )
