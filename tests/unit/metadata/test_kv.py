@@ -17,7 +17,8 @@ from dfs.testing.network import SimNetwork
 from dfs.testing.processes import SimProcesses
 from metadata.kv import KV
 from metadata.merkle import Digests
-from metadata.registers import partition_of_row, row_of
+from metadata.registers import RAW, partition_of_row, row_of
+from metadata.replica import PACE, SIBLINGS
 from metadata.store.engine import Store
 
 
@@ -109,6 +110,38 @@ async def test_many_at_once_share_batches_and_syncs():
         assert sum(t["passes"] for t in totals) < 200
         assert sum(t["batches"] for t in totals) < 200
         assert all(t["under_way"] == 0 for t in totals)
+
+
+async def test_a_pass_after_a_crowded_one_gathers_and_a_lone_writer_never_waits():
+    async with running(3) as w:
+        w.disks[0].sync_delay = 0.0
+        replica = w.kvs[0].replica
+        began = []  # (when, requests) of each pass
+        apply = replica.registers.apply
+
+        def spy(now_us, work):
+            began.append((trio.current_time(), len(work)))
+            return apply(now_us, work)
+
+        replica.registers.apply = spy
+
+        async def write(requests, after=0.0):
+            await trio.sleep(after)
+            await replica.write([(RAW, [(b"x", b"1")])] * requests)
+
+        async with trio.open_nursery() as nursery:
+            for i in range(4):
+                nursery.start_soon(write, SIBLINGS - 1, i * PACE / 10)
+        lone = [when for when, _ in began]
+        assert len(lone) == 4
+        assert lone[-1] - lone[0] < PACE
+        began.clear()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write, SIBLINGS)
+            for i in range(1, 10):
+                nursery.start_soon(write, 1, i * PACE / 10)
+        assert [count for _, count in began] == [SIBLINGS, 9]
+        assert began[1][0] - began[0][0] == pytest.approx(PACE)
 
 
 async def test_one_node_down_is_not_noticed_and_two_are_named():
