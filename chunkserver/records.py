@@ -16,6 +16,10 @@ The CRC covers the segment's random nonce and the header of the record only.  Wi
 which never leaves the server, nobody can store data that a scan of a damaged segment would take for
 a record.  The payload needs no CRC: an encoded chunk proves itself against its id.
 
+A large record may begin at the next multiple of 4096 (`ALIGN`) after the one before it, and end the
+file at such a multiple, so that it can be written past the kernel's cache.  What lies between is
+zeros.
+
 A hint file repeats the record headers of a segment up to `covered`, everything below which was
 synced before the hint was written:
 
@@ -43,6 +47,7 @@ SEGMENT_HEADER = _SEGMENT.size + _CRC.size
 RECORD_HEADER = _RECORD.size + _CRC.size
 ENTRY_SIZE = _ENTRY.size
 NONCE = 16
+ALIGN = 4096
 WINDOW = 1 << 20  # bytes read at a time while looking for the next record in damage
 
 Read = Callable[[int, int], bytes]  # (length, offset) -> bytes, shorter at the end of the file
@@ -75,6 +80,11 @@ class Scan(NamedTuple):
     records: list[Record]
     gaps: list[tuple[int, int]]  # [start, end) where no record header could be read
     end: int  # where the last record ends; what follows is a torn tail
+
+
+def aligned(offset: int) -> int:
+    """The first offset at or after this one where a large record may begin."""
+    return -(-offset // ALIGN) * ALIGN
 
 
 def segment_header(number: int, nonce: bytes) -> bytes:
@@ -121,23 +131,30 @@ def parse_record(data: bytes | memoryview, seed: int, offset: int) -> Record | N
 def scan(read: Read, start: int, size: int, seed: int) -> Scan:
     """Read the record headers in `[start, size)`, skipping payloads.
 
-    Where a header is damaged, the scan looks for the next valid one and notes the gap.
+    Zeros up to a multiple of `ALIGN` are no damage.  Where a header is damaged, the scan looks for
+    the next valid one and notes the gap.
     """
     records: list[Record] = []
     gaps: list[tuple[int, int]] = []
-    at = start
+    at = end = start
     while at < size:
         record = parse_record(read(RECORD_HEADER, at), seed, at)
         if record is not None and record.end <= size:
             records.append(record)
-            at = record.end
+            at = end = record.end
+            continue
+        up = min(aligned(at), size)
+        if up > at and not any(read(up - at, at)):
+            at = up  # zeros before a large record, or after the last one
+            if at == size:
+                end = at
             continue
         found = _next(read, at + 1, size, seed)
         if found < 0:
             break
-        gaps.append((at, found))
+        gaps.append((end, found))
         at = found
-    return Scan(records, gaps, at)
+    return Scan(records, gaps, end)
 
 
 def _next(read: Read, start: int, size: int, seed: int) -> int:

@@ -23,6 +23,7 @@ from chunkserver.ledger import Ledger, Usage
 from chunkserver.quarantine import Quarantine
 from chunkserver.records import DROP, PUT, TOMBSTONE, TOUCH, Record
 from chunkserver.recovery import SEGMENTS, Recovery, Segment, hint_name, recover, segment_name
+from dfs.buffers import allocate_aligned
 from dfs.chunks import format as chunks
 from dfs.env import Buffer, Disk, DiskFile, Env
 from dfs.errors import Corrupt, DiskFull, NotFound, StoreFailed
@@ -56,6 +57,7 @@ class _Write(NamedTuple):
     stamp: int
     buffers: Sequence[Buffer] = ()
     size: int = 0
+    pages: memoryview | None = None  # the payload behind room for the header, see `room_for`
 
 
 class Segments:
@@ -129,9 +131,11 @@ class Segments:
         stamp: int,
         *,
         moved: bool = False,
+        pages: memoryview | None = None,
     ) -> bool:
         """Append a verified encoded chunk of `size` bytes; False if it was held (and is touched).
 
+        `pages`: what `room_for` gave, with the chunk in its place; then `buffers` are not used.
         `moved`: others could keep it instead, so that a disk which is nearly full refuses it.
         Raises `DiskFull` naming the disk and what is free, `StoreFailed`.
         """
@@ -140,7 +144,7 @@ class Segments:
                 self.room.check_move(size)
             else:
                 self.room.check_write(size)
-        write = _Write(PUT, chunk_id, plain, stamp, buffers, size)
+        write = _Write(PUT, chunk_id, plain, stamp, buffers, size, pages)
         new = await self._append([write])
         self._puts += new
         self._bytes += size * new
@@ -247,26 +251,38 @@ class Segments:
                 return 0
             self._check_failed()
             active = self._active
+            pages = writes[0].pages
+            if pages is not None:
+                total = len(pages) + records.aligned(active.size) - active.size
             if active.size + total > self._options.segment_size and active.log:
                 await self._roll()
                 active = self._active
             buffers: list[Buffer] = []
-            for kind, chunk_id, extra, stamp, payload, size in writes:
+            for kind, chunk_id, extra, stamp, payload, size, _ in writes:
                 head = records.record_header(active.seed, kind, chunk_id, size, extra, stamp)
                 buffers.append(head)
                 buffers += payload
             try:
-                if inline:
+                expected = active.size
+                if pages is not None:
+                    expected = records.aligned(expected)
+                    pages[: records.RECORD_HEADER] = buffers[0]
+                    at = await self._disk.run(active.file.append_pages, pages)
+                elif inline:
                     at = active.file.append(buffers)
                 else:
                     at = await self._disk.run(_stream, active.file, buffers)
             except StoreFailed as e:
                 self.failed = str(e)
                 raise
-            if at != active.size:
+            if at != expected:
                 self.failed = f"segment {active.number} was changed by somebody else"
                 raise StoreFailed(self.failed)
-            return self._account(active, writes)
+            active.size = at
+            new = self._account(active, writes)
+            if pages is not None:
+                active.size = at + len(pages)
+            return new
         finally:
             self._turn.release()
 
@@ -284,7 +300,7 @@ class Segments:
 
     def _account(self, active: Segment, writes: list[_Write]) -> int:
         new = 0
-        for kind, chunk_id, extra, stamp, _, size in writes:
+        for kind, chunk_id, extra, stamp, _, size, _ in writes:
             record = Record(kind, active.size, chunk_id, size, extra, stamp)
             self._ledger.apply(active.number, record)
             active.log += records.entry(*record)
@@ -424,6 +440,17 @@ def _create(disk: Disk, number: int, nonce: bytes) -> Segment:
     file.fdatasync()
     disk.sync_dir(SEGMENTS)
     return Segment(number, file, nonce, records.SEGMENT_HEADER)
+
+
+def room_for(size: int) -> tuple[memoryview, memoryview]:
+    """Pages for the record of a chunk of `size` bytes, and the part of them that is the chunk.
+
+    Give the pages to `Segments.put` when the chunk is there.
+    """
+    end = records.RECORD_HEADER + size
+    pages = allocate_aligned(records.aligned(end))
+    pages[end:] = bytes(len(pages) - end)
+    return pages, pages[records.RECORD_HEADER : end]
 
 
 def _stream(file: DiskFile, buffers: Sequence[Buffer]) -> int:

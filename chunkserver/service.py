@@ -23,7 +23,7 @@ from chunkserver.metrics import measure
 from chunkserver.peers import Peers
 from chunkserver.repair import Repair
 from chunkserver.scrub import Scrub
-from chunkserver.segments import Segments, StoreOptions
+from chunkserver.segments import Segments, StoreOptions, room_for
 from dfs.chunks import format as chunks
 from dfs.cluster.map import CHUNK, ClusterMap
 from dfs.env import Context, Env, Handler, Reply
@@ -202,10 +202,12 @@ class ChunkNode:
             return (False, self.boot), b""  # a copy of garbage: as good as stored
         new = False
         if not await store.renew(chunk_id, stamp):
-            header = await self._verify(chunk_id, data)
+            header, pages = await self._verify(chunk_id, data)
             # whom it is not home to, a nearly full disk leaves to the next fallback
             moved = copy or not self.peers.is_home(partition_of(chunk_id))
-            new = await store.put(chunk_id, [data], len(data), header.length, stamp, moved=moved)
+            new = await store.put(
+                chunk_id, [data], len(data), header.length, stamp, moved=moved, pages=pages
+            )
         if durable:
             await store.sync()
         if chunk_id in store.quarantine.ids:
@@ -213,10 +215,13 @@ class ChunkNode:
             await store.healed(chunk_id)
         return (new, self.boot), b""
 
-    async def _verify(self, chunk_id: bytes, data: memoryview) -> chunks.Header:
+    async def _verify(
+        self, chunk_id: bytes, data: memoryview
+    ) -> tuple[chunks.Header, memoryview | None]:
+        """The verified header; and pages to write, with room for that of the record, if large."""
         if len(data) <= INLINE:
-            return chunks.verify(data, chunk_id)
-        return await self._env.disk.run(chunks.verify, data, chunk_id)
+            return chunks.verify(data, chunk_id), None
+        return await self._env.disk.run(_verify, chunk_id, data)
 
     async def _touch(self, ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
         ids, stamp, *more = args
@@ -389,6 +394,12 @@ class ChunkNode:
             "repair_queue": len(self.repair.queue),
             "store": store.statistics(),
         }
+
+
+def _verify(chunk_id: bytes, data: memoryview) -> tuple[chunks.Header, memoryview]:
+    """Verify a large chunk while copying it to where it can be written from."""
+    pages, chunk = room_for(len(data))
+    return chunks.verify(data, chunk_id, chunk), pages
 
 
 def _partition(chunk_id: Any) -> int:

@@ -24,6 +24,7 @@ from typing import Any, NoReturn, TypeVar
 
 import trio
 
+from dfs.buffers import PAGE
 from dfs.env import Buffer, Disk
 from dfs.errors import Busy, ConfigError, DfsError, DiskFull, NotFound, StoreFailed
 from dfs.threads import ThreadPool
@@ -31,6 +32,7 @@ from dfs.threads import ThreadPool
 T = TypeVar("T")
 IOV_MAX = 1024  # buffers per pwritev, a limit of the kernel
 KEEP_SIZE, PUNCH_HOLE = 1, 2  # <linux/falloc.h>
+_UNTRIED, _NONE = -2, -1
 RWF_DONTCACHE = 0x80  # <linux/fs.h>
 ZEROS = bytes(1 << 16)
 SYNCS = 8  # the last ones, whose median tells whether the medium is quick
@@ -56,13 +58,14 @@ def translate(error: OSError, doing: str) -> DfsError:
 class RealFile:
     """An open file; see `dfs.env.DiskFile`."""
 
-    __slots__ = ("_dontcache", "_fd", "_path")
+    __slots__ = ("_direct", "_dontcache", "_fd", "_path")
 
     def __init__(self, fd: int, path: str) -> None:
         """Own the descriptor; `path` is for messages."""
         self._fd = fd
         self._path = path
         self._dontcache = RWF_DONTCACHE
+        self._direct = _UNTRIED  # a descriptor opened with O_DIRECT
 
     def _fail(self, error: OSError, doing: str) -> NoReturn:
         raise translate(error, f"{doing} {self._path}") from error
@@ -110,6 +113,42 @@ class RealFile:
                     os.ftruncate(fd, start)
             self._fail(e, f"append {total} bytes to")
         return start
+
+    def append_pages(self, pages: memoryview) -> int:
+        """See `DiskFile.append_pages`; O_DIRECT where the file system has it.
+
+        That is a quarter of the processor time of a copy into the kernel's cache.
+        """
+        end = os.lseek(self._fd, 0, os.SEEK_END)
+        start = -(-end // PAGE) * PAGE
+        if self._direct == _UNTRIED:
+            try:  # by the descriptor: the name may be another file's by now
+                flags = os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC
+                self._direct = os.open(f"/proc/self/fd/{self._fd}", flags)
+            except OSError:
+                self._direct = _NONE
+        try:
+            done = 0
+            while done < len(pages):
+                done = done // PAGE * PAGE
+                done += self._write_pages(pages[done:], start + done)
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                with contextlib.suppress(OSError):  # the first error is the one to tell
+                    os.ftruncate(self._fd, end)
+            self._fail(e, f"append {len(pages)} bytes to")
+        return start
+
+    def _write_pages(self, pages: memoryview, at: int) -> int:
+        if self._direct >= 0:
+            try:
+                return os.pwrite(self._direct, pages, at)
+            except OSError as e:
+                if e.errno != errno.EINVAL:
+                    raise
+                os.close(self._direct)  # the medium wants more than a page's alignment
+                self._direct = _NONE
+        return os.pwrite(self._fd, pages, at)
 
     def pwrite(self, data: Buffer, offset: int) -> None:
         """See `DiskFile.pwrite`."""
@@ -161,6 +200,9 @@ class RealFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+            if self._direct >= 0:
+                os.close(self._direct)
+                self._direct = _NONE
 
     def __del__(self) -> None:
         """Give the descriptor back when nobody did."""

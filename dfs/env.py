@@ -42,6 +42,15 @@ class DiskFile(Protocol):
         """
         ...
 
+    def append_pages(self, pages: memoryview) -> int:
+        """Write whole pages at the first multiple of a page at or after the end; return where.
+
+        `pages` is what `dfs.buffers.allocate_aligned` gave, a multiple of `PAGE` long.  The kernel
+        need not remember them; where it can, they do not go through its cache at all.  What lies
+        between reads as zeros.  Same errors as `append`.
+        """
+        ...
+
     def pwrite(self, data: Buffer, offset: int) -> None:
         """Overwrite bytes; same errors as `append`."""
         ...

@@ -288,11 +288,28 @@ class Header:
         return memoryview(plain)[skip : skip + length]
 
 
-def verify(encoded: Buffer, chunk_id: bytes) -> Header:
-    """Verify a whole encoded chunk, header and every block, against its id; raises `Corrupt`."""
-    header = Header.parse(encoded)
+def verify(encoded: Buffer, chunk_id: bytes, into: memoryview | None = None) -> Header:
+    """Verify a whole encoded chunk, header and every block, against its id; raises `Corrupt`.
+
+    `into`, of the same length, gets a copy of it: block by block, each verified where it was copied
+    to, while the processor has it in its cache.
+    """
+    view = memoryview(encoded)
+    header = Header.parse(view)
     header.verify_id(chunk_id)
-    header.plain(0, len(header.stored), memoryview(encoded)[header.size :])
+    size = header.size
+    if into is None:
+        header.plain(0, len(header.stored), view[size:])
+        return header
+    if len(view) != size + header.stored_size:
+        raise Corrupt(f"{len(view)} bytes for a chunk of {size + header.stored_size}")
+    into[:size] = view[:size]
+    decompressor = ZstdDecompressor()
+    offsets = header.offsets
+    for i in range(len(header.stored)):
+        start, end = size + offsets[i], size + offsets[i + 1]
+        into[start:end] = view[start:end]
+        header.block(i, into[start:end], decompressor)
     return header
 
 

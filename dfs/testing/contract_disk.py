@@ -3,6 +3,7 @@
 import pytest
 import trio
 
+from dfs.buffers import PAGE, allocate_aligned
 from dfs.env import Disk
 from dfs.errors import DiskFull, NotFound
 from dfs.groupsync import GroupSync
@@ -35,6 +36,24 @@ class DiskContract:
         assert file.pread(file.size(), 0) == (
             b"x" * 5000 + b"head" + b"y" * 200_000 + b"z" * 3000 + b"end"
         )
+
+    def test_pages_are_appended_at_a_multiple_of_a_page(self, disk: Disk) -> None:
+        """What is between reads as zeros; ordinary appends go on behind them."""
+        file = disk.open("a", create=True)
+        pages = allocate_aligned(3 * PAGE)
+        pages[:] = b"p" * len(pages)
+        assert file.append_pages(pages) == 0
+        assert file.append([b"tail"]) == 3 * PAGE
+        pages[:] = b"q" * len(pages)
+        assert file.append_pages(pages) == 4 * PAGE
+        assert file.append([b"end"]) == 7 * PAGE
+        file.fdatasync()
+        assert file.append_pages(pages[:PAGE]) == 8 * PAGE
+        assert file.size() == 9 * PAGE
+        gap, last = bytes(PAGE - 4), bytes(PAGE - 3)
+        wanted = b"p" * 3 * PAGE + b"tail" + gap + b"q" * 3 * PAGE + b"end" + last + b"q" * PAGE
+        assert file.pread(file.size(), 0) == wanted
+        assert disk.open("a").pread(5, 4 * PAGE - 2) == b"\0\0qqq"
 
     def test_append_sees_other_handles(self, disk: Disk) -> None:
         """Two handles of one file append after each other's bytes."""
@@ -182,6 +201,9 @@ class FullDiskContract:
         file.append([b"start"])
         with pytest.raises(DiskFull, match="a: No space left"):
             file.append([bytes(100_000)] * 30)
+        assert file.size() == 5
+        with pytest.raises(DiskFull, match="a: No space left"):
+            file.append_pages(allocate_aligned(732 * PAGE))
         assert file.size() == 5
         assert file.append([b"more"]) == 5
         file.punch(0, 9)

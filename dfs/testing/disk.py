@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import outcome
 import trio
 
+from dfs.buffers import PAGE
 from dfs.disk import register
 from dfs.env import Buffer
 from dfs.errors import DiskFull, NotFound, StoreFailed
@@ -116,6 +117,12 @@ class SimFile:
         del cached  # there is no cache
         offset = len(self._inode.data)
         self.pwrite(b"".join(buffers), offset)
+        return offset
+
+    def append_pages(self, pages: memoryview) -> int:
+        """See `DiskFile.append_pages`."""
+        offset = -(-len(self._inode.data) // PAGE) * PAGE
+        self.pwrite(pages, offset)
         return offset
 
     def pwrite(self, data: Buffer, offset: int) -> None:

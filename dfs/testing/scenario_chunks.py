@@ -72,8 +72,10 @@ class _ResurrectNode(ChunkNode):
 
 
 class _TrustingNode(ChunkNode):
-    async def _verify(self, chunk_id: bytes, data: memoryview) -> chunks.Header:
-        return chunks.Header.parse(data)
+    async def _verify(
+        self, chunk_id: bytes, data: memoryview
+    ) -> tuple[chunks.Header, memoryview | None]:
+        return chunks.Header.parse(data), None
 
 
 class _IgnoresBoot(ChunkClient):

@@ -7,7 +7,7 @@ import pytest
 import trio
 
 from chunkserver import records
-from chunkserver.segments import Segments, StoreOptions
+from chunkserver.segments import Segments, StoreOptions, room_for
 from dfs.chunks import format as chunks
 from dfs.disk import RealDisk
 from dfs.env import Env
@@ -29,8 +29,9 @@ def environment(disk=None, seed=1):
 class Kit:
     """A store and what was put into it."""
 
-    def __init__(self, env, options=SMALL):
+    def __init__(self, env, options=SMALL, pages=False):
         self.env = env
+        self.pages = pages  # whether chunks are written as pages
         self.options = options
         self.data = {}
         self.rng = random.Random(5)
@@ -43,7 +44,12 @@ class Kit:
         data = self.rng.randbytes(size)
         chunk_id, buffers = chunks.encode(data, SALT)
         stored = sum(map(len, buffers))
-        assert await self.store.put(chunk_id, buffers, stored, len(data), stamp)
+        pages = None
+        if self.pages:
+            pages, chunk = room_for(stored)
+            chunk[:] = b"".join(buffers)
+            buffers = []
+        assert await self.store.put(chunk_id, buffers, stored, len(data), stamp, pages=pages)
         self.data[chunk_id] = data
         return chunk_id
 
@@ -60,9 +66,9 @@ class Kit:
         return await self.open()
 
 
-@pytest.fixture
-def kit():
-    return Kit(environment())
+@pytest.fixture(params=[False, True], ids=["bytes", "pages"])
+def kit(request):
+    return Kit(environment(), pages=request.param)
 
 
 async def test_put_read_and_partial_read(kit):
@@ -109,7 +115,7 @@ async def test_a_clean_restart_reads_hints_only(kit):
 async def test_synced_chunks_survive_power_loss_and_others_are_whole_or_absent():
     lost = torn = 0
     for seed in range(25):
-        kit = Kit(environment(seed=seed))
+        kit = Kit(environment(seed=seed), pages=bool(seed % 2))
         await kit.open()
         safe = [await kit.put(9000) for _ in range(8)]
         await kit.store.sync()
@@ -136,9 +142,9 @@ async def test_a_torn_tail_is_cut_and_said(kit):
     end = store._active.size
     second = await kit.put()
     file = kit.env.disk.open(FIRST)
-    file.truncate(file.size() - 100)
+    file.truncate(end + 3000)
     store = await kit.open()
-    assert store._active.size == end
+    assert end - records.ALIGN < store._active.size <= end  # less some padding, if there was any
     assert "torn" in store.recovery.notes[0]
     assert store.held(first)
     assert not store.held(second)
@@ -403,6 +409,86 @@ async def test_on_a_real_disk(tmp_path):
     assert used < 9 * 500_000 + 300_000
     await store.close()
     disk.close()
+
+
+async def test_pages_and_bytes_in_one_segment(kit):
+    """Padding is neither a record nor damage, at a start with a hint, without, and after a crash."""
+    options = StoreOptions(segment_size=1 << 20, reserve=0, hint_every=1 << 30, inline=4096)
+    kit.options = options
+    store = await kit.open()
+    ids = []
+    for n, size in enumerate((5000, 100, 70_000, 3000, 8192, 20_000)):
+        kit.pages = n % 2 == 0
+        ids.append(await kit.put(size))
+        entry = store.index.get(ids[-1])
+        if kit.pages:
+            assert (entry.offset - records.RECORD_HEADER) % records.ALIGN == 0
+            assert store._active.size % records.ALIGN == 0
+    await store.sync()
+    size = store._active.size
+    for stop in (kit.crash, kit.open):
+        store = await stop()
+        assert (store.recovery.notes, store.recovery.errors) == ([], [])
+        assert store._active.size == size
+        for chunk_id in ids:
+            await kit.check(chunk_id)
+    await store.close()
+    store = await kit.open()
+    assert store.recovery.hashed == 0
+    kit.pages = True
+    ids.append(await kit.put(30_000))
+    await store.sync()
+    size = store._active.size
+    # Cut within the padding: nothing is missing, and nothing is said.
+    kit.env.disk.open(FIRST).truncate(size - 10)
+    store = await kit.open()
+    assert (store.recovery.notes, store.recovery.errors) == ([], [])
+    ids += [await kit.put(100), await kit.put(9000)]
+    # Bytes in the padding that are not zeros are damage.
+    at = store.index.get(ids[0]).offset + store.index.get(ids[0]).stored + 5
+    await store.sync()
+    kit.env.disk.flip(FIRST, at)
+    kit.env.disk.unlink("segments/00000001.hint")
+    store = await kit.open()
+    assert any("damaged bytes" in text for text in store.recovery.errors)
+    for chunk_id in ids:
+        await kit.check(chunk_id)
+
+
+async def test_a_full_disk_leaves_the_segment_as_it_was(kit):
+    env = environment(SimDisk(random.Random(1), capacity=200_000))
+    kit.env, kit.options = env, StoreOptions(segment_size=1 << 30, reserve=0, full=100.0)
+    store = await kit.open()
+    ids = [await kit.put(90_001)]
+    env.disk.full = True
+    with pytest.raises(DiskFull):
+        await kit.put(90_000)
+    env.disk.full = False
+    ids.append(await kit.put(50_000))
+    assert not store.failed
+    for chunk_id in ids:
+        await kit.check(chunk_id)
+
+
+def test_golden_segment_with_pages():
+    nonce = bytes(range(16))
+    seed = crc32(nonce)
+    chunk = (DATA / "chunk-v1-zstd.bin").read_bytes()
+    parts = [records.segment_header(7, nonce)]
+    for n, kind in enumerate((records.PUT, records.TOUCH, records.PUT)):
+        put = kind == records.PUT
+        if put:
+            parts.append(bytes(-sum(map(len, parts)) % records.ALIGN))
+        size = len(chunk) if put else 0
+        parts.append(records.record_header(seed, kind, bytes([n] * 32), size, 140_000, 5))
+        parts += [chunk, bytes(-(len(chunk) + records.RECORD_HEADER) % records.ALIGN)] * put
+    segment = b"".join(parts)
+    assert segment == (DATA / "segment-v1-pages.bin").read_bytes()
+    found = records.scan(
+        lambda n, at: segment[at : at + n], records.SEGMENT_HEADER, len(segment), seed
+    )
+    assert [(r.type, r.offset % records.ALIGN) for r in found.records] == [(1, 0), (3, 0), (1, 0)]
+    assert (found.gaps, found.end) == ([], len(segment))
 
 
 def test_golden_segment_and_hint():

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 import trio
 
+from dfs.buffers import PAGE, allocate_aligned
 from dfs.disk import RWF_DONTCACHE, RealDisk, disk_at, translate
 from dfs.errors import Busy, ConfigError, DiskFull, NotFound, StoreFailed
 from dfs.testing.contract_disk import DiskContract, FullDiskContract
@@ -40,6 +41,40 @@ def test_a_kernel_that_cannot_write_past_its_cache_writes_through_it(tmp_path, m
     assert file.append([b"def"], cached=False) == 3
     assert file.pread(9, 0) == b"abcdef"
     assert calls == [RWF_DONTCACHE, 0, 0]  # asked once a file
+    disk.close()
+
+
+@pytest.mark.parametrize("when", ["open", "write"])
+def test_pages_go_through_the_cache_where_they_must(tmp_path, monkeypatch, when):
+    opened, wrote, real_open, real_pwrite = [], [], os.open, os.pwrite
+
+    def open_(path, flags, *args, **options):
+        if flags & os.O_DIRECT:
+            opened.append(path)
+            if when == "open":
+                raise OSError(errno.EINVAL, "no O_DIRECT")
+            flags &= ~os.O_DIRECT
+        return real_open(path, flags, *args, **options)
+
+    disk = RealDisk(tmp_path)
+    file = disk.open("a", create=True)
+    monkeypatch.setattr(os, "open", open_)
+
+    def pwrite(fd, data, at):
+        wrote.append(fd)
+        if fd != file.fileno():
+            raise OSError(errno.EINVAL, "not aligned enough")
+        return real_pwrite(fd, data[: 5000 if len(wrote) < 3 else None], at)  # short, too
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    pages = allocate_aligned(4 * PAGE)
+    pages[:] = bytes(range(256)) * (len(pages) // 256)
+    file.append([b"x"])
+    assert file.append_pages(pages) == PAGE
+    assert file.append_pages(pages) == 5 * PAGE
+    assert len(opened) == 1
+    assert wrote[-1] == file.fileno()
+    assert file.pread(1 << 20, 0) == b"x" + bytes(PAGE - 1) + 2 * bytes(pages)
     disk.close()
 
 
