@@ -57,10 +57,10 @@ class VolumeService(VolumeHome):
             if self.core is core:
                 self._backlog -= request.size
         # An entry that was proposed since proves, like a Confirm, that the ballot was ours.  Other
-        # answers come from memory: they may be final, but nobody may take them for a beat.
+        # outcomes come from memory: final, but a client takes a `True` for a word about now.
         if core.proved <= mark and request.writing and (core.holder == sid or True in verdicts):
             await self._confirm(core)
-        if core.losing(sid):
+        if True in verdicts or core.losing(sid):
             await self._admitted(core, sid, self._clock.monotonic() + RECALL_WAIT)
         recall.heard(sid)
         news = self.entries_after(have, seq)

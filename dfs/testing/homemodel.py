@@ -262,7 +262,7 @@ class Ledger:
 
     def choose(self, payload: bytes) -> None:
         """An entry is chosen: replay it, check everything it must satisfy."""
-        kind, stamp, body = entries.decode(payload)
+        kind, stamp, body = entry = entries.decode(payload)
         if stamp <= self.stamp:
             raise Violation("stamps do not grow")
         self.stamp = stamp
@@ -276,8 +276,8 @@ class Ledger:
             if body[2] in self.nonces:
                 raise Violation("one open made two sessions")
             self.nonces[body[2]] = body[0]
-        elif kind == entries.CLOSE:
-            self.nonces = {n: sid for n, sid in self.nonces.items() if sid not in body[0]}
+        elif ended := entries.closed(entry):
+            self.nonces = {n: sid for n, sid in self.nonces.items() if sid not in ended}
         elif kind == entries.CHECKPOINT and body[0] > self.checkpoints[-1][1]:
             self.checkpoints = [self.checkpoints[-1], (seq, body[0])]
         self.log.append(payload)

@@ -90,7 +90,8 @@ class Client:
 class World:
     """One schedule."""
 
-    client_type = Client
+    client_type: type[Client] = Client
+    take_overs = 0.001  # of a step
 
     def __init__(self, seed: int, mutant: str | None = None) -> None:
         """Everything is drawn from `seed`."""
@@ -128,10 +129,14 @@ class World:
         """An entry is chosen."""
         self.ledger.choose(payload)
 
+    def core_class(self) -> type[HomeCore]:
+        """A core, with the mutant's rule broken."""
+        return CORES.get(self.mutant or "", HomeCore)
+
     def rebuild(self) -> HomeCore:
         """A core made from what a home still holds of the journal."""
         start = self.random.choice(self.ledger.checkpoints)[1]
-        core = CORES.get(self.mutant or "", HomeCore)(start)
+        core = self.core_class()(start)
         for seq in range(start + 1, len(self.ledger.log) + 1):
             core.absorb(seq, self.ledger.log[seq - 1])
         if not core.complete:
@@ -424,7 +429,7 @@ class World:
             self.turn(r.choice(self.homes))
         elif x < 0.50:
             self.accept()
-        elif x < 0.501:
+        elif x < 0.5 + self.take_overs:
             self.takeover(r.choice(self.homes))
         elif self.mail:
             i = r.randrange(len(self.mail)) if r.random() < 0.3 else 0

@@ -16,16 +16,19 @@ from dfs.errors import (
     InvalidArgument,
     NoQuorum,
     NotHome,
+    leaves,
 )
 from dfs.testing.homecluster import HomeClient, HomeCluster, nonce
 from dfs.testing.network import SimNetwork
 from dfs.volume import entries
 from dfs.volume.effects import PUT
 from dfs.volume.items import DIR, Inode, inode_key
-from metadata import volumehome
+from metadata import delegation, volumehome
 from metadata.journals import Journal
 from metadata.requests import Close, Revoke
 from metadata.tail import kind_of
+from metadata.volumes import HomeCore
+from metadata.volumeservice import VolumeService
 
 VOLUME = b"v" * 16
 
@@ -211,6 +214,7 @@ async def test_a_recall_wakes_the_holder_and_others_go_on_when_it_is_back():
 WAITING = {
     "commit": lambda b: b.commit(txn(8)),
     "read": lambda b: b.commit(txn(keys=[inode_key(8)])),
+    "known": lambda b: b.commit(txn(9), again=True),
     "open": lambda b: b.ask("open", "ro", nonce("c"), "c"),
     "sync": lambda b: b.ask("sync"),
     "watch": lambda b: b.watch(),
@@ -221,6 +225,7 @@ WAITING = {
 async def test_what_waits_for_it_fails_after_a_second(request_):
     async with cluster() as c:
         a, b = await two(c)
+        await b.commit(txn(9))
         await a.hold()
         start, limit = trio.current_time(), 0.5 if request_ == "watch" else 1.0
         with pytest.raises(Busy):
@@ -232,10 +237,10 @@ async def test_what_waits_for_it_fails_after_a_second(request_):
 async def test_what_does_not_ask_for_it():
     async with cluster() as c:
         a, b = await two(c)
-        known = await b.commit(txn(8))
+        await a.commit(txn(7))
+        await b.commit(txn(8))
         await a.hold()
         assert (await a.ask("open", "rw", nonce("a"), "a"))[0] == a.sid
-        assert (await b.commit(txn(8), again=True))[1:3] == known[1:3]
         assert (await b.ask("delegate", b.sid))[0] == 0
         with pytest.raises(Fenced):
             await b.ask("watch", 12345, 0, 0.5)
@@ -482,9 +487,10 @@ async def test_the_holders_resend_is_no_beat_at_an_owner_cut_off():
         await a.commit(txn(5), epoch=epoch)
         names = [c.nodes[n].name for n in homes(c)]
         c.network.partition([[names[0], "a"], names[1:]])
-        for request in (a.commit(txn(5), epoch=epoch, again=True), a.ask("delegate", a.sid)):
-            with pytest.raises((NoQuorum, DeadlineExceeded, NotHome)):
-                await request
+        with pytest.raises((NoQuorum, DeadlineExceeded, NotHome)):
+            await a.commit(txn(5), epoch=epoch, again=True)
+        with pytest.raises((NoQuorum, DeadlineExceeded, NotHome)):
+            await a.ask("delegate", a.sid)
 
 
 async def test_a_silent_session_that_stirs_is_not_expired(monkeypatch):
@@ -501,3 +507,70 @@ async def test_a_silent_session_that_stirs_is_not_expired(monkeypatch):
             await a.watch()
         late = await Client(c, "late").open()
         assert (await late.watch(wait=0))[4] == (2, 0, False)
+
+
+def _launched(core, count):
+    core.count = count
+
+
+async def _unconfirmed(_self, _core):
+    await trio.lowlevel.checkpoint()
+
+
+BROKEN = {
+    "a holder is revoked after 10 s": (
+        (delegation, "SILENCE", 10.0),
+        lambda _: test_a_silent_holder_is_revoked_when_somebody_wants_it(),
+    ),
+    "a new owner knows of silence before it took over": (
+        (delegation.Standing, "silence", lambda self, sid, now: now - self._beats.get(sid, 0.0)),
+        lambda _: test_a_new_owner_waits_for_a_lease_before_it_revokes(),
+    ),
+    "a new owner grants at once": (
+        (delegation.Standing, "silence", lambda self, sid, now: now - self._beats.get(sid, 0.0)),
+        lambda _: test_a_new_owner_counts_every_session_as_heard_of(),
+    ),
+    "a recall without progress lasts 20 s": (
+        (delegation, "NO_PROGRESS", 20.0),
+        lambda _: test_a_holder_that_beats_is_revoked_in_the_end(False, 30.0),
+    ),
+    "a recall with progress has no end": (
+        (delegation, "RECALL_MAX", 140.0),
+        lambda _: test_a_holder_that_beats_is_revoked_in_the_end(True, 120.0),
+    ),
+    "no back-off": ((delegation, "BACKOFF_MIN", 0.1), lambda _: test_recalls_keep_it_back()),
+    "requests wait for long": (
+        (volumehome, "RECALL_WAIT", 3.0),
+        lambda _: test_what_waits_for_it_fails_after_a_second("commit"),
+    ),
+    "a beat is answered while a revocation is under way": (
+        (HomeCore, "losing", lambda _self, _sid: False),
+        lambda m: test_no_beat_is_answered_while_a_revocation_is_under_way("watch", True, m),
+    ),
+    "a commit is a beat while a revocation is under way": (
+        (HomeCore, "losing", lambda _self, _sid: False),
+        lambda m: test_a_commit_in_flight_before_a_revocation_is_answered_after_it(Revoke, m),
+    ),
+    "a grant that is not chosen yet does not count": (
+        (HomeCore, "claimant", property(lambda self: self.holder)),
+        lambda m: test_a_grant_under_way_is_not_told_past(m),
+    ),
+    "what was in flight proves a beat": (
+        (HomeCore, "launched", property(lambda self: self.count - self.flying, _launched)),
+        lambda m: test_a_beat_is_proved_by_what_was_proposed_after_it(True, m),
+    ),
+    "an outcome from memory is a beat": (
+        (VolumeService, "_confirm", _unconfirmed),
+        lambda _: test_the_holders_resend_is_no_beat_at_an_owner_cut_off(),
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+async def test_each_broken_rule_turns_a_test_red(rule, monkeypatch):
+    broken, check = BROKEN[rule]
+    monkeypatch.setattr(*broken, raising=False)
+    with pytest.raises((AssertionError, pytest.fail.Exception, BaseExceptionGroup)) as e:
+        await check(monkeypatch)
+    red = (AssertionError, pytest.fail.Exception)
+    assert all(isinstance(x, red) for x in leaves(e.value))
