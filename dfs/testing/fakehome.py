@@ -229,8 +229,9 @@ class FakeHome:
         oldest: int,
         epoch: int = 0,
     ) -> Any:
-        if sid in v.sessions and no != v.sessions[sid][0]:
-            if epoch and (epoch, sid) != (v.epoch, v.holder):
+        if sid in v.sessions:
+            old = epoch and (epoch, sid) != (v.epoch, v.holder)
+            if old and no != v.sessions[sid][0]:
                 raise Fenced(f"the delegation of epoch {epoch} is over: {v.epoch} is the present")
             await self._admit(v, sid)
         session = v.sessions.get(sid)
