@@ -40,6 +40,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="serve extended attributes; costs a request more for each write",
     )
     parser.add_argument(
+        "--acls",
+        action="store_true",
+        help="serve and enforce POSIX access control lists; includes --xattrs",
+    )
+    parser.add_argument(
         "--relatime",
         action="store_true",
         help="keep access times, as seldom as relatime does; without: noatime",
@@ -78,6 +83,7 @@ async def mount(arguments: argparse.Namespace, ready: Ready) -> None:
         volume=arguments.volume,
         read_only=arguments.read_only,
         xattrs=arguments.xattrs,
+        acls=arguments.acls,
         relatime=arguments.relatime,
     )
     check_system()

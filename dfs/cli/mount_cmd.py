@@ -15,6 +15,7 @@ from dfs.cli.context import run as run_async
 @click.option("--foreground", is_flag=True, help="Serve in this process until interrupted.")
 @click.option("--read-only", is_flag=True, help="Refuse every change.")
 @click.option("--xattrs", is_flag=True, help="Serve extended attributes; writes cost more.")
+@click.option("--acls", is_flag=True, help="Enforce POSIX ACLs; includes --xattrs.")
 @click.option("--relatime", is_flag=True, help="Keep access times, as seldom as relatime does.")
 @click.option(
     "--pid-file",
@@ -28,6 +29,7 @@ def mount(
     foreground: bool,
     read_only: bool,
     xattrs: bool,
+    acls: bool,
     relatime: bool,
     pid_file: Path | None,
     volume: str,
@@ -42,7 +44,12 @@ def mount(
     from dfs.cli.mounts import check_mount_point, forget_dead, start_mount
 
     file = cluster_file(cluster_path)
-    flags = {"--read-only": read_only, "--xattrs": xattrs, "--relatime": relatime}
+    flags = {
+        "--read-only": read_only,
+        "--xattrs": xattrs,
+        "--acls": acls,
+        "--relatime": relatime,
+    }
     options = [name for name, given in flags.items() if given]
     where = check_mount_point(mountpoint)
     run_async(_find, file, volume)
