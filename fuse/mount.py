@@ -36,6 +36,7 @@ class MountOptions:
     volume: str
     read_only: bool = False
     xattrs: bool = False
+    acls: bool = False  # extended attributes too
     relatime: bool = False
     allow_other: bool = True  # only has an effect for root
 
@@ -136,7 +137,9 @@ async def mounted(fs: FileSystem, options: MountOptions) -> AsyncIterator[Listen
     before = devices()
     invalidator = Invalidator()
     atimes = AccessTimes(fs.session) if options.relatime and not options.read_only else None
-    operations = Operations(fs, invalidator, xattrs=options.xattrs, atimes=atimes)
+    operations = Operations(
+        fs, invalidator, xattrs=options.xattrs, acls=options.acls, atimes=atimes
+    )
     try:
         pyfuse3.init(operations, options.mountpoint, options.fuse_options())
     except RuntimeError as e:

@@ -87,6 +87,7 @@ class Operations(pyfuse3.Operations):
         invalidator: Invalidator,
         *,
         xattrs: bool = False,
+        acls: bool = False,
         atimes: AccessTimes | None = None,
         waits: Callable[[], None] = lambda: None,
     ) -> None:
@@ -98,7 +99,8 @@ class Operations(pyfuse3.Operations):
         self._atimes = atimes
         self.waits = waits
         self._fs = fs
-        self._xattrs = xattrs
+        self._xattrs = xattrs or acls
+        self.enable_acl = acls  # the kernel checks access control lists
         self._invalidator = invalidator
         self.inodes = InodeTable()
         self.open_inodes = OpenInodes()
@@ -304,6 +306,9 @@ class Operations(pyfuse3.Operations):
         """SETXATTR; pyfuse3 does not hand over the flags."""
         if not self._xattrs:
             raise _ENOSYS
+        if name.startswith(b"system.") and not self.enable_acl:
+            # A list that is kept and that nobody enforces would be a hole.
+            raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
         await self._fs.setxattr(ino, name, value)
 
     async def removexattr(self, ino: int, name: bytes, _ctx: Any) -> None:

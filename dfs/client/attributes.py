@@ -7,6 +7,7 @@ read and write through it and raise `FsError`.
 import errno
 import os
 
+from dfs.client import acl
 from dfs.errors import FsError
 from dfs.volume import effects as fx
 from dfs.volume import items
@@ -121,6 +122,8 @@ def set_attr(
     if mode is not None:
         inode.mode = mode & 0o7777
         changes.append((items.F_MODE, fx.SET, inode.mode))
+        if inode.flags & FLAG_XATTRS:
+            _limit_access_list(txn, ino, inode.mode)
     if uid is not None:
         inode.uid = uid
         changes.append((items.F_UID, fx.SET, uid))
@@ -137,6 +140,15 @@ def set_attr(
     changes.append((items.F_CTIME, fx.LAST, inode.ctime))
     patch_inode(txn, ino, *changes)
     return inode
+
+
+def _limit_access_list(txn: Txn, ino: int, mode: int) -> None:
+    """An access control list, if there is one, follows the permission bits."""
+    key = items.xattr_key(ino, acl.ACCESS)
+    value = txn.get(key)
+    if value is not None:
+        entries = acl.decode(items.decode_xattr(value))
+        txn.put(key, items.encode_xattr(acl.encode(acl.limited(entries, mode, keep=False))))
 
 
 def without_privileges(mode: int) -> int:
@@ -170,13 +182,13 @@ def list_xattrs(txn: Txn, ino: int) -> list[bytes]:
 def set_xattr(txn: Txn, ino: int, name: bytes, value: bytes, now: int, flags: int = 0) -> None:
     """Set an extended attribute; flags as of setxattr(2).
 
-    EOPNOTSUPP for the `system` namespace: an access control list that is kept and not enforced
-    would be a hole.
+    Of the `system` namespace there are access control lists only.  One for access sets the
+    permission bits, and is not kept if they say as much.
     """
     if not 0 < len(name) <= items.MAX_NAME:
         raise fs_error(errno.ERANGE, "name of an extended attribute")
     namespace, _, rest = name.partition(b".")
-    if namespace == b"system":
+    if namespace == b"system" and name not in (acl.ACCESS, acl.DEFAULT):
         raise fs_error(errno.EOPNOTSUPP, repr(name))
     if not rest:
         raise fs_error(errno.EINVAL, repr(name))
@@ -190,15 +202,29 @@ def set_xattr(txn: Txn, ino: int, name: bytes, value: bytes, now: int, flags: in
             raise fs_error(errno.EEXIST, repr(name))
         if not there and flags & XATTR_REPLACE:
             raise fs_error(errno.ENODATA, repr(name))
-    txn.put(key, items.encode_xattr(value))
     changes: list[fx.Change] = [(items.F_CTIME, fx.LAST, now)]
+    entries = acl.decode(value) if namespace == b"system" else []
+    if name == acl.DEFAULT and inode.kind != DIR:
+        raise fs_error(errno.EACCES, repr(name))
+    if name == acl.ACCESS:
+        changes.append((items.F_MODE, fx.SET, inode.mode & ~0o777 | acl.bits(entries)))
+    if name == acl.ACCESS and acl.is_minimal(entries):
+        txn.delete(key)
+        patch_inode(txn, ino, *changes)
+        return
+    txn.put(key, items.encode_xattr(value))
     if not inode.flags & FLAG_XATTRS:
         changes.append((items.F_FLAGS, fx.SET, inode.flags | FLAG_XATTRS))
     patch_inode(txn, ino, *changes)
 
 
 def remove_xattr(txn: Txn, ino: int, name: bytes, now: int) -> None:
-    """Remove an extended attribute; raises ENODATA."""
-    get_xattr(txn, ino, name)
+    """Remove an extended attribute; raises ENODATA, but not for access control lists."""
+    try:
+        get_xattr(txn, ino, name)
+    except FsError as e:
+        if e.errno == errno.ENODATA and name in (acl.ACCESS, acl.DEFAULT):
+            return
+        raise
     txn.delete(items.xattr_key(ino, name))
     patch_inode(txn, ino, (items.F_CTIME, fx.LAST, now))

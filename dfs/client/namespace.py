@@ -24,6 +24,7 @@ import errno
 from collections.abc import Callable
 from typing import NamedTuple
 
+from dfs.client import acl
 from dfs.client.attributes import FLAG_XATTRS, S_ISGID, Attr, fs_error, get_inode, patch_inode
 from dfs.errors import FsError
 from dfs.ids import ROOT_INO
@@ -143,9 +144,12 @@ class Namespace:
             gid = above.gid
             if kind == DIR:
                 mode |= S_ISGID
+        flags = 0
+        if above.flags & FLAG_XATTRS and kind != LNK:
+            mode, flags = inherit_access_list(txn, parent, ino, kind, mode)
         inode = Inode(
             kind, mode & 0o7777, caller.uid, gid, rdev, len(target), 2 if kind == DIR else 1,
-            now, now, now, now, parent,
+            now, now, now, now, parent, flags,
         )  # fmt: skip
         txn.put(items.inode_key(ino), inode.encode())
         self._add_entry(txn, parent, (name, ino, kind))
@@ -451,6 +455,22 @@ class Namespace:
         parent = items.suffix_u64(key)
         self._remove_backlink(txn, ino, parent, items.decode_backlinks(value)[0])
         return parent
+
+
+def inherit_access_list(txn: Txn, parent: int, ino: int, kind: int, mode: int) -> tuple[int, int]:
+    """Give a new inode what its directory's default list says; returns (its mode, its flags)."""
+    default = txn.get(items.xattr_key(parent, acl.DEFAULT))
+    if default is None:
+        return mode, 0
+    flags = 0
+    entries = acl.limited(acl.decode(items.decode_xattr(default)), mode, keep=True)
+    if not acl.is_minimal(entries):
+        txn.put(items.xattr_key(ino, acl.ACCESS), items.encode_xattr(acl.encode(entries)))
+        flags = FLAG_XATTRS
+    if kind == DIR:
+        txn.put(items.xattr_key(ino, acl.DEFAULT), default)
+        flags = FLAG_XATTRS
+    return mode & ~0o777 | acl.bits(entries), flags
 
 
 def check_name(name: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Extended attributes, which are served on request, and POSIX ACLs, which are not."""
+"""Extended attributes, served on request; POSIX ACLs are refused unless they are enforced."""
 
 import errno
 import os
