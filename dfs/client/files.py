@@ -193,10 +193,14 @@ class Files:
                 if file_or_none is not None:
                     file_or_none.span, file_or_none.size = None, -1
 
-    def _on_fenced(self, lost: set[int]) -> None:
-        for file in self._files.values():
+    def _on_fenced(self, held: bool, lost: set[int]) -> None:
+        """The session is over; what it held the delegation for may not overwrite what others did."""
+        for file in list(self._files.values()):
             if file.ino in self._dirty or file.ino in lost:
                 file.error, file.lost = fs_error(errno.EIO, "the session was lost"), True
+                if held:
+                    self._drop_dirty(file)
+                    self._maybe_forget(file)
 
     # ------------------------------------------------------------------ writing
 

@@ -85,7 +85,7 @@ class Session:
         self._sync_work = trio.lowlevel.ParkingLot()
         self._sync_waiters: list[Waiter] = []
         self._on_change: list[OnChange] = []
-        self._on_fenced: list[Callable[[set[int]], None]] = []
+        self._on_fenced: list[Callable[[bool, set[int]], None]] = []
         self._on_closed: list[Callable[[Sequence[int]], None]] = []
         self._writers = Writers()
         self._committer = Committer(self, delegate=delegate)
@@ -119,10 +119,11 @@ class Session:
         """Call `fn(keys)` after others' effects were applied; None = anything may differ."""
         self._on_change.append(fn)
 
-    def on_fenced(self, fn: Callable[[set[int]], None]) -> None:
-        """Call `fn(inos)` when the session was lost; a new one is opened by itself.
+    def on_fenced(self, fn: Callable[[bool, set[int]], None]) -> None:
+        """Call `fn(held, inos)` when the session was lost; a new one is opened by itself.
 
-        `inos`: inodes with acknowledged changes that are lost, because they were not committed.
+        `held`: it had the delegation.  `inos`: inodes with acknowledged changes that are lost,
+        because they were not committed.
         """
         self._on_fenced.append(fn)
 
@@ -403,9 +404,10 @@ class Session:
         self._freshness.lose()
         self.end_lease()
         self.homes.owner = None
+        held = self._delegation.held
         lost = self._committer.lost()
         for fn in self._on_fenced:
-            fn(lost)
+            fn(held, lost)
 
     # ------------------------------------------------------------------ tasks
 

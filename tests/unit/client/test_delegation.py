@@ -160,6 +160,7 @@ async def test_who_was_fenced_loses_what_it_did_not_send_and_says_so():
         fs.rpc.down = {1, 2, 3}
         await fs.write(kept_handle, 0, b"lost")
         await fs.flush(kept_handle)  # acknowledged here
+        await fs.write(kept_handle, 4, b"dirty")
         lost, handle = await fs.create(ROOT_INO, b"lost", 0o644)
         home.revoke(VOLUME)
         fs.rpc.down = set()

@@ -153,7 +153,7 @@ async def test_at_the_deadline_a_commit_fails_once_and_a_new_session_takes_over(
     home = new_home()
     async with open_session(home.client(), VOLUME, deadline=4.0) as s:
         fenced = []
-        s.on_fenced(lambda _: fenced.append(s.sid))
+        s.on_fenced(lambda *_: fenced.append(s.sid))
         first = s.sid
         await s.transact(increment(7))
         s.cluster.rpc.down = {1, 2, 3}
