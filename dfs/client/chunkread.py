@@ -100,7 +100,8 @@ class ChunkReader:
             if length == 0 and offset >= 0:
                 return b""
             raise InvalidArgument(f"negative range {offset}+{length}")
-        if offset + length > chunks.BLOCK:  # one block is here as soon as its place would be known
+        # The first block is here by the network as soon as its place would be known.
+        if offset + length > chunks.BLOCK or chunk_id in self.shortcut:
             data = await self.shortcut.read(chunk_id, offset, length, partial(self.order, chunk_id))
             if data is not None:
                 return data

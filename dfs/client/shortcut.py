@@ -33,7 +33,7 @@ from dfs.errors import Corrupt, DfsError
 from dfs.rpc.descriptors import Descriptor, DescriptorClient
 from dfs.threads import ThreadPool
 
-PLACES = 4096  # chunks whose places are remembered, 3 KiB each for large ones
+PLACES = 2048  # chunks whose places are remembered, 7 KiB each for those of 4 MiB
 LOCATE_TIMEOUT = 1.0
 DOOR_TIMEOUT = 5.0
 AGAIN = 60.0  # seconds before a server that gives nothing is asked for its door again
@@ -137,6 +137,10 @@ class Shortcut:
             self._nursery = None
             self._places.clear()
             self._pool.close()
+
+    def __contains__(self, chunk_id: object) -> bool:
+        """Whether the place of a chunk is known."""
+        return chunk_id in self._places
 
     def statistics(self) -> dict[str, int]:
         """Counts for status pages and tests."""
