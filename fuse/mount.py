@@ -22,7 +22,9 @@ from fuse.operations import Operations
 
 log = logging.getLogger(__name__)
 
-MIN_TASKS, MAX_TASKS = 16, 64  # each keeps a 1 MiB buffer once it has received a request
+# Workers.  Each keeps a 1 MiB buffer once it has received a request; which of them do, and that
+# they stay, is up to the listener: with it pyfuse3 starts all and ends none.
+MIN_TASKS, MAX_TASKS = 16, 64
 READ_AHEAD_KB = 1024  # the kernel's default of 128 makes 128 KiB requests
 MAX_BACKGROUND, CONGESTION = 64, 48
 FLUSH_TIMEOUT = 60.0  # seconds that an unmount waits for dirty data
