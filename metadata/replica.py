@@ -5,8 +5,8 @@ protocols.  One task works them off in passes: all that is waiting becomes one s
 sync, so under load a sync is shared by whatever arrived during the one before.  Where the disk is
 quick that is little, and what a pass costs by itself (the sync, its frames and the wake-ups of
 every process they go to, half a millisecond of processor time in all) is shared by few.  So after
-a pass of several requests the next begins `PACE` later, not at once; a lone writer never waits.
-(PostgreSQL's `commit_delay` and `commit_siblings`.)
+a pass of several requests, unless as many wait already, the next begins `GATHER` later; a lone
+writer never waits.  (PostgreSQL's `commit_delay` and `commit_siblings`.)
 
 A pass is *admitted* under the map that it was judged by (`MapKeeper.fenced`), which is what a
 rebalancer waits for before it reads what it pushes: nothing that an older map allowed comes later.
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 PASS_REQUESTS = 1024
 PASS_BYTES = 8 << 20
 SIBLINGS = 8  # requests of a pass that make it likely that more are on their way
-PACE = 0.002  # seconds between the beginnings of such a pass and the next
+GATHER = 0.002  # seconds from the end of such a pass to the next
 
 OnReplies = Callable[[list[Reply]], None]
 
@@ -52,7 +52,8 @@ class Replica:
         self._keeper = keeper
         self._waiting: list[tuple[int, Sequence[Request], OnReplies]] = []
         self._writer: Task | None = None  # parked: nothing waits
-        self._not_before = 0.0  # when the next pass may begin
+        self._crowd = 0  # requests of the last pass, 0 if they were few
+        self._ended = 0.0  # when that was; monotonic seconds
         self.passes = 0
         self.requests = 0
 
@@ -90,9 +91,10 @@ class Replica:
             if not self._waiting:
                 self._writer = current_task()
                 await wait_task_rescheduled(self._unpark)
-            pause = self._not_before - self._clock.monotonic()
-            if pause > 0:
-                await trio.sleep(pause)
+            if self._crowd and sum(len(w[1]) for w in self._waiting) < self._crowd:
+                pause = self._ended + GATHER - self._clock.monotonic()
+                if pause > 0:
+                    await trio.sleep(pause)
             await self._pass()
 
     def _unpark(self, _: object) -> Abort:
@@ -119,7 +121,6 @@ class Replica:
 
     async def _pass(self) -> None:
         taken = self._take()
-        began = self._clock.monotonic()
         registers, keeper = self.registers, self._keeper
         with keeper.admitted() if keeper is not None else nullcontext():
             work = [(epoch, request) for epoch, requests, _ in taken for request in requests]
@@ -137,8 +138,8 @@ class Replica:
                     registers.abandon(ops)
                     raise
             registers.settle()
-        if len(work) >= SIBLINGS:
-            self._not_before = began + PACE
+        self._crowd = len(work) if len(work) >= SIBLINGS else 0
+        self._ended = self._clock.monotonic()
         self.passes += 1
         self.requests += len(work)
         start = 0
