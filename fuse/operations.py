@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 TIMEOUT = 1.0  # seconds that the kernel may answer from its own caches
 BLOCK_SIZE = 4096  # of statfs
 NO_LIMIT = 1 << 60  # bytes that statfs shows when nobody knows a limit
-READDIR_LIMIT = 256
+PAGE_MIN, PAGE_FIRST, PAGE_MAX = 32, 256, 2048  # entries that readdir asks for at once
 
 Handler = Callable[..., Coroutine[Any, Any, Any]]
 
@@ -104,6 +104,7 @@ class Operations(pyfuse3.Operations):
         self._invalidator = invalidator
         self.inodes = InodeTable()
         self.open_inodes = OpenInodes()
+        self._page = PAGE_FIRST  # entries that fit in the kernel's buffer, as seen last
         self._removed = Removed()
         self._time_ns = fs.session.cluster.clock.time_ns
         fs.session.on_change(self._changed_elsewhere)
@@ -408,8 +409,9 @@ class Operations(pyfuse3.Operations):
                 start = cookie
         fs, looked_up, attributes = self._fs, self.inodes.looked_up, self._attributes
         reply, entry_key = pyfuse3.readdir_reply, items.entry_key
+        limit, total = self._page, 0
         while True:
-            entries = await fs.readdir(fh, start, READDIR_LIMIT)
+            entries = await fs.readdir(fh, start, limit)
             taken = len(entries)
             for n, (name, cookie, attr) in enumerate(entries):
                 if not reply(token, name, attributes(attr), cookie):
@@ -422,8 +424,14 @@ class Operations(pyfuse3.Operations):
                 if cookie != start:
                     break
                 fs.returned(fh, name, cookie)
-            if not entries or taken < len(entries):
+            total += taken
+            if taken < len(entries):
+                # As many fit, and one more is needed to see that: fetch no more the next time.
+                self._page = max(PAGE_MIN, min(total + 1, PAGE_MAX))
                 return
+            if not entries:
+                return
+            limit = PAGE_MIN
 
     async def fsyncdir(self, fh: int, _datasync: bool) -> None:
         """FSYNCDIR."""
