@@ -177,12 +177,14 @@ class Coordinator:
 
     def tick(self, now: float) -> list[Effect]:
         """Deadlines, retries and hedges that are due."""
-        wheel = self._wheel
+        wheel, operations = self._wheel, self._operations
         slot = int(now / TICK)
         for due in sorted(s for s in wheel if s <= slot):
             for operation in wheel.pop(due):
-                operation.tick(now)
-                if operation.phase == OVER:
+                if operation.phase != OVER:
+                    operation.tick(now)
+                # most are over, and closed, long before their time comes
+                if operation.phase == OVER and operation in operations:
                     self._close(operation)
         self._forget(now)
         return self._effects()
