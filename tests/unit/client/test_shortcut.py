@@ -19,7 +19,7 @@ from dfs.disk import RealDisk
 from dfs.env import Env
 from dfs.errors import InvalidArgument, NotFound
 from dfs.hashing import partition_of
-from dfs.rpc.descriptors import machine
+from dfs.rpc.descriptors import DescriptorServer, machine
 from dfs.rpc.endpoint import RpcEndpoint
 
 pytestmark = pytest.mark.realtime
@@ -408,3 +408,52 @@ async def test_cold_short_reads_of_a_quick_medium_need_no_thread(tmp_path):
         os.posix_fadvise(place.file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         for k in range(0, SIZE - 65_536, 65_536):
             assert bytes(w.client.read_nowait(chunk_id, k, 65_536)) == data[k : k + 65_536]
+
+
+def _unverified(place, offset, length, _flags):
+    """What is read is what is returned."""
+    return os.pread(place.file.fd, length, place.base + offset)
+
+
+@pytest.mark.parametrize("mutant", ["", "unverified", "never revoked", "never reported"])
+async def test_what_keeps_readers_and_space_safe_is_missed_when_it_is_gone(
+    tmp_path, monkeypatch, mutant
+):
+    if mutant == "unverified":
+        monkeypatch.setattr(shortcut, "_pull", _unverified)
+    if mutant == "never revoked":
+        monkeypatch.setattr(DescriptorServer, "revoke", lambda _self, _number: None)
+    if mutant == "never reported":
+
+        async def good(*_args):
+            return False
+
+        monkeypatch.setattr(shortcut.Shortcut, "_is_bad", good)
+    wrong = []
+    async with world(tmp_path, 2) as w:
+        rng = random.Random(2)
+        datas = [rng.randbytes(SIZE) for _ in range(6)]
+        ids = [await w.put(d) for d in datas]
+        await w.opened(ids[0])
+        for chunk_id in ids:
+            await w.client.read(chunk_id, 0, SIZE)
+        node = w.client._reader.shortcut._places[ids[0]].node
+        path, entry = w.segment_of(node, ids[0])
+        fd = os.open(path, os.O_WRONLY)
+        os.pwrite(fd, b"rotten", entry.offset + 500_000)
+        os.close(fd)
+        if bytes(await w.client.read(ids[0], 400_000, 300_000)) != datas[0][400_000:700_000]:
+            wrong.append("unverified")
+        elif not w.client.statistics()["local_corrupt"]:
+            wrong.append("never reported")
+        held = w.held()
+        for server in w.nodes.values():
+            await server.store.delete(ids, w.clock.time_ns())
+            await trio.sleep(0.01)
+            await server.store.delete([bytes(32)], w.clock.time_ns())  # reaps
+        with trio.move_on_after(1):
+            while w.held() >= held:  # noqa: ASYNC110 - waits for the kernel
+                await trio.sleep(0.01)
+        if w.held() >= held:
+            wrong.append("never revoked")
+    assert wrong == ([mutant] if mutant else [])
