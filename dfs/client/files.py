@@ -53,6 +53,10 @@ MAX_SIZE = items.MAX_OFFSET
 INLINE_HERE = 16 << 10  # bytes that need no chunk under the delegation: many share one entry
 
 
+class _Dropped(FsError):
+    """The data of a commit was dropped before the commit took place."""
+
+
 class Files:
     """All open and dirty files of a client; see the module's docstring."""
 
@@ -194,7 +198,7 @@ class Files:
                     file_or_none.span, file_or_none.size = None, -1
 
     def _on_fenced(self, held: bool, lost: set[int]) -> None:
-        """The session is over; what it held the delegation for may not overwrite what others did."""
+        """The session is over; nothing of before may overwrite what others did under delegation."""
         for file in list(self._files.values()):
             if file.ino in self._dirty or file.ino in lost:
                 file.error, file.lost = fs_error(errno.EIO, "the session was lost"), True
@@ -304,6 +308,10 @@ class Files:
         self._committed(file, segments, 0.0, *done[0])
         return True
 
+    def told(self, file: File) -> None:
+        """What went wrong with the file was told in another way."""
+        file.error, file.lost = None, False
+
     def _raise_error(self, file: File) -> None:
         if file.error is not None:
             error, file.error, file.lost = file.error, None, False
@@ -338,6 +346,9 @@ class Files:
                 segments, oldest = await self._store(file)
                 publication = self._publication(file, segments)
                 size, crowded = await self._session.transact(publication, oldest=oldest)
+            except _Dropped:
+                self._raise_error(file)
+                return
             except FsError as e:
                 if e.errno == errno.ESTALE:  # the file was removed by somebody else
                     self._drop_dirty(file)
@@ -420,9 +431,15 @@ class Files:
         self, file: File, segments: list[Segment]
     ) -> Callable[[Txn], tuple[int, bool]]:
         """The transaction with the extents of stored segments, the size and the times."""
-        ino, mtime, publish = file.ino, file.mtime, self._contents.publish
+        ino, mtime, buffer = file.ino, file.mtime, file.buffer
         new = [extent_of(s) for s in segments]
-        return lambda txn: publish(txn, ino, new, mtime)
+
+        def publish(txn: Txn) -> tuple[int, bool]:
+            if file.buffer is not buffer:  # a transaction may wait for another session
+                raise _Dropped("what was written is given up", errno.EIO)
+            return self._contents.publish(txn, ino, new, mtime)
+
+        return publish
 
     async def truncate(self, ino: int, size: int) -> None:
         """Cut or extend (with zeros) a file to `size` bytes."""

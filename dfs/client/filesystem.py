@@ -389,7 +389,11 @@ class FileSystem:
         file = self.handles.file(handle).file
         if not self.files.flush_here(file):
             await self.files.flush(file)
-        await self.session.settle()
+        try:
+            await self.session.settle()
+        except FsError:
+            self.files.told(file)
+            raise
 
     async def release(self, handle: int) -> None:
         """Close a handle; commits what is left, whose errors are logged, not raised."""

@@ -11,6 +11,9 @@ The view is *fresh* while the last confirmed answer was asked for less than 1.5 
 the session holds the volume's delegation (`dfs.client.delegation`): then nobody else can change it,
 and operations are committed here first.  A view that is not fresh answers nothing: operations wait
 for freshness until the deadline, then EIO.
+
+The module is longer than most because watch, sync and the operations share one state, and their
+order is the point.
 """
 
 import contextlib
@@ -319,18 +322,18 @@ class Session:
         return False
 
     def _note(self, entry: entries.Entry, changed: list[bytes]) -> None:
-        kind, _, body = entry
-        if kind != entries.DATA:
-            self._writers.note(entry)
-        if kind == entries.DATA:
-            if changed and any(part[0] != self.sid for part in body[0]):
+        if entry.kind == entries.DATA:
+            if changed and any(part[0] != self.sid for part in entry.body[0]):
                 for fn in self._on_change:
                     fn(changed)
-        elif kind == entries.CLOSE:
-            if self.sid in body[0]:
-                self.lose("the volume's home closed it")
+            return
+        self._writers.note(entry)
+        ended = entries.closed(entry)
+        if self.sid in ended:
+            self.lose("the volume's home closed it")
+        if ended:
             for told in self._on_closed:
-                told(body[0])
+                told(ended)
 
     def heard(self, asked_at: float, owner: int | None, state: tuple[int, int, bool]) -> None:
         """Note a confirmed answer to a question asked at `asked_at`; `state`: the delegation."""

@@ -30,9 +30,9 @@ class Writers:
         kind, _, body = entry
         if kind == entries.SESSION:
             (self._sids if body[1] == "rw" else self._readers).add(body[0])
-        elif kind == entries.CLOSE:
-            self._sids.difference_update(body[0])
-            self._readers.difference_update(body[0])
+        elif ended := entries.closed(entry):
+            self._sids.difference_update(ended)
+            self._readers.difference_update(ended)
         elif kind == entries.GENESIS:
             self._known = True
         elif kind == entries.CHECKPOINT and not self._known:
@@ -44,7 +44,3 @@ class Writers:
     def only(self, sid: SessionId) -> bool:
         """Whether this is known to be the only one that writes."""
         return self._known and self._sids == {sid}
-
-    def solitary(self, sid: SessionId) -> bool:
-        """Whether this is known to be the only session at all."""
-        return self._known and not self._readers and self._sids == {sid}

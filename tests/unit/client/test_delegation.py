@@ -178,6 +178,36 @@ async def test_who_was_fenced_loses_what_it_did_not_send_and_says_so():
         await fs.release(handle)
 
 
+@pytest.mark.parametrize("early", [True, False], ids=["in-a-batch", "not-committed"])
+async def test_a_commit_that_waits_does_not_outlive_the_delegation(early):
+    home = delegating()
+    async with holder(home, flush=False) as fs:
+        attr, handle = await fs.create(ROOT_INO, b"both", 0o644)
+        await fs.fsync(handle)
+        fs.rpc.down = {1, 2, 3}
+        if early:
+            await fs.write(handle, 0, b"by the holder")
+        await trio.sleep(LEASE + 1)  # as if it had been stopped
+        if not early:
+            await fs.write(handle, 0, b"by the holder")
+        errors = []
+
+        async def sync():
+            with pytest.raises(FsError) as e:
+                await fs.fsync(handle)
+            errors.append(e.value.errno)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(sync)
+            await trio.sleep(1)
+            home.revoke(VOLUME)
+            fs.rpc.down = set()
+        assert errors == [errno.EIO]
+        await fs.fsync(handle)
+        await fs.release(handle)
+        assert await read_file(fs, attr.ino) == b""
+
+
 async def test_the_lease_ends_without_answers():
     home = delegating()
     async with holder(home, deadline=5.0, flush=False) as fs:
