@@ -250,11 +250,11 @@ class _Search:
         ]
 
     def explain(self) -> str:
-        """What cannot have happened: the furthest that any order came, and what then did not fit."""
+        """How far an order came, and what then did not fit."""
         _, left, state = self.best
         names = {name.decode(errors="replace"): thing for name, thing in state}
         stuck = "; ".join(str(self.part[i]) for i in self._possible(left))
         return (
-            f"no order of {len(self.part)} operations explains their results: with the names {names}"
-            f" none of these fits: {stuck}"
+            f"no order of {len(self.part)} operations explains their results: with the names"
+            f" {names} none of these fits: {stuck}"
         )
