@@ -194,14 +194,15 @@ class Committer:
 
     async def _send_batch(self, batch: Batch) -> None:
         self._sent = batch
+        session, generation = self._session, self._session.generation
         try:
             verdicts = await self._send((((), (), batch.effects),), batch.oldest, batch)
-        except DfsError as e:
-            if not self._session.over:  # nothing that was acknowledged may be left out
-                self._session.lose(f"its home refused what was done here: {e}")
+        except DfsError as e:  # nothing that was acknowledged may be left out
+            session.lose(f"its home refused what was done here: {e}", generation)
             return
         if verdicts != (True,):
-            self._session.lose("its home found a conflict in what was done under the delegation")
+            why = "its home found a conflict in what was done under the delegation"
+            session.lose(why, generation)
 
     async def _send(
         self, txns: tuple[Any, ...], oldest: int, batch: Batch | None = None
@@ -229,14 +230,15 @@ class Committer:
                     self._confirm(batch, seq)
                 await session.absorb(received)
             except Fenced as e:
-                session.lose(str(e))
+                session.lose(str(e), generation)
                 raise _unknown(str(e)) from e
             except InvalidArgument as e:
                 raise FsError(f"commit refused: {e}", errno.EINVAL) from e
             except DfsError as e:
                 log.debug("commit to volume %s: %s", session.volume.hex(), e)
                 if batch is None and self._clock.monotonic() > give_up:
-                    session.lose(f"no verdict for a commit within {session.deadline:g} s: {e}")
+                    why = f"no verdict for a commit within {session.deadline:g} s: {e}"
+                    session.lose(why, generation)
                     text = f"{session.homes.no_quorum(session.deadline)}; last: {e}"
                     raise FsError(text, errno.EIO) from e
                 attempt += 1
@@ -246,7 +248,8 @@ class Committer:
             self.counts["commits"] += 1
             while session.view.seq < seq and generation == session.generation:
                 await session.wait_news()  # the tail was cut: the watch task resets the view
-            if True in verdicts:  # otherwise the answer says nothing about now
+            # An answer without a commit says nothing about now, one to an older session neither.
+            if True in verdicts and generation == session.generation:
                 session.heard(asked_at, owner, state)
             return tuple(map(bool, verdicts))
 
@@ -276,7 +279,7 @@ class Committer:
             while session.view.seq < seq and generation == session.generation:
                 await session.refresh()
         except Fenced as e:
-            session.lose(str(e))
+            session.lose(str(e), generation)
             return
         except DfsError as e:
             # Should it have been granted all the same, asking again says so, or the home revokes.
@@ -291,6 +294,7 @@ class Committer:
 
     async def _give_back(self, epoch: int) -> None:
         session, generation = self._session, self._session.generation
+        self.delegation.returning = self.delegation.held
         session.end_lease()
         attempt = 0
         while generation == session.generation and not session.over:
@@ -299,7 +303,7 @@ class Committer:
                     "vol.return", (session.volume, session.sid, epoch), timeout=ATTEMPT
                 )
             except Fenced as e:
-                session.lose(str(e))
+                session.lose(str(e), generation)
                 return
             except DfsError as e:
                 log.debug("return of volume %s: %s", session.volume.hex(), e)
@@ -307,7 +311,8 @@ class Committer:
                 await session.homes.pause(attempt)
             else:
                 break
-        if generation == session.generation:
+        if generation == session.generation and not session.over:
+            session.returned()
             self._ask_at = self._clock.monotonic() + ASK_AGAIN
             self._stray = 0
             self.delegation.end()

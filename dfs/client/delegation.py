@@ -67,12 +67,15 @@ class Batch:
 class Delegation:
     """The state of holding a volume's delegation, or of not holding it (`epoch` 0)."""
 
-    __slots__ = ("_changed", "_number", "_open", "batches", "epoch", "pending", "recalled")
+    __slots__ = (
+        "_changed", "_number", "_open", "batches", "epoch", "pending", "recalled", "returning",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         """Not held."""
         self.epoch = 0
         self.recalled = False
+        self.returning = False  # from now on others may change the volume
         self.batches: deque[Batch] = deque()
         self.pending = 0  # bytes in them
         self._open: Batch | None = None  # the last one, if operations may still be added to it
@@ -84,10 +87,15 @@ class Delegation:
         """Whether the session holds it, as far as it knows; the lease is looked at elsewhere."""
         return self.epoch > 0
 
+    @property
+    def sole(self) -> bool:
+        """Whether nobody else can have changed anything, as long as the lease lasts."""
+        return self.epoch > 0 and not self.returning
+
     def grant(self, epoch: int) -> None:
         """It is ours."""
         self.epoch = epoch
-        self.recalled = False
+        self.recalled = self.returning = False
         self._changed.unpark_all()
 
     def recall(self) -> bool:
@@ -98,7 +106,7 @@ class Delegation:
 
     def end(self) -> None:
         """It was given back."""
-        self.epoch, self.recalled = 0, False
+        self.epoch, self.recalled, self.returning = 0, False, False
         self._changed.unpark_all()
 
     def lose(self, error: DfsError) -> set[int]:

@@ -78,6 +78,7 @@ class Files:
         self._files: dict[int, File] = {}
         self._dirty: dict[int, File] = {}  # in order of becoming dirty
         self._uncommitted = 0
+        self._losses: set[int] = set()  # inodes not open here with lost changes, not told yet
         self._uploads: dict[Upload, trio.Event] = {}
         self._slots = trio.Semaphore(UPLOADS)
         self._wake = trio.Event()  # something became dirty
@@ -199,6 +200,7 @@ class Files:
 
     def _on_fenced(self, held: bool, lost: set[int]) -> None:
         """The session is over; nothing of before may overwrite what others did under delegation."""
+        self._losses |= lost - self._files.keys()
         for file in list(self._files.values()):
             if file.ino in self._dirty or file.ino in lost:
                 file.error, file.lost = fs_error(errno.EIO, "the session was lost"), True
@@ -308,9 +310,18 @@ class Files:
         self._committed(file, segments, 0.0, *done[0])
         return True
 
-    def told(self, file: File) -> None:
-        """What went wrong with the file was told in another way."""
-        file.error, file.lost = None, False
+    def raise_loss(self, ino: int) -> None:
+        """Raise, once, that changes of a directory or a closed file went with a lost session."""
+        if ino in self._losses:
+            self._losses.discard(ino)
+            raise fs_error(errno.EIO, f"what was done to inode {ino:x} was lost with the session")
+
+    def told(self, ino: int) -> None:
+        """What went wrong with the inode was told in another way."""
+        self._losses.discard(ino)
+        file = self._files.get(ino)
+        if file is not None:
+            file.error, file.lost = None, False
 
     def _raise_error(self, file: File) -> None:
         if file.error is not None:

@@ -389,10 +389,14 @@ class FileSystem:
         file = self.handles.file(handle).file
         if not self.files.flush_here(file):
             await self.files.flush(file)
+        self.files.raise_loss(file.ino)
+        await self._settle(file.ino)
+
+    async def _settle(self, ino: int) -> None:
         try:
             await self.session.settle()
         except FsError:
-            self.files.told(file)
+            self.files.told(ino)
             raise
 
     async def release(self, handle: int) -> None:
@@ -418,9 +422,13 @@ class FileSystem:
         self.handles.pop(handle)
 
     async def fsyncdir(self, handle: int) -> None:
-        """Wait until all operations on names are on stable storage of a majority."""
-        self.handles.directory(handle)
-        await self.session.settle()
+        """Wait until all operations on names are on stable storage of a majority.
+
+        Raises EIO, once, when changes of the directory were lost since they were acknowledged.
+        """
+        ino = self.handles.directory(handle).ino
+        self.files.raise_loss(ino)
+        await self._settle(ino)
 
     async def readdir(self, handle: int, cookie: int = 0, limit: int = SCAN) -> list[Entry]:
         """Entries after a cookie, in order of the cookies, without `.` and `..`; empty at the end.

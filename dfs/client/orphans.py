@@ -55,9 +55,9 @@ class Orphans:
             return [items.suffix_u64(key) for key, _ in txn.scan(prefix)]
 
         purged = 0
-        if self._session.alone:
+        if self._session.last:
             for ino in await self._session.read(find):
-                if self._session.alone and not self._files.is_open(ino):
+                if self._session.last and not self._files.is_open(ino):
                     purged += await self._session.transact(partial(self._purge, ino))
         return purged
 

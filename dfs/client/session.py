@@ -160,7 +160,13 @@ class Session:
     @property
     def alone(self) -> bool:
         """Whether this is known to be the only session that writes."""
-        return (self._delegation.held or self._writers.only(self.sid)) and not self.over
+        held = self._delegation
+        return not self.over and (held.sole if held.held else self._writers.only(self.sid))
+
+    @property
+    def last(self) -> bool:
+        """Whether no other session is open for writing, not even a silent one."""
+        return not self.over and self._writers.only(self.sid)
 
     @property
     def here(self) -> bool:
@@ -287,7 +293,7 @@ class Session:
 
     async def refresh(self) -> None:
         """Wait until the view holds everything that was committed before this call."""
-        if self._delegation.held and self._freshness.now:
+        if self._delegation.sole and self._freshness.now:
             return
         waiter = Waiter()
         self._sync_waiters.append(waiter)
@@ -351,8 +357,14 @@ class Session:
         self._freshness.confirm(asked_at)
 
     def end_lease(self) -> None:
-        """The delegation is given back."""
+        """The delegation is on its way back."""
         self._freshness.limit = FRESH
+
+    def returned(self) -> None:
+        """The delegation was given back: others may have changed something already, so look."""
+        self._freshness.lose()
+        self._sync_waiters.append(Waiter())
+        self._sync_work.unpark_all()
 
     async def wait_news(self) -> None:
         """Until the view has moved, or was confirmed."""
@@ -398,9 +410,13 @@ class Session:
             for fn in self._on_change:
                 fn(None)
 
-    def lose(self, why: str) -> None:
-        """The session is over; the watch task opens the next one."""
-        if self.over or self._closing:
+    def lose(self, why: str, generation: int = 0) -> None:
+        """The session is over; the watch task opens the next one.
+
+        `generation`: what the session was when the question was asked whose answer says so; that
+        answer is no news when the next one is open already.
+        """
+        if self.over or self._closing or generation not in (0, self.generation):
             return
         log.warning("session %x at volume %s is over: %s", self.sid, self.volume.hex(), why)
         self.over = True
@@ -440,8 +456,7 @@ class Session:
                         await trio.sleep(QUIET if known >= seq else FRAME)
                 attempt = 0
             except Fenced as e:
-                if generation == self.generation:
-                    self.lose(str(e))
+                self.lose(str(e), generation)
             except DfsError as e:
                 log.debug("watch of volume %s: %s", self.volume.hex(), e)
                 attempt += 1
@@ -482,15 +497,15 @@ class Session:
     async def _sync(self, give_up: float) -> FsError | None:
         attempt = 0
         while True:
-            asked_at = self._clock.monotonic()
             try:
                 if self.over:
                     await self._wait_fresh(give_up)
+                generation, asked_at = self.generation, self._clock.monotonic()
                 # A watch that does not wait is confirmed and brings the entries along.
                 seq, received, reset, owner, state = await self.homes.ask(
                     "vol.watch", (self.volume, self.sid, self.view.seq, 0.0), timeout=ATTEMPT
                 )
-                if not self.over:
+                if generation == self.generation and not self.over:
                     await self._follow(seq, received, reset, asked_at, owner, state)
                     if self.view.seq >= seq:
                         return None
@@ -501,7 +516,7 @@ class Session:
                 if self._clock.monotonic() > give_up:
                     return FsError(f"{self.homes.no_quorum(self.deadline)}; last: {e}", errno.EIO)
                 if isinstance(e, Fenced):
-                    self.lose(str(e))
+                    self.lose(str(e), generation)
                 attempt += 1
                 await self.homes.pause(attempt)
 
