@@ -36,7 +36,7 @@ _UNTRIED, _NONE = -2, -1
 RWF_DONTCACHE = 0x80  # <linux/fs.h>
 ZEROS = bytes(1 << 16)
 SYNCS = 8  # the last ones, whose median tells whether the medium is quick
-QUICK_SYNC = 0.0005  # seconds
+QUICK_SYNC = 0.001  # seconds
 STALL = 0.02  # seconds of a single sync after which the medium has to prove itself again
 
 _libc = ctypes.CDLL(None, use_errno=True)
