@@ -172,6 +172,16 @@ class ForkedMap(DfsError):
     code = 33
 
 
+class InUse(DfsError):
+    """Another session has the volume in a way that excludes this one.
+
+    Details: that session's id, and how many seconds ago it was last heard of (None: not known).
+    """
+
+    code = 34
+    errno = _errno.EBUSY
+
+
 class FsError(DfsError):
     """A POSIX error; `details[0]` is the errno."""
 

@@ -110,6 +110,11 @@ class Standing:
         self._beats = {sid: at for sid, at in self._beats.items() if sid in sessions}
         return tuple(sid for sid in sessions if self.silence(sid, now) > ttl)
 
+    def heard_ago(self, sid: SessionId, now: float) -> float | None:
+        """Seconds since a sign of a session; None if this owner has had none."""
+        at = self._beats.get(sid)
+        return None if at is None else now - at
+
     def silence(self, sid: SessionId, now: float) -> float:
         """Seconds since the last sign of a session that this owner can vouch for."""
         return now - max(self.since, self._beats.get(sid, self.since))

@@ -11,7 +11,7 @@ from dfs.ids import SessionId
 from dfs.volume.effects import Effect
 from dfs.volume.items import GROUP_SIZE, MAX_KEY
 from dfs.volume.validation import validate
-from metadata.sessions import READ_ONLY, READ_WRITE
+from metadata.sessions import MODES
 
 MAX_REQUEST = 8 << 20  # bytes of effects in one commit
 MAX_TXNS = 4096  # in one commit
@@ -176,8 +176,8 @@ def parse_commit(args: tuple[Any, ...], *, system: bool) -> tuple[Commit, int]:
 
 def check_open(mode: Any, nonce: Any, name: Any) -> None:
     """Check the arguments of `vol.open`; raises `InvalidArgument`."""
-    if mode not in (READ_WRITE, READ_ONLY):
-        raise InvalidArgument(f'a session is opened "rw" or "ro", not {mode!r:.20}')
+    if mode not in MODES:
+        raise InvalidArgument(f'a session is opened "rw", "ro" or "rwx", not {mode!r:.20}')
     if type(nonce) is not bytes or len(nonce) != NONCE_SIZE:
         raise InvalidArgument(f"a nonce has {NONCE_SIZE} bytes")
     if type(name) is not str or len(name) > MAX_NAME:

@@ -12,6 +12,8 @@ from dfs.errors import Corrupt
 from dfs.ids import SessionId
 
 READ_WRITE, READ_ONLY = "rw", "ro"
+EXCLUSIVE = "rwx"  # the only one that writes, see `metadata.exclusion`
+MODES = (READ_WRITE, READ_ONLY, EXCLUSIVE)
 CONTROL_VERSION = 1
 
 
@@ -42,6 +44,11 @@ class Session:
         self.no = no
         self.seq = seq
         self.verdicts = verdicts
+
+    @property
+    def writes(self) -> bool:
+        """Whether it may change the volume."""
+        return self.mode != READ_ONLY
 
     def encode(self) -> tuple[Any, ...]:
         """As a codec value, in the order of the constructor."""

@@ -41,6 +41,7 @@ from dfs.volume.effects import Effect
 from dfs.volume.window import Window
 from metadata.batches import Answer, Answers, Flight, Formed, Verdicts
 from metadata.delegation import busy, change, refuse
+from metadata.exclusion import Excluded, rivals
 from metadata.requests import (
     Checkpoint,
     Close,
@@ -52,7 +53,7 @@ from metadata.requests import (
     Request,
     Revoke,
 )
-from metadata.sessions import READ_WRITE, Control, Session
+from metadata.sessions import Control, Session
 
 BATCH_BYTES = 1 << 20  # of effects in one entry; a larger request has an entry to itself
 MAX_SESSIONS = 4096
@@ -194,15 +195,14 @@ class HomeCore:
         return next((r.sid for r in self._undone() if isinstance(r, Delegate)), 0)
 
     def losing(self, sid: SessionId) -> bool:
-        """Whether an entry that is not chosen yet takes the delegation away from its holder `sid`.
+        """Whether an entry that is not chosen yet ends `sid`, or takes the delegation from it.
 
-        Until that is decided the holder must not be told that it has it: its answer would arrive
-        after others were told that they may go on.  A holder that returns it knows what it does.
+        Until that is decided it must not be told about now, or that it has the delegation: its
+        answer would arrive after others were told that they may go on, or were given the
+        delegation.  A holder that returns it knows what it does.
         """
-        if not sid or sid != self.holder:
-            return False
-        return any(
-            (isinstance(r, Revoke) and r.epoch == self.epoch)
+        return bool(sid) and any(
+            (isinstance(r, Revoke) and sid == self.holder and r.epoch == self.epoch)
             or (isinstance(r, Close) and sid in r.sids)
             for r in self._undone()
         )
@@ -344,7 +344,7 @@ class HomeCore:
         )
 
     def _refuse(self, session: Session, request: Commit, now: int) -> DfsError | None:
-        if request.writing and session.mode != READ_WRITE:
+        if request.writing and not session.writes:
             return InvalidArgument(f"session {request.sid} is read-only")
         if request.oldest and now - request.oldest > MAX_CHUNK_AGE:
             return InvalidArgument(
@@ -426,7 +426,10 @@ class HomeCore:
     def _form_control(self, request: Request, now: int, formed: Formed) -> None:
         if isinstance(request, Open):
             sid = self._nonces.get(request.nonce)
-            if self.holder not in (0, sid):
+            excluding = self._rivals(request) if sid is None else ()
+            if excluding:  # before the delegation: who is refused anyway does not recall it
+                formed.answers.append((request, Excluded(excluding)))
+            elif self.holder not in (0, sid):
                 formed.answers.append((request, busy(self.holder)))
             elif sid is not None:
                 formed.confirm.append(request)
@@ -459,6 +462,10 @@ class HomeCore:
             self._launch(formed, entries.CONFIG, now, config, [(request, ())])
         else:
             raise TypeError(f"unknown request {type(request).__name__}")
+
+    def _rivals(self, request: Open) -> tuple[Session, ...]:
+        """Sessions beside which this one may not be opened."""
+        return rivals(request.mode, self.sessions.values())
 
     def control(self, tree_bytes: int) -> tuple[Any, ...]:
         """Control state after the last entry, for a checkpoint entry."""

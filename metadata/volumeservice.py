@@ -5,17 +5,22 @@ the ballot is known to have been ours since the request arrived, no other sessio
 delegation, and the asking one is not about to lose it.
 """
 
+import logging
 from typing import Any
 
 import trio
 
 from dfs.errors import Busy, Corrupt, Fenced, InvalidArgument
 from dfs.ids import SYSTEM_VOLUME, SessionId
+from metadata.delegation import SILENCE
+from metadata.exclusion import Excluded, in_use, rivals
 from metadata.recall import RECALL_WAIT
 from metadata.requests import Close, Delegate, Open, Return, parse_commit
-from metadata.sessions import READ_WRITE
 from metadata.volumehome import VolumeHome
+from metadata.volumes import HomeCore
 from metadata.waiter import Waiter
+
+log = logging.getLogger(__name__)
 
 MAX_WATCH = 0.5  # seconds that a watch waits
 MAX_BACKLOG = 64 << 20  # bytes of effects that wait
@@ -30,16 +35,46 @@ class VolumeService(VolumeHome):
     """
 
     async def open(self, sid: SessionId, mode: str, nonce: bytes, name: str) -> tuple[Any, ...]:
-        """Open a session, or find the one of that nonce; the answer of `vol.open`."""
+        """Open a session, or find the one of that nonce; the answer of `vol.open`.
+
+        Raises `InUse` while a session that is heard of keeps it out.
+        """
         core, give_up = self._current(), self._clock.monotonic() + RECALL_WAIT
         self._recall.heard(sid)
-        sid = await self._run(core, Open(sid, mode, nonce, name), sid)
+        while True:
+            try:
+                sid = await self._run(core, Open(sid, mode, nonce, name), sid)
+                break
+            except Excluded:
+                await self._make_way(core, mode)
         await self._admitted(core, sid, give_up)
         self._recall.heard(sid)
         tail = self.entries_after(core.covered, core.seq)
         if tail is None:
             raise Corrupt(f"volume {self.volume.hex()}: entries after its checkpoint are missing")
         return sid, core.seq, core.covered, core.root, tail, self._number, core.params
+
+    async def _make_way(self, core: HomeCore, mode: str) -> None:
+        """Close the sessions that are in the way of one of `mode`, if all of them are silent.
+
+        Raises `InUse` if one is not.  There is no await between the look at them and the queueing
+        of their end, from which on they are told nothing.
+        """
+        standing, now = self._recall.standing, self._clock.monotonic()
+        found = rivals(mode, core.sessions.values())
+        for rival in found:
+            if standing.silence(rival.sid, now) <= SILENCE:
+                await self._confirm(core)
+                volume = core.params.get("name") or self.volume.hex()
+                raise in_use(volume, mode, rival, standing.heard_ago(rival.sid, now))
+        if found:
+            log.warning(
+                "volume %s: sessions %s are silent and make way for an open of mode %s",
+                self.volume.hex(),
+                [rival.sid for rival in found],
+                mode,
+            )
+            await self._run(core, Close(tuple(rival.sid for rival in found)))
 
     async def commit(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Judge and commit transactions; the answer of `vol.commit`."""
@@ -107,7 +142,7 @@ class VolumeService(VolumeHome):
         core, recall = self._current(), self._recall
         recall.heard(sid)
         session = core.sessions.get(sid)
-        if session is not None and session.mode != READ_WRITE:
+        if session is not None and not session.writes:
             raise InvalidArgument(f"session {sid} is read-only: a volume is delegated to writers")
         if session is None or core.claimant == sid:
             await self._confirm(core)

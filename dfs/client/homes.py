@@ -7,7 +7,7 @@ import trio
 from dfs.client.connect import Cluster
 from dfs.cluster.map import METADATA
 from dfs.env import Priority
-from dfs.errors import DfsError, Fenced, InvalidArgument, NotHome, StaleEpoch
+from dfs.errors import DfsError, Fenced, InUse, InvalidArgument, NotHome, StaleEpoch
 from dfs.hashing import digest, partition_of
 
 
@@ -60,7 +60,7 @@ class Homes:
                 priority=priority,
                 epoch=current.epoch,
             )
-        except (Fenced, InvalidArgument):  # answers, not failures
+        except (Fenced, InUse, InvalidArgument):  # answers, not failures
             raise
         except DfsError as e:
             if self.owner == home:

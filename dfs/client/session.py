@@ -33,7 +33,7 @@ from dfs.client.freshness import FRESH, Freshness
 from dfs.client.homes import Homes
 from dfs.client.submission import Submission, Waiter
 from dfs.client.writers import Writers
-from dfs.errors import DfsError, Fenced, FsError, InvalidArgument, NotFound
+from dfs.errors import DfsError, Fenced, FsError, InUse, InvalidArgument, NotFound
 from dfs.volume import entries
 from dfs.volume.tree import Missing
 from dfs.volume.view import NodeCache, Txn, View
@@ -45,6 +45,7 @@ WATCH_WAIT = 0.5  # seconds the home may hold a watch
 FRAME = 0.02  # seconds between watches while there is news
 QUIET = 0.05  # seconds between watches that bring nothing new
 DEADLINE = 30.0  # seconds until an operation gives up with EIO
+ALIVE = 1.0  # seconds after we asked: a session heard of later than that has not just died
 
 NOBODY = (0, 0, False)  # holds the delegation: what an answer says that does not tell
 
@@ -57,6 +58,10 @@ class Session:
     `view` is the volume as this session knows it, `params` the volume's genesis parameters, `sid`
     the session's id (it changes when the session is replaced after a loss).  `mode` is "rw" or
     "ro".
+
+    An *exclusive* session is the only one that writes, so whoever uses it may keep what it writes
+    for longer than the session knows of.  Hence it is not replaced when it is lost: what is written
+    later could undo what others did in between.  Every operation fails from then on.
     """
 
     def __init__(
@@ -69,10 +74,14 @@ class Session:
         deadline: float = DEADLINE,
         delegate: bool = False,
     ) -> None:
-        """Prepare; `run` opens it.  `delegate`: ask for the volume's delegation when it is busy."""
+        """Prepare; `run` opens it.  `delegate`: ask for the volume's delegation when it is busy.
+
+        `mode`: "rw", "ro", or "rwx" for an exclusive session that reads and writes.
+        """
         self.cluster = cluster
         self.volume = volume
-        self.mode = mode
+        self.exclusive = mode == "rwx"
+        self.mode = "rw" if self.exclusive else mode
         self.name = name
         self.deadline = deadline
         self.sid: ids.SessionId = 0
@@ -100,8 +109,8 @@ class Session:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Open, report started, then serve until cancelled.
 
-        Raises what the first open raises: `VolumeNotFound`/`NotFound`, or `FsError` EIO when no
-        home answers within the deadline.
+        Raises what the first open raises: `VolumeNotFound`/`NotFound`, `InUse` when a session that
+        lives keeps this one out, or `FsError` EIO when no home answers within the deadline.
         """
         await self._open(self._clock.monotonic() + self.deadline)
         task_status.started()
@@ -176,6 +185,10 @@ class Session:
     def mint_ino(self) -> ids.Ino:
         """A fresh inode number; never used before and never again."""
         if self._minted >= (1 << ids.COUNTER_BITS) - 1:
+            if self.exclusive:
+                raise FsError(
+                    "all inode numbers of the session are used: mount again", errno.ENOSPC
+                )
             self.lose("the session has used up its inode numbers")  # the next one has new ones
         self._minted += 1
         return ids.first_ino(self.sid) + self._minted
@@ -310,6 +323,8 @@ class Session:
         raise FsError(self.homes.no_quorum(self.deadline), errno.EIO)
 
     async def _wait_fresh(self, give_up: float) -> None:
+        if self.exclusive and self.over and self._opens:
+            raise FsError("the exclusive session is over: mount again", errno.EIO)
         if not await self._freshness.wait(give_up):
             raise FsError(self.homes.no_quorum(self.deadline), errno.EIO)
 
@@ -374,18 +389,22 @@ class Session:
 
     async def _open(self, give_up: float) -> None:
         nonce = self.cluster.random.randbytes(16)
-        attempt = 0
+        mode = "rwx" if self.exclusive else self.mode
+        attempt, began = 0, self._clock.monotonic()
         while True:
             asked_at = self._clock.monotonic()
             try:
                 answer = await self.homes.ask(
-                    "vol.open", (self.volume, self.mode, nonce, self.name), timeout=2 * ATTEMPT
+                    "vol.open", (self.volume, mode, nonce, self.name), timeout=2 * ATTEMPT
                 )
                 break
             except (NotFound, InvalidArgument):
                 raise
             except DfsError as e:
-                if self._clock.monotonic() > give_up:
+                late = self._clock.monotonic() > give_up
+                if isinstance(e, InUse) and (late or self._alive(e, began)):
+                    raise
+                if late:
                     raise FsError(
                         f"{self.homes.no_quorum(self.deadline)}; last: {e}", errno.EIO
                     ) from e
@@ -410,8 +429,16 @@ class Session:
             for fn in self._on_change:
                 fn(None)
 
+    def _alive(self, e: InUse, began: float) -> bool:
+        """Whether the session that keeps us out was heard of since we asked; else it may be dead.
+
+        The home closes it for us when it was silent for longer than any delegation lasts.
+        """
+        silence = e.details[1] if len(e.details) > 1 else None
+        return silence is not None and self._clock.monotonic() - silence > began + ALIVE
+
     def lose(self, why: str, generation: int = 0) -> None:
-        """The session is over; the watch task opens the next one.
+        """The session is over; the watch task opens the next one, unless it was exclusive.
 
         `generation`: what the session was when the question was asked whose answer says so; that
         answer is no news when the next one is open already.
@@ -434,6 +461,8 @@ class Session:
         attempt = 0
         while True:
             if self.over:
+                if self.exclusive:
+                    await trio.sleep_forever()
                 try:
                     await self._open(self._clock.monotonic() + self.deadline)
                 except DfsError as e:

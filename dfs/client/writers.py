@@ -29,7 +29,7 @@ class Writers:
         """Follow one entry."""
         kind, _, body = entry
         if kind == entries.SESSION:
-            (self._sids if body[1] == "rw" else self._readers).add(body[0])
+            (self._readers if body[1] == "ro" else self._sids).add(body[0])
         elif ended := entries.closed(entry):
             self._sids.difference_update(ended)
             self._readers.difference_update(ended)
@@ -38,7 +38,7 @@ class Writers:
         elif kind == entries.CHECKPOINT and not self._known:
             # Control state of the home: (version, params, ((sid, mode, ...), ...), ...)
             for s in body[2][2]:
-                (self._sids if s[1] == "rw" else self._readers).add(s[0])
+                (self._readers if s[1] == "ro" else self._sids).add(s[0])
             self._known = True
 
     def only(self, sid: SessionId) -> bool:

@@ -27,6 +27,7 @@ from dfs.errors import (
     DfsError,
     DiskFull,
     Fenced,
+    InUse,
     InvalidArgument,
     NotFound,
     UnknownMethod,
@@ -98,6 +99,7 @@ class FakeHome:
     delegates = False
     delegate_wait = 1.0
     revoke_after = float("inf")
+    heard_ago: float | None = 0.0  # seconds; what is said of sessions that keep another one out
 
     def __init__(self, *, latency: float = 0.0005) -> None:
         """`latency`: seconds that each request takes on the virtual clock."""
@@ -191,6 +193,9 @@ class FakeHome:
                     await v.news.wait()
 
     async def _open(self, v: FakeVolume, mode: str, nonce: bytes, name: str) -> Any:
+        for rival, session in v.sessions.items() if not v.opened(nonce) and mode != "ro" else ():
+            if session[2] != "ro" and "rwx" in (mode, session[2]):
+                raise InUse(f"session {rival:x} has the volume", rival, self.heard_ago)
         await self._admit(v, v.opened(nonce))
         sid = v.opened(nonce)
         if not sid:
@@ -204,7 +209,7 @@ class FakeHome:
         session = v.sessions.get(sid)
         if session is None:
             raise Fenced(f"session {sid:x} is over")
-        if session[2] != "rw":
+        if session[2] == "ro":
             raise InvalidArgument(f"session {sid:x} is read-only")
         if v.holder == sid:
             return v.epoch, v.seq, 0.0, 1

@@ -7,7 +7,8 @@ starts with `(VERSION, kind, stamp_ns, ...)`:
     DATA        (..., ((sid, no, verdicts, effects), ...))  effects of the session's accepted
                 transactions, in order, as in `dfs.volume.effects`; verdicts: one bool a transaction
     CONFIG      (..., version, members)            members: node numbers; journal membership
-    SESSION     (..., sid, mode, nonce, name)      a session opens
+    SESSION     (..., sid, mode, nonce, name)      a session opens; mode "rw", "ro", or "rwx" for
+                the only one that writes
     CLOSE       (..., (sid, ...))                  sessions end; the delegation ends with its holder
     GENESIS     (..., params, version, members)    seq 1 of every journal; params: map str -> value
     CHECKPOINT  (..., covered_seq, root, control)  the tree `root` holds all up to covered_seq;

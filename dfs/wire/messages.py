@@ -50,7 +50,7 @@ Metadata node: registers; see `metadata/KV.md` for levels and guarantees
 Metadata node: volume home (design.md section 6).  Any metadata node that is a home of the volume
 answers; one that does not own the ballot forwards to the owner.
     vol.open(volume, mode, nonce, name)  -> (sid, seq, checkpoint_seq, root or b"", ((seq, entry), ...), owner, params)
-        mode: "rw" | "ro"; nonce: 16 bytes that make a resend idempotent; name: for people.
+        mode: "rw" | "ro" | "rwx" (exclusive: the only one that writes); nonce: 16 bytes that make a resend idempotent; name: for people.
         params: map of str -> value, from the genesis entry.  Entries are those after `checkpoint_seq`.
     vol.commit(volume, sid, no, base, have, txns, oldest, epoch=0)
                                          -> (no, seq, verdicts, ((seq, entry), ...), owner, delegation)

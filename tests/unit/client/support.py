@@ -30,7 +30,7 @@ async def filesystem(
             cluster, VOLUME, mode=mode, name=f"test{seed}", deadline=deadline, delegate=delegate
         )
         await nursery.start(session.run)
-        if mode == "rw":
+        if mode != "ro":
             await session.transact(lambda txn: make_root(txn, 1))
         fs = FileSystem(session, home.chunk_client(), **options)
         fs.rpc = cluster.rpc

@@ -33,6 +33,7 @@ ENTRIES = {
     "data": (entries.DATA, (((3 << 26) + 1, 12, (True, False), EFFECTS),)),
     "config": (entries.CONFIG, 2, (1, 2, 4)),
     "session": (entries.SESSION, (3 << 26) + 1, "rw", b"n" * 16, "host:1"),
+    "exclusive": (entries.SESSION, (3 << 26) + 3, "rwx", b"x" * 16, "database"),
     "close": (entries.CLOSE, ((3 << 26) + 1,)),
     "genesis": (entries.GENESIS, CONTROL.params, 1, (1, 2, 3)),
     "checkpoint": (entries.CHECKPOINT, 344, b"r" * 32, CONTROL.encode()),
