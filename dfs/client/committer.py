@@ -61,6 +61,12 @@ class Committer:
         self._queue.append(submission)
         self._work.unpark_all()
 
+    def looked(self) -> None:
+        """A look had to be confirmed by the home: the delegation would spare the next ones."""
+        self._since_open += 1
+        if self._wants():
+            self._work.unpark_all()
+
     def began(self) -> None:
         """A session was opened."""
         self._no = self._since_open = self._stray = 0
@@ -113,7 +119,11 @@ class Committer:
         return True
 
     def _confirm(self, batch: Batch, seq: int) -> None:
-        self._session.view.confirm_local(seq, batch.keys, batch.ranges, batch.number)
+        view = self._session.view
+        if seq == view.seq + 1:
+            view.confirm_local(seq, batch.keys, batch.ranges, batch.number)
+        else:  # a checkpoint holds it, to which the view has jumped
+            view.confirm_covered(batch.keys, batch.ranges, batch.number)
         self._sent = None
         self.delegation.confirmed(batch)
         self.counts["batches"] += 1
@@ -250,6 +260,8 @@ class Committer:
                 await session.wait_news()  # the tail was cut: the watch task resets the view
             # An answer without a commit says nothing about now, one to an older session neither.
             if True in verdicts and generation == session.generation:
+                if batch is not None and batch is self._sent:
+                    self._confirm(batch, seq)
                 session.heard(asked_at, owner, state)
             return tuple(map(bool, verdicts))
 

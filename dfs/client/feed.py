@@ -50,8 +50,8 @@ class Feed:
             self.view = View(self.nodes, root, seq, salt)
 
     def reset(self, root: bytes, seq: int) -> None:
-        """Jump ahead to a checkpoint."""
-        self.view.reset(root, seq)
+        """Jump ahead to a checkpoint; what was done here and is in no entry yet is kept."""
+        self.view.jump(root, seq)
         self._pending = {at: e for at, e in self._pending.items() if at > seq}
 
     async def absorb(self, received: Entries) -> bool:

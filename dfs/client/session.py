@@ -308,6 +308,7 @@ class Session:
         """Wait until the view holds everything that was committed before this call."""
         if self._delegation.sole and self._freshness.now:
             return
+        self._committer.looked()
         waiter = Waiter()
         self._sync_waiters.append(waiter)
         self._sync_work.unpark_all()
@@ -501,9 +502,6 @@ class Session:
         state: tuple[int, int, bool],
     ) -> None:
         if reset is not None and reset[0] > self.view.seq:
-            if self._delegation.batches:  # they lie on a state that cannot be reached any more
-                self.lose("its view fell behind the journal")
-                return
             self._feed.reset(reset[1], reset[0])
             self._writers.forget()
             for fn in self._on_change:

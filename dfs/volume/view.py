@@ -138,6 +138,25 @@ class View:
         # What was read before is not compared with these entries: it counts as changed.
         self._window.forget(seq)
 
+    def jump(self, root: bytes, seq: int) -> None:
+        """Start over from a checkpoint as `reset`, and keep what is ahead of the journal.
+
+        That lies on top of the checkpoint as it lay on the view before, because nobody else has
+        changed anything.  A batch may be in the checkpoint already, then with the same values.
+        """
+        overlay = self._overlay
+        overlay.drop(LOCAL - 1)
+        self.root, self.root_seq, self.seq = root, seq, seq
+        overlay.seq = seq
+        self._window = Window(seq, WINDOW)
+
+    def confirm_covered(
+        self, keys: Iterable[bytes], ranges: Iterable[tuple[bytes, bytes]], number: int
+    ) -> None:
+        """An entry that the view has jumped over was the batch `number`."""
+        groups = {start[:GROUP_SIZE] for start, _ in ranges}
+        self._overlay.renumber(keys, groups, LOCAL + number, self.root_seq)
+
     # ----------------------------------------------------------------------- reading
 
     def begin(self) -> "Txn":

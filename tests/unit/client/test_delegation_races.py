@@ -151,3 +151,33 @@ async def test_what_a_silent_session_may_have_open_is_not_purged():
         fs.session._delegation.epoch = 0
         assert bytes(await silent.read(handle, 0, 100)) == b"content"
         await silent.release(handle)
+
+
+@pytest.mark.parametrize("sent", [False, True])
+async def test_a_holder_that_fell_behind_keeps_what_it_did(sent):
+    home = delegating()
+    async with filesystem(home, seed=1, delegate=True) as fs:
+        await hold(fs)
+        answered = delay(fs, "vol.commit", 1.0)
+        if not sent:
+            fs.rpc.lose_request = 1.0
+        await write_file(fs, ROOT_INO, b"f", b"x" * 5000)
+        if sent:
+            await answered.wait()  # in the journal, and its holder does not know
+        await write_file(fs, ROOT_INO, b"g", b"y" * 5000)
+        await fs.unlink(ROOT_INO, b"f")
+        home.checkpoint(VOLUME)
+        home.checkpoint(VOLUME)  # the entries before are gone for the holder
+        fs.rpc.lose_request = 0.0
+        await trio.sleep(3)
+        assert fs.session.generation == 1
+        await fs.session.settle()
+        assert not fs.session.statistics()["pending"]
+        await write_file(fs, ROOT_INO, b"h", b"")
+        want = sorted({*await names(fs, ROOT_INO)})
+        assert {b"g", b"h"} < set(want)
+        assert b"f" not in want
+        async with filesystem(home, seed=2, mode="ro") as other:
+            assert await names(other, ROOT_INO) == want
+            attr = await other.lookup(ROOT_INO, b"g")
+            assert await read_file(other, attr.ino) == b"y" * 5000
