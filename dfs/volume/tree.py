@@ -42,22 +42,41 @@ __all__ = [
 ]
 
 EMPTY = b""
+FOLLOWING = 16  # leaves that a get asks for at once in a sequence of them
 AHEAD = 64  # children of one node that a scan asks for at once
 Difference = tuple[bytes, bytes | None, bytes | None]  # (key, old value, new value)
 
 
 def get(get_node: GetNode, root: bytes, key: bytes) -> bytes | None:
-    """Value of a key, or None."""
+    """Value of a key, or None.
+
+    When a leaf is missing whose left neighbour is there, the next ones are asked for with it: files
+    are mostly looked at in the order in which they were made, and so their items are sorted.
+    """
+    above: Node | None = None
+    at = 0
     while root:
-        node = get_node(root)
+        try:
+            node = get_node(root)
+        except Missing as e:
+            raise Missing(*e.hashes, *_following(get_node, above, at)) from None
         keys = node.keys
         i = bisect_left(keys, key)
         if i == len(keys):
             return None
         if node.level == 0:
             return node.values[i] if keys[i] == key else None
+        above, at = node, i
         root = node.values[i]
     return None
+
+
+def _following(get_node: GetNode, above: Node | None, at: int) -> Iterator[bytes]:
+    """What to fetch with child `at` of a node, which is missing."""
+    if above is None or above.level != 1 or at == 0:
+        return
+    if not any(True for _ in _absent(get_node, above.values[at - 1 : at], 1)):
+        yield from _absent(get_node, above.values[at + 1 : at + FOLLOWING], FOLLOWING)
 
 
 def scan(
