@@ -59,9 +59,10 @@ quick = settings(
 class Pair:
     """A FileSystem and the oracle, run side by side."""
 
-    def __init__(self, home, fs):
+    def __init__(self, home, fs, sizes=SIZES):
         self.home = home
         self.fs = fs
+        self.sizes = sizes
         self.oracle = Oracle()
         self.nodes = [self.oracle.root]  # every node that ever was
         self.inos = {id(self.oracle.root): ROOT_INO}
@@ -164,9 +165,10 @@ class Pair:
                 oracle.chown(anything, b, d)
             await self.compare(anything)
         elif what == "truncate" and self.alive(anything):
+            size = self.sizes[b % len(self.sizes)]
             await self.both(
-                lambda: oracle.truncate(anything, SIZES[b]),
-                lambda: fs.setattr(self.ino(anything), size=SIZES[b]),
+                lambda: oracle.truncate(anything, size),
+                lambda: fs.setattr(self.ino(anything), size=size),
             )
         elif what == "list" and where.kind == DIR and not where.removed:
             assert await names(fs, self.ino(where)) == sorted(where.entries)
@@ -183,13 +185,14 @@ class Pair:
     async def use(self, what, a, b, c, d):
         """Operations on open files."""
         file, handle = self.handles[a % len(self.handles)]
+        offset = self.sizes[b % len(self.sizes)]
         if what == "write":
             data = bytes([65 + c]) * SIZES[d % 6]
-            assert await self.fs.write(handle, SIZES[b], data) == len(data)
-            self.oracle.write(file, SIZES[b], data)
+            assert await self.fs.write(handle, offset, data) == len(data)
+            self.oracle.write(file, offset, data)
         elif what == "read":
-            got = bytes(await self.fs.read(handle, SIZES[b], SIZES[d]))
-            assert got == self.oracle.read(file, SIZES[b], SIZES[d])
+            got = bytes(await self.fs.read(handle, offset, SIZES[d]))
+            assert got == self.oracle.read(file, offset, SIZES[d])
         elif what == "flush":
             await self.fs.flush(handle)
         elif what == "close":
