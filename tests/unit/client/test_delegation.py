@@ -289,3 +289,19 @@ async def test_readers_and_those_who_did_not_ask_hold_nothing():
         assert not session.here
         nursery.cancel_scope.cancel()
     assert "vol.delegate" not in home.calls
+
+
+async def test_who_only_looks_asks_too():
+    home = delegating()
+    async with filesystem(home, seed=1) as fs:
+        ino = await write_file(fs, ROOT_INO, b"f", b"x")
+    async with filesystem(home, seed=2, delegate=True) as fs:
+        home.volumes[VOLUME].close(min(home.volumes[VOLUME].sessions))
+        for _ in range(10):
+            assert await read_file(fs, ino) == b"x"
+            await trio.sleep(0.3)
+        assert fs.session.here
+        watches = home.calls["vol.watch"]
+        for _ in range(20):
+            assert await read_file(fs, ino) == b"x"
+        assert home.calls["vol.watch"] == watches
