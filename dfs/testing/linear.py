@@ -11,8 +11,10 @@ Two things go beyond the classic question.  The outcome of an operation may be *
 effect once after its call, or never.  And operations of a *session* may be *volatile*:
 acknowledged, but lost with the session if it was not followed by an fsync.  What a session loses is
 a suffix of what it did, looks included, so the search may give up all that is left of a session
-once, provided all of it is volatile.  Whether the suffixes of one session in several partitions fit
-together is not asked here.
+once, provided all of it is volatile.  Even then the session saw a state of its own that nobody
+else changed meanwhile: what is lost must have had its results one after the other, from the state
+where it is given up, and nobody else's later operation may have returned before the last of it was
+called.  Whether the suffixes of one session in several partitions fit together is not asked here.
 """
 
 import errno
@@ -246,8 +248,24 @@ class _Search:
         return [
             (left & ~mine, state)
             for session, mine in self.sessions.items()
-            if left & mine and not left & self.durable.get(session, 0)
+            if left & mine
+            and not left & self.durable.get(session, 0)
+            and self._alone(left & mine, left & ~mine & self.certain, state)
         ]
+
+    def _alone(self, lost: int, others: int, state: State) -> bool:
+        """Whether a session can have done what it lost before anybody else did anything."""
+        last = max(op.called for op in self._these(lost))
+        if any(op.returned < last for op in self._these(others)):
+            return False
+        for op in self._these(lost):
+            state, result = apply(state, op.what)
+            if result != op.result:
+                return False
+        return True
+
+    def _these(self, some: int) -> list[Operation]:
+        return [op for i, op in enumerate(self.part) if some >> i & 1]
 
     def explain(self) -> str:
         """How far an order came, and what then did not fit."""

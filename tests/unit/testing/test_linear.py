@@ -139,6 +139,16 @@ WRONG = {
         op("y", ("lookup", B), "ENOENT", 8, 9),
         op("y", ("lookup", A), 2, 8, 9),
     ],
+    "a look after others went on, lost or not": [
+        op("x", ("create", A, 1), OK, 0, 1, "s", True),
+        op("y", ("create", A, 2), OK, 2, 3),
+        op("x", ("lookup", A), 1, 4, 5, "s", True),
+    ],
+    "lost, and not possible one after the other": [
+        op("x", ("create", A, 1), OK, 0, 1, "s", True),
+        op("x", ("create", A, 3), OK, 2, 3, "s", True),
+        op("y", ("lookup", A), "ENOENT", 4, 5),
+    ],
     "seen by another, then lost": [
         op("x", ("create", A, 1), OK, 0, 1, "s", True),
         op("y", ("lookup", A), 1, 2, 3),
