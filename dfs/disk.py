@@ -355,17 +355,18 @@ class RealDisk:
         """See `Disk.run`."""
         return await self._pool.run(fn, *args)
 
-    async def sync(self, fdatasync: Callable[[], None]) -> None:
+    async def sync(self, fdatasync: Callable[[], None], *, turn: bool = True) -> None:
         """See `Disk.sync`.
 
         Handing a sync to a thread and its end back costs about 150 us of processor time and two
         wake-ups, as much as a quick medium needs to do it.  So it runs inline as long as most of
         the last syncs were quick, after every other task had its turn (what they queued is then
-        on its way to other nodes, which work meanwhile).  One that stalls moves them to a thread
-        until most are quick again.
+        on its way to other nodes, which work meanwhile) unless the caller saw to that.  One that
+        stalls moves them to a thread until most are quick again.
         """
         if self._quick:
-            await trio.lowlevel.cancel_shielded_checkpoint()
+            if turn:
+                await trio.lowlevel.cancel_shielded_checkpoint()
             self._timed(fdatasync)
         else:
             await self._pool.run(self._timed, fdatasync)

@@ -127,8 +127,11 @@ class Disk(Protocol):
         """Run a blocking function of the caller off the loop; not cancelled half-way."""
         ...
 
-    async def sync(self, fdatasync: Callable[[], None]) -> None:
-        """Run a file's `fdatasync` as `run` does, or inline while that is quicker."""
+    async def sync(self, fdatasync: Callable[[], None], *, turn: bool = True) -> None:
+        """Run a file's `fdatasync` as `run` does, or inline while that is quicker.
+
+        `turn`: whether other tasks have a turn before it runs inline; without, this may not yield.
+        """
         ...
 
 

@@ -46,9 +46,10 @@ class GroupSync:
         self._syncs = 0
         self.failed: StoreFailed | None = None
 
-    async def sync(self) -> None:
+    async def sync(self, *, turn: bool = True) -> None:
         """Return when everything written before the call is durable; raises `StoreFailed`.
 
+        `turn`: see `dfs.env.Disk.sync`.
         Only waiting for another's sync can be cancelled; a cancelled caller knows nothing about
         its writes.
         """
@@ -72,7 +73,7 @@ class GroupSync:
         try:
             file = self._file() if callable(self._file) else self._file
             self._syncs += 1
-            await self._disk.sync(file.fdatasync)
+            await self._disk.sync(file.fdatasync, turn=turn)
         except BaseException as e:
             self._fail(e, followers)
             if isinstance(e, DfsError) or not isinstance(e, Exception):

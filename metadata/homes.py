@@ -17,7 +17,7 @@ from typing import Any
 import trio
 
 from dfs.cluster.map import METADATA, ClusterMap
-from dfs.env import Context, Env, Handler, Reply
+from dfs.env import Context, Deferred, Env, Handler, Reply
 from dfs.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -169,11 +169,38 @@ class Homes:
 
         return await self._serve(ctx, "vol.open", volume, own, hops, local)
 
-    async def _commit(self, ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
+    def _commit(
+        self, ctx: Context, args: tuple[Any, ...], _data: memoryview
+    ) -> Deferred | Awaitable[Reply]:
+        """Without a task where nothing has to be waited for but the entry; see `commit_soon`."""
         if len(args) == 7:  # without the epoch, which is optional unless a home forwards
             args = (*args, 0)
         volume, own, hops = _parse(args, 7)
-        return await self._serve(ctx, "vol.commit", volume, own, hops, lambda h: h.commit(own))
+        home = self._homes.get(volume)
+        if home is not None and home.ready():
+            later = Deferred()
+
+            def decided(answer: tuple[Any, ...] | DfsError) -> None:
+                if isinstance(answer, tuple):
+                    later.answer((answer, b""))
+                elif isinstance(answer, _UNDECIDED) and self._nursery is not None:
+                    self._nursery.start_soon(self._commit_again, later, ctx, volume, own, hops)
+                else:
+                    later.answer(answer)
+
+            if home.commit_soon(own, decided):
+                return later
+        return self._serve(ctx, "vol.commit", volume, own, hops, lambda h: h.commit(own))
+
+    async def _commit_again(
+        self, later: Deferred, ctx: Context, volume: bytes, own: tuple[Any, ...], hops: int
+    ) -> None:
+        try:
+            later.answer(
+                await self._serve(ctx, "vol.commit", volume, own, hops, lambda h: h.commit(own))
+            )
+        except DfsError as e:
+            later.answer(e)
 
     async def _watch(self, ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
         volume, own, hops = _parse(args, 3)

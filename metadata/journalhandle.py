@@ -39,10 +39,11 @@ class Trimmed(DfsError):
 
 
 class _Waiter:
-    __slots__ = ("done", "result", "task")
+    __slots__ = ("done", "result", "task", "then")
 
-    def __init__(self) -> None:
+    def __init__(self, then: "Callable[[Any], None] | None" = None) -> None:
         self.task: trio.lowlevel.Task | None = None
+        self.then = then
         self.done = False
         self.result: Any = None
 
@@ -160,6 +161,23 @@ class Journal:
         seq: int = await self._do(lambda t, d, now: replica.propose(t, payload, d, now), timeout)
         return seq
 
+    def launch(self, payload: bytes, timeout: float, then: Callable[[Any], None]) -> None:
+        """`propose` without a task that waits: calls `then` with the seq or the error, once.
+
+        Nobody is told when this node stops.
+        It may be called before this returns.  It must not raise, and may launch the next entry.
+        """
+        host = self._host
+        try:
+            host.check()
+        except DfsError as e:
+            then(e)
+            return
+        now = host.now()
+        ticket = host.ticket()
+        self._waiters[ticket] = _Waiter(then)
+        self._run(self.replica.propose(ticket, payload, now + timeout, now))
+
     async def confirm(self, timeout: float) -> None:
         """Prove that nobody else owned the journal when this was called.
 
@@ -275,13 +293,16 @@ class Journal:
             return  # cancelled
         waiter.done = True
         waiter.result = result
-        if waiter.task is not None:
+        if waiter.then is not None:
+            waiter.then(result)
+        elif waiter.task is not None:
             trio.lowlevel.reschedule(waiter.task, outcome.Value(None))
 
     def stop(self, error: DfsError) -> None:
-        """End every wait: the node takes no part any more."""
-        for ticket in list(self._waiters):
-            self._finish(ticket, type(error)(str(error)))
+        """End every wait of a task: the node takes no part any more."""
+        for ticket, waiter in list(self._waiters.items()):
+            if waiter.then is None:
+                self._finish(ticket, type(error)(str(error)))
 
     def status(self) -> dict[str, Any]:
         """What `jrnl.status` answers."""

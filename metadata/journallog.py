@@ -273,7 +273,10 @@ class JournalLog:
     async def run(self) -> None:
         """Write and sync until cancelled; raises `StoreFailed` when the disk failed."""
         while True:
+            # Who woke us has sent what was to be sent along; before another batch all have a turn.
+            woken = False
             while not self._buffer:
+                woken = True
                 self._parked = trio.lowlevel.current_task()
                 self._idle_since = trio.current_time()
                 await trio.lowlevel.wait_task_rescheduled(self._unpark)
@@ -288,7 +291,7 @@ class JournalLog:
             self.full = None
             batch, end = self.batch, self._active.end
             self.batch = batch + 1
-            await self._sync.sync()
+            await self._sync.sync(turn=not woken)
             self._synced = end
             self.durable = batch
             for fn, args in self._waiting.pop(batch, ()):

@@ -74,6 +74,11 @@ class Recall:
         wait = self.standing.wait(sid, self._core.sessions, self._clock.monotonic())
         return max(wait, BACKOFF_MIN) if self._waiting else wait
 
+    def admits(self, sid: SessionId) -> bool:
+        """Whether `sid` may be told about now, without a wait; see `admitted`."""
+        core = self._core
+        return not self._over and core.claimant in (0, sid) and not core.losing(sid)
+
     async def admitted(self, sid: SessionId, give_up: float) -> None:
         """Wait until `sid` may be told about now: then this does not yield any more.
 

@@ -5,10 +5,12 @@ Concurrency contract (one trio loop; what happens between two awaits is atomic):
 - The journal calls `_chosen` for every chosen entry, in order, from the loop.  The core absorbs it
   in that very call and the requests it proves are answered there, so core and journal never differ
   when any other task runs.
-- One *driver* task per owned volume forms batches and proposes them, one at a time.  Requests that
-  arrive meanwhile queue in the core; the next batch takes all of them (group commit).
-- A request is parked on its `Waiter` and answered exactly once: with an outcome, with the error
-  that leaves it unknown, or with `OwnershipLost` when the ballot went to another home.
+- Batches are formed and proposed one at a time, in `_go`: by the request that finds none in flight,
+  then by the end of each proposal.  Requests that arrive meanwhile queue in the core; the next
+  batch takes all of them (group commit).  No task is woken for it: each would be a pass of the
+  scheduler in which the request only waits.
+- A request has one outcome, which its token (`metadata.waiter`) is told once: an answer, the error
+  that leaves it unknown, or `OwnershipLost` when the ballot went to another home.
 - Whatever is told a session is told in one piece with the look at who has the delegation
   (`Recall.admitted`); a request that may not be answered waits for its return, then fails `Busy`.
 - The core lives from a take-over to the loss of the ballot (`_drop`).  Whoever awaited anything
@@ -38,7 +40,7 @@ from metadata.requests import (
 )
 from metadata.tail import ANSWER_BYTES, Numbered, Tail, kind_of
 from metadata.volumes import HomeCore
-from metadata.waiter import Parking, Waiter
+from metadata.waiter import Waiter
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +100,6 @@ class VolumeHome:
         self._folder = folder
         self._tail = Tail()
         self._watchers: dict[Waiter, SessionId] = {}
-        self._driver = Parking()  # the driver task, when it has nothing to do
         self._taking: _Attempt | None = None
         self._recall: Recall  # there is one whenever there is a core
         self._backlog = 0
@@ -224,7 +225,7 @@ class VolumeHome:
                     core, self._clock, self._nursery, partial(self._run, core), self._alert
                 )
                 self._checkpoint_at = self._clock.monotonic()
-                self._nursery.start_soon(self._drive, core)
+                self._go(core)
         except DfsError as e:
             attempt.error = e
         finally:
@@ -265,38 +266,47 @@ class VolumeHome:
             request.token.set(lost)
         self._recall.end()
         self._news()
-        self._driver.wake()
 
-    # ------------------------------------------------------------------------------ the driver
+    # ------------------------------------------------------------------------------- the batches
 
-    async def _drive(self, core: HomeCore) -> None:
-        """Form batches and propose them until the ballot is lost."""
-        propose, time_ns = self.journal.propose, self._clock.time_ns
-        while self.core is core:
+    def _submit(self, core: HomeCore, request: Request) -> None:
+        """Queue a request, which has a token, and let it go at once if nothing is in flight."""
+        core.submit(request)
+        self._go(core)
+
+    def _go(self, core: HomeCore) -> None:
+        """Form the next batch and propose it, unless one is in flight or nothing waits."""
+        while self.core is core and not core.flying:
             self._recall.wake()  # what was queued or in flight may have come to nothing
-            formed = core.form(time_ns())
+            if core.idle:
+                return
+            formed = core.form(self._clock.time_ns())
             for request, answer in formed.answers:
                 request.token.set(answer)
             if formed.confirm:
                 self._nursery.start_soon(self._settle_all, core, formed.confirm)
-            if formed.payload is None:
-                if core.idle:
-                    await self._driver.park()
-                continue
-            try:
-                await propose(formed.payload, PROPOSE_TIMEOUT)
-            except NotHome as e:
-                self._drop(core, str(e))
-            except DiskFull as e:
-                for request in core.retract():
-                    request.token.set(e)
-            except InvalidArgument as e:  # a config out of turn; it was not proposed
-                for request in core.retract():
-                    request.token.set(Busy(str(e)))
-            except DfsError as e:
-                await self._undecided(core, e)
-            if self.core is core and core.flying:
-                self._drop(core, "the journal did not report its own entry")
+            if formed.payload is not None:
+                ended = partial(self._ended, core, core.launched)
+                self.journal.launch(formed.payload, PROPOSE_TIMEOUT, ended)
+
+    def _ended(self, core: HomeCore, number: int, outcome: int | DfsError) -> None:
+        """The proposal of batch `number` has ended; what it proved was answered by `_chosen`."""
+        if self.core is not core:
+            return
+        if isinstance(outcome, NotHome):
+            self._drop(core, str(outcome))
+        elif isinstance(outcome, DiskFull):
+            for request in core.retract():
+                request.token.set(outcome)
+        elif isinstance(outcome, InvalidArgument):  # a config out of turn; it was not proposed
+            for request in core.retract():
+                request.token.set(Busy(str(outcome)))
+        elif isinstance(outcome, DfsError):
+            self._nursery.start_soon(self._undecided, core, outcome)
+            return
+        elif core.flying and core.launched == number:
+            self._drop(core, "the journal did not report its own entry")
+        self._go(core)
 
     async def _undecided(self, core: HomeCore, error: DfsError) -> None:
         """A proposal takes too long: tell who waits, and wait for the journal to decide it.
@@ -310,6 +320,7 @@ class VolumeHome:
             for request in core.give_up():
                 request.token.set(error)
             await trio.sleep(0.05)
+        self._go(core)
 
     async def _settle_all(self, core: HomeCore, requests: list[Request]) -> None:
         """Answer what is only known once the ballot is confirmed."""
@@ -325,7 +336,7 @@ class VolumeHome:
     def _settle(self, core: HomeCore, request: Request) -> None:
         answer = core.settle(request)
         if answer is None:
-            self._driver.wake()
+            self._go(core)
         else:
             request.token.set(answer)
 
@@ -347,8 +358,7 @@ class VolumeHome:
                 await self._confirm(core)
                 self._settle(core, request)
             else:
-                core.submit(request)
-                self._driver.wake()
+                self._submit(core, request)
             try:
                 return await waiter.wait()
             except Delegated:

@@ -6,19 +6,21 @@ delegation, and the asking one is not about to lose it.
 """
 
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import trio
 
-from dfs.errors import Busy, Corrupt, Fenced, InvalidArgument
+from dfs.errors import Busy, Corrupt, DfsError, Fenced, InvalidArgument
 from dfs.ids import SYSTEM_VOLUME, SessionId
-from metadata.delegation import SILENCE
+from metadata.batches import Answer, Verdicts
+from metadata.delegation import SILENCE, Delegated
 from metadata.exclusion import Excluded, in_use, rivals
 from metadata.recall import RECALL_WAIT
-from metadata.requests import Close, Delegate, Open, Return, parse_commit
+from metadata.requests import Close, Commit, Delegate, Open, Return, parse_commit
 from metadata.volumehome import VolumeHome
 from metadata.volumes import HomeCore
-from metadata.waiter import Waiter
+from metadata.waiter import Told, Waiter
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +93,13 @@ class VolumeService(VolumeHome):
         finally:
             if self.core is core:
                 self._backlog -= request.size
+        return await self._tell(core, request, have, mark, seq, verdicts)
+
+    async def _tell(
+        self, core: HomeCore, request: Commit, have: int, mark: int, seq: int, verdicts: Verdicts
+    ) -> tuple[Any, ...]:
+        """The answer to a commit that was judged; `mark`: batches launched when it arrived."""
+        recall, sid = self._recall, request.sid
         # An entry that was proposed since proves, like a Confirm, that the ballot was ours.  Other
         # outcomes come from memory: final, but a client takes a `True` for a word about now.
         if core.proved <= mark and request.writing and (core.holder == sid or True in verdicts):
@@ -103,6 +112,54 @@ class VolumeService(VolumeHome):
         # catches up by a watch; its verdicts are final all the same.
         news = () if news is None else news
         return request.no, seq, verdicts, news, self._number, recall.state(sid)
+
+    def commit_soon(
+        self, args: tuple[Any, ...], then: Callable[[tuple[Any, ...] | DfsError], None]
+    ) -> bool:
+        """`commit` without a task in the common case; whether it was begun.
+
+        If so, `then` is called once, perhaps before this returns: with the answer of `vol.commit`,
+        in the very step that proved it unless something else has to be waited for, or with what
+        `commit` would raise.  Raises `InvalidArgument`.
+        """
+        core, recall = self._current(), self._recall
+        request, have = parse_commit(args, system=self.volume == SYSTEM_VOLUME)
+        if not request.writing or self._backlog > MAX_BACKLOG:
+            return False
+        sid, size, mark = request.sid, request.size, core.launched
+        recall.heard(sid)
+        self._backlog += size
+
+        def decided(outcome: Answer) -> None:
+            if self.core is core:
+                self._backlog -= size
+            if isinstance(outcome, Delegated):  # it has to wait for its turn
+                self._nursery.start_soon(finish, self.commit(args))
+            elif isinstance(outcome, DfsError):
+                then(outcome)
+            else:
+                seq, verdicts = outcome
+                # The holder of the delegation knows what it wrote: no need to send it back.
+                own = request.epoch and have == seq - 1
+                news = () if own else self._tail.between(have, seq)
+                # See `_tell`, which does what has to be waited for.
+                told = core.proved > mark or (core.holder != sid and True not in verdicts)
+                if self.core is core and told and news is not None and recall.admits(sid):
+                    recall.heard(sid)
+                    then((request.no, seq, verdicts, news, self._number, recall.state(sid)))
+                else:
+                    tell = self._tell(core, request, have, mark, seq, verdicts)
+                    self._nursery.start_soon(finish, tell)
+
+        async def finish(rest: Awaitable[tuple[Any, ...]]) -> None:
+            try:
+                then(await rest)
+            except DfsError as e:
+                then(e)
+
+        request.token = Told(decided)
+        self._submit(core, request)
+        return True
 
     async def watch(self, sid: SessionId, have: int, wait: float) -> tuple[Any, ...]:
         """Wait for entries after `have`; the answer of `vol.watch`."""

@@ -1,5 +1,6 @@
-"""Waiting, for a microsecond less than an event costs: for an outcome, or for something to do."""
+"""Where a request's outcome arrives, for a microsecond less than an event costs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import trio
@@ -40,27 +41,17 @@ class Waiter:
         return self.outcome
 
 
-class Parking:
-    """Where one task parks while it has nothing to do; the caller looks for work again after."""
+class Told:
+    """Where a request's outcome arrives that a function is told, at once, instead of a task."""
 
-    __slots__ = ("_task",)
+    __slots__ = ("_fn",)
 
-    def __init__(self) -> None:
-        """Nobody is parked."""
-        self._task: trio.lowlevel.Task | None = None
+    def __init__(self, fn: Callable[[Any], None]) -> None:
+        """`fn` is called with the first outcome, from whatever decided it; it must not raise."""
+        self._fn: Callable[[Any], None] | None = fn
 
-    def wake(self) -> None:
-        """Let the task go on, if it is parked."""
-        task, self._task = self._task, None
-        if task is not None:
-            trio.lowlevel.reschedule(task)
-
-    async def park(self) -> None:
-        """Wait until woken; what came before does not count."""
-        self._task = trio.lowlevel.current_task()
-
-        def abort(_: Any) -> trio.lowlevel.Abort:
-            self._task = None
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        await trio.lowlevel.wait_task_rescheduled(abort)
+    def set(self, outcome: Any) -> None:
+        """Deliver; the first outcome counts."""
+        fn, self._fn = self._fn, None
+        if fn is not None:
+            fn(outcome)

@@ -231,14 +231,17 @@ class _Session:
         charge: int,
         answer: Reply | Exception,
     ) -> None:
-        """Somebody answered a `Deferred`; many are answered in one turn, so others send it."""
+        """Somebody answered a `Deferred`; where many are, they leave together in the next turn."""
         if isinstance(answer, Exception):
             self._refuse(wanted, stream, priority, method, answer)
         elif wanted:
             self._reply(stream, priority, method, answer)
         self._tasks -= 1
         self._uncharge(charge)
-        self._channel.wake()
+        if self._tasks < FEW:
+            self._channel.flush()
+        else:
+            self._channel.wake()
 
     async def _finish(
         self,

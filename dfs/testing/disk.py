@@ -343,7 +343,7 @@ class SimDisk:
             await trio.sleep_forever()  # the process that asked is dead; it waits to be cancelled
         return result.unwrap()
 
-    async def sync(self, fdatasync: Callable[[], None]) -> None:
+    async def sync(self, fdatasync: Callable[[], None], *, turn: bool = True) -> None:
         """See `Disk.sync`: a sync takes its time here, always."""
         await self.run(fdatasync)
 

@@ -81,7 +81,7 @@ def _changed(mutant: str | None) -> Iterator[None]:
         (VolumeHome, "core_class", VolumeHome.core_class),
         (VolumeHome, "_confirm", VolumeHome._confirm),
         (VolumeHome, "_drop", VolumeHome._drop),
-        (VolumeHome, "_run", VolumeHome._run),
+        (VolumeHome, "_submit", VolumeHome._submit),
     ]
     try:
         volumehome.CHECKPOINT_BYTES = CHECKPOINT_BYTES
@@ -114,14 +114,14 @@ def _apply_mutant(mutant: str | None) -> None:
 
         setattr(VolumeHome, "_drop", refuse)  # noqa: B010 - mypy refuses assignments to methods
     elif mutant == "answer_early":
-        run = VolumeHome._run
+        submit = VolumeHome._submit
 
-        async def early(self: VolumeHome, core: HomeCore, request: Any, sid: int = 0) -> Any:
-            with trio.move_on_after(0.001 if hasattr(request, "txns") else float("inf")):
-                return await run(self, core, request, sid)
-            return core.seq, (True,) * len(request.txns)
+        def early(self: VolumeHome, core: HomeCore, request: Any) -> None:
+            submit(self, core, request)
+            if hasattr(request, "txns"):
+                request.token.set((core.seq, (True,) * len(request.txns)))
 
-        setattr(VolumeHome, "_run", early)  # noqa: B010 - mypy refuses assignments to methods
+        setattr(VolumeHome, "_submit", early)  # noqa: B010 - mypy refuses assignments to methods
 
 
 class _Client:

@@ -170,7 +170,7 @@ class Machine:
 
 
 class _NoSync:
-    async def sync(self) -> None:
+    async def sync(self, *, turn: bool = True) -> None:
         await trio.lowlevel.checkpoint()
 
 

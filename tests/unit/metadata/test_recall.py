@@ -354,18 +354,24 @@ class Slow:
     def __init__(self, monkeypatch):
         self.kinds, self.error = set(), None
         self.go, self.waits = trio.Event(), trio.Event()
-        propose = Journal.propose
+        launch = Journal.launch
 
-        async def held(journal, payload, timeout):
+        async def held(journal, payload, timeout, then):
+            self.waits.set()
+            await self.go.wait()
+            self.kinds = set()
+            if self.error is not None:
+                then(self.error)
+            else:
+                launch(journal, payload, timeout, then)
+
+        def launched(journal, payload, timeout, then):
             if kind_of(payload) in self.kinds:
-                self.waits.set()
-                await self.go.wait()
-                self.kinds = set()
-                if self.error is not None:
-                    raise self.error
-            return await propose(journal, payload, timeout)
+                trio.lowlevel.spawn_system_task(held, journal, payload, timeout, then)
+            else:
+                launch(journal, payload, timeout, then)
 
-        monkeypatch.setattr(Journal, "propose", held)
+        monkeypatch.setattr(Journal, "launch", launched)
 
 
 @pytest.mark.parametrize("request_", ["watch", "delegate"])
