@@ -89,11 +89,13 @@ def scan(
     """Items with start <= key < end in order of keys; `end` None means to the end.
 
     When a node is missing, `Missing` names it and those of its next `ahead` siblings in the range
-    that are missing too.
+    that are missing too; of a leaf also some beyond it, as for `get`.
     """
     if not root:
         return
     pending = [iter((root,))]
+    above: Node | None = None  # the last node that was gone into, and the first child in the range
+    first = 0
     while pending:
         child = next(pending[-1], None)
         if child is None:
@@ -102,7 +104,10 @@ def scan(
         try:
             node = get_node(child)
         except Missing as e:
-            raise Missing(*e.hashes, *_absent(get_node, pending[-1], ahead - 1)) from None
+            more = [*_absent(get_node, pending[-1], ahead - 1)]
+            if above is not None and above.values[first] == child:
+                more += _following(get_node, above, first)
+            raise Missing(*dict.fromkeys((*e.hashes, *more))) from None
         keys = node.keys
         low = bisect_left(keys, start)
         high = len(keys) if end is None else bisect_left(keys, end, low)
@@ -110,6 +115,7 @@ def scan(
             yield from zip(keys[low:high], node.values[low:high], strict=True)
         else:  # the child whose last key is the first one past the range may begin inside it
             pending.append(iter(node.values[low : high + 1]))
+            above, first = node, min(low, len(keys) - 1)
 
 
 def _absent(get_node: GetNode, ids: Iterable[bytes], limit: int) -> Iterator[bytes]:
