@@ -71,11 +71,11 @@ def get(get_node: GetNode, root: bytes, key: bytes) -> bytes | None:
     return None
 
 
-def _following(get_node: GetNode, above: Node | None, at: int) -> Iterator[bytes]:
-    """What to fetch with child `at` of a node, which is missing."""
-    if above is None or above.level != 1 or at == 0:
+def _following(get_node: GetNode, above: Node | None, at: int, before: int = 1) -> Iterator[bytes]:
+    """What to fetch with the missing child `at` of a node: more, if those `before` it are there."""
+    if above is None or above.level != 1 or at < before:
         return
-    if not any(True for _ in _absent(get_node, above.values[at - 1 : at], 1)):
+    if not any(True for _ in _absent(get_node, above.values[at - before : at], before)):
         yield from _absent(get_node, above.values[at + 1 : at + FOLLOWING], FOLLOWING)
 
 
@@ -93,20 +93,21 @@ def scan(
     """
     if not root:
         return
-    pending = [iter((root,))]
-    above: Node | None = None  # the last node that was gone into, and the first child in the range
-    first = 0
+    # Children yet to be visited, of which node, and which child of it is the first in the range.
+    pending: list[tuple[Iterator[bytes], Node | None, int]] = [(iter((root,)), None, 0)]
     while pending:
-        child = next(pending[-1], None)
+        children, above, first = pending[-1]
+        child = next(children, None)
         if child is None:
             pending.pop()
             continue
         try:
             node = get_node(child)
         except Missing as e:
-            more = [*_absent(get_node, pending[-1], ahead - 1)]
-            if above is not None and above.values[first] == child:
-                more += _following(get_node, above, first)
+            more = [*_absent(get_node, children, ahead - 1)]
+            if above is not None:
+                at = above.values.index(child, first)
+                more += _following(get_node, above, at, at - first + 1)
             raise Missing(*dict.fromkeys((*e.hashes, *more))) from None
         keys = node.keys
         low = bisect_left(keys, start)
@@ -114,8 +115,7 @@ def scan(
         if node.level == 0:
             yield from zip(keys[low:high], node.values[low:high], strict=True)
         else:  # the child whose last key is the first one past the range may begin inside it
-            pending.append(iter(node.values[low : high + 1]))
-            above, first = node, min(low, len(keys) - 1)
+            pending.append((iter(node.values[low : high + 1]), node, low))
 
 
 def _absent(get_node: GetNode, ids: Iterable[bytes], limit: int) -> Iterator[bytes]:
