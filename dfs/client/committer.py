@@ -50,6 +50,7 @@ class Committer:
         self._no = 0
         self._sent: Batch | None = None  # the batch in flight, and its request's number is `_no`
         self._hurry = False
+        self._lingering = False
         self._ask_at = 0.0
         self._stray = 0  # epoch of a delegation that we were granted without learning of it
         self._since_open = 0
@@ -86,8 +87,12 @@ class Committer:
         return self.delegation.lose(error)
 
     def wake(self) -> None:
-        """Something changed that the task should look at."""
-        self._work.unpark_all()
+        """An operation was done here: let its batch be sent, in time.
+
+        A batch that has been given time for company already needs no turn for each that comes.
+        """
+        if not self._lingering or len(self.delegation.batches) > 1:
+            self._work.unpark_all()
 
     def hear(self, epoch: int, holder: int, wanted: bool) -> bool:
         """Note what a confirmed answer says of the delegation; whether it renews our lease."""
@@ -179,8 +184,12 @@ class Committer:
             left = until - self._clock.monotonic()
             if left <= 0:
                 return
-            with trio.move_on_after(left):
-                await self._work.park()
+            self._lingering = True
+            try:
+                with trio.move_on_after(left):
+                    await self._work.park()
+            finally:
+                self._lingering = False
 
     async def _send_transactions(self) -> None:
         batch, self._queue, lost = form(self._queue, self._session.view)

@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 TRANQUILITY = 3.0  # rest after a window, in multiples of the time it took
 ATTEMPTS = 6
+# Bytes of an extent that is not joined with others: with those, and what lies between, a window
+# of 4 MiB stays below what calls for compaction (`contents.CROWDED`).
+LARGE = 512 << 10
 
 
 class Compactor:
@@ -64,7 +67,10 @@ class Compactor:
 
         found = await self._session.read(look)
         done = True
-        for offset, length in extents.plan_compact(found):
+        # What is large stays as it is: a file that grows by small appends is not written again and
+        # again, but once.
+        small = [e for e in found if e.length < LARGE]
+        for offset, length in extents.plan_compact(small):
             began = trio.current_time()
             seen = overlapping(found, offset, offset + length)
             pieces = await self._reader.gather(extents.plan_read(seen, offset, length))

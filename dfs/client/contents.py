@@ -1,6 +1,7 @@
 """Content of files as operations on a transaction: pure, like `dfs.client.namespace` for names."""
 
 import errno
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 from dfs.client.attributes import fs_error, get_inode, patch_inode, without_privileges
@@ -36,10 +37,10 @@ class Contents:
         few = all(e.data is not None for e in new)
         crowded = False
         for run in neighbours(new):
-            old = scan_extents(txn, ino, run[0].offset, run[-1].end + 1)
+            old, seen = touched(txn, ino, run[0].offset, run[-1].end + 1)
             windows = 1 + (run[-1].end - run[0].offset) // items.MAX_EXTENT
             # The look at what is there reaches a window back: hence the one more.
-            crowded = crowded or len(old) > CROWDED * (windows + 1)
+            crowded = crowded or seen > CROWDED * (windows + 1)
             txn.extend(extents.plan_write(ino, old, merge_inline(old, run) if few else run))
         self._changed(txn, ino, inode, size, now)
         return size, crowded
@@ -88,6 +89,18 @@ class Contents:
 def scan_extents(txn: Txn, ino: int, start: int, end: int) -> list[extents.Extent]:
     """Committed extents that may overlap a range of a file, in order."""
     return extents.decode(txn.scan_range(*extents.bounds(ino, start, end)))
+
+
+def touched(txn: Txn, ino: int, start: int, end: int) -> tuple[list[extents.Extent], int]:
+    """Committed extents that may overlap a range of a file, in order, and how many were looked at.
+
+    Extents do not overlap each other, so of those that begin before the range only the last one may
+    reach into it.  The others need no decoding: an append looks at a window full of small ones.
+    """
+    found = txn.scan_range(*extents.bounds(ino, start, end))
+    key = items.extent_key(ino, start)
+    first = max(0, bisect_left(found, (key,)) - 1)
+    return extents.decode(found[first:]), len(found)
 
 
 def overlapping(found: Sequence[extents.Extent], start: int, end: int) -> list[extents.Extent]:
