@@ -141,7 +141,8 @@ class Recall:
                 now = self._clock.monotonic()
                 due = standing.due(core.holder, self._progress(), now)
                 if due > 0:
-                    await trio.sleep(min(due, LOOK))
+                    # Not less than a clock can show: a sleep that ends at once would look again.
+                    await trio.sleep(min(max(due, 0.001), LOOK))
                     continue
                 silence = standing.silence(core.holder, now)
                 log.warning(
