@@ -2,30 +2,41 @@
 
 Three clients share one volume.  Each writes files of its own (so that what a file may hold is
 known), and all fight for the same names with exclusive creates.  Meanwhile machines lose power and
-restart, the network drops, duplicates, reorders and cuts, and clients die.  After the faults:
+restart, the network drops, duplicates, reorders and cuts, and clients die.  With odd seeds all are
+there all the time; with even seeds they take turns, so that whoever is alone has the delegation,
+and clients are cut off for longer than a lease, too.  After the faults:
 
     V1, V2   `fsck` of the volume by a fresh client finds nothing
     V3       the checkpointed tree is the canonical tree of its content (also `fsck`)
-    V4       what was fsynced is there: a file holds its last synced version or a later attempt
+    V4       what was fsynced is there: a file holds its last synced version or a later attempt;
+             of each session's operations a prefix took place, and none of them was lost that
+             somebody saw or that was fsynced (`dfs.testing.volume_history`)
     C1, C3   every chunk has its copies, and no read ever returned bytes that were never written
     J2       of all clients that tried, at most one created a name exclusively
-    J5       after `refresh`, a client sees every name that another one's committed operation made
+    J3       operations on names and their results are linearizable (`dfs.testing.linear`)
+    J5       after `refresh`, a client sees all that another one's committed operations made
 """
 
+import math
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import trio
 import trio.testing
 
+import dfs.client.delegation
 import metadata.volumehome
 from dfs.client.chunkio import ChunkClient
 from dfs.client.filesystem import FileSystem
 from dfs.client.fsck import fsck
 from dfs.errors import DfsError, FsError
 from dfs.ids import ROOT_INO
+from dfs.testing.holder_mutants import HOLDERS, broken
 from dfs.testing.seeded import run_seeded
+from dfs.testing.volume_history import Arena, Diary
+from dfs.testing.volume_rivals import ARENA, Rival, judge
 from dfs.testing.wholecluster import World, make_world
 
 if TYPE_CHECKING:
@@ -35,8 +46,10 @@ if TYPE_CHECKING:
 
 NAME = "volume"
 SECONDS = 40.0  # virtual, with faults
+TURNS = 120.0  # virtual, with faults, where clients take turns
 SETTLE = 90.0  # virtual, without: longer than every retry and catch-up
 CLIENTS = 3
+RIVALS = 2  # clients that take turns
 VOLUME = "v"
 STRIKE = 0.02  # of all fsyncs are followed at once by a loss of power everywhere
 SIZES = (0, 10, 3000, 5000, 70_000, 200_000)
@@ -45,6 +58,7 @@ MUTANTS = {
     "no_barrier": "fsync does not wait until the chunks are durable",
     "fold_drops": "a checkpoint forgets one of the items it folds",
     "wrong_nlink": "removing a directory does not lower its parent's link count",
+    **HOLDERS,
 }
 
 
@@ -68,6 +82,10 @@ class _History:
     files: dict[bytes, _File] = field(default_factory=dict)
     winners: dict[bytes, list[str]] = field(default_factory=dict)
     violations: list[str] = field(default_factory=list)
+    arena: Arena = field(default_factory=Arena)
+    diaries: list[Diary] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=lambda: {"delegated": 0, "lost": 0})
+    there: dict[str, FileSystem] = field(default_factory=dict)  # by client, where they take turns
     done: int = 0
     failed: int = 0
     strike: trio.Event = field(default_factory=trio.Event)  # set: lose all power now
@@ -81,40 +99,48 @@ def run(seed: int, *, mutant: str | None = None) -> list[str]:
 def trace(seed: int, *, mutant: str | None = None) -> _History:
     """Run one seed; returns all that was done."""
     history = _History()
-    with _small_checkpoints():
+    with _small_checkpoints(), broken(mutant):
         run_seeded(_main, seed, mutant, history, seed=seed)
     return history
 
 
 class _small_checkpoints:  # noqa: N801 - reads as a verb where it is used
-    """Make homes fold after a few kilobytes or seconds, so that a short run has checkpoints."""
+    """Homes fold and holders send after a few kilobytes, so that a short run has many of both."""
 
-    _small: ClassVar[dict[str, float]] = {"CHECKPOINT_BYTES": 16 << 10, "CHECKPOINT_AGE": 5.0}
+    _small: ClassVar[tuple[tuple[Any, str, float], ...]] = (
+        (metadata.volumehome, "CHECKPOINT_BYTES", 16 << 10),
+        (metadata.volumehome, "CHECKPOINT_AGE", 5.0),
+        (dfs.client.delegation, "BATCH_BYTES", 1 << 10),
+    )
 
     def __enter__(self) -> None:
-        self._kept = {name: getattr(metadata.volumehome, name) for name in self._small}
-        for name, value in self._small.items():
-            setattr(metadata.volumehome, name, value)
+        self._kept = [getattr(module, name) for module, name, _ in self._small]
+        for module, name, value in self._small:
+            setattr(module, name, value)
 
     def __exit__(self, *_: object) -> None:
-        for name, value in self._kept.items():
-            setattr(metadata.volumehome, name, value)
+        for (module, name, _value), kept in zip(self._small, self._kept, strict=True):
+            setattr(module, name, kept)
 
 
 async def _main(seed: int, mutant: str | None, history: _History) -> None:
     random = Random(seed)
     async with make_world(random) as world:
         _mutate(world, mutant)
+        turns = seed % 2 == 0
         await world.create_volume(VOLUME)
+        async with world.filesystem(world.connect("operator"), VOLUME) as fs:
+            await fs.mkdir(ROOT_INO, ARENA, 0o755)
         network = world.network
         network.drop = random.choice((0.0, 0.002, 0.02))
         network.duplicate = random.choice((0.0, 0.01))
         network.reorder = random.choice((0.0, 0.02))
-        with trio.move_on_after(SECONDS):
+        with trio.move_on_after(TURNS if turns else SECONDS):
             async with trio.open_nursery() as nursery:
-                for i in range(CLIENTS):
-                    nursery.start_soon(_client, world, f"client{i}", history, mutant)
-                nursery.start_soon(_weather, world, history)
+                for i in range(RIVALS if turns else CLIENTS):
+                    client = _turns if turns else _client
+                    nursery.start_soon(client, world, f"client{i}", history, mutant)
+                nursery.start_soon(_weather, world, history, turns)
         network.drop = network.duplicate = network.reorder = 0.0
         network.heal()
         for machine in world.machines:
@@ -127,7 +153,7 @@ async def _main(seed: int, mutant: str | None, history: _History) -> None:
 # ----------------------------------------------------------------------------------------- faults
 
 
-async def _weather(world: World, history: _History) -> None:
+async def _weather(world: World, history: _History, turns: bool) -> None:
     """Machines die one at a time; sometimes all at once; the network is cut now and then.
 
     Lightning strikes when a client says so: all machines die while a promise is youngest.
@@ -138,7 +164,12 @@ async def _weather(world: World, history: _History) -> None:
         with trio.move_on_after(random.uniform(0.5, 5)):
             await history.strike.wait()
         fault = random.random()
-        if history.strike.is_set() or 0.45 <= fault < 0.55:
+        if turns and random.random() < 0.6:  # rare enough that some get the delegation
+            holder = next((n for n, fs in sorted(history.there.items()) if fs.session.here), None)
+            network.isolate(holder or f"client{random.randrange(RIVALS)}")
+            await trio.sleep(random.choice((random.uniform(0.1, 3), random.uniform(16, 30))))
+            network.heal()
+        elif history.strike.is_set() or 0.45 <= fault < 0.55:
             for machine in world.machines:
                 machine.crash()
             await trio.sleep(random.uniform(0.1, 2))
@@ -151,7 +182,8 @@ async def _weather(world: World, history: _History) -> None:
             await machine.start()
         elif fault < 0.8:
             cut = random.choice(world.machines)
-            network.partition([cut.names()])
+            for name in cut.names():
+                network.isolate(name)
             await trio.sleep(random.uniform(0.2, 6))
             network.heal()
         elif fault < 0.9:
@@ -202,6 +234,35 @@ async def _client(world: World, name: str, history: _History, mutant: str | None
         await trio.sleep(random.uniform(0.1, 1))
 
 
+async def _turns(world: World, name: str, history: _History, mutant: str | None) -> None:
+    """Work now and then; end with a close, or with a crash."""
+    random = Random(world.random.random())
+    life = 0
+    while True:
+        life += 1
+        await trio.sleep(random.choice((random.uniform(0, 5), random.uniform(10, 50))))
+        until = trio.current_time() + random.uniform(4, 40)
+        crash = until if random.random() < 0.4 else math.inf
+        with trio.move_on_at(crash):
+            try:
+                async with world.filesystem(world.connect(name), VOLUME) as fs:
+                    if mutant == "wrong_nlink":
+                        _break_rmdir(fs)
+                    fs.session.on_fenced(partial(_fenced, history))
+                    history.there[name] = fs
+                    worker = _Worker(fs, name, life, random, history)
+                    while trio.current_time() < until:
+                        await worker.step()
+            except DfsError:
+                history.failed += 1
+        history.there.pop(name, None)
+        world.network.endpoint(name).close()
+
+
+def _fenced(history: _History, _held: bool, lost: set[int]) -> None:
+    history.counts["lost"] += bool(lost)
+
+
 class _Worker:
     """One client's operations and what they prove."""
 
@@ -216,21 +277,29 @@ class _Worker:
         self.count = 0
         self.mine: list[bytes] = []
         self.directories: list[bytes] = []
+        self.rival = Rival(fs, f"{name}-{life}", random, history.arena, history.diaries)
 
     async def step(self) -> None:
         """One operation; an error is an outcome, not an end."""
         await trio.sleep(self.random.uniform(0, 0.2))
-        choices: tuple[Callable[[], Any], ...] = (
+        syncing: tuple[Callable[[], Any], ...] = (
             self.write_new,
             self.write_new,
             self.rewrite,
+            self.fight,
+        )
+        choices = (
+            *(() if self.rival.lazy else syncing),
             self.read_back,
             self.remove,
-            self.fight,
             self.make_directory,
             self.remove_directory,
             self.rename,
+            *(self.rival.write_diary,) * 3,
+            *(self.rival.fight,) * 3,
+            *(self.rival.look,) * 2,
         )
+        self.history.counts["delegated"] += self.fs.session.here
         try:
             await self.random.choice(choices)()
             self.history.done += 1
@@ -300,6 +369,7 @@ class _Worker:
         """Create a name that the others want too; only one may succeed."""
         name = f"prize{self.random.randrange(60)}".encode()
         _, handle = await self.fs.create(ROOT_INO, name, 0o644)
+        await self.fs.fsync(handle)  # before that the next crash may give the name to another
         winners = self.history.winners.setdefault(name, [])
         winners.append(self.name)
         if len(winners) > 1:
@@ -361,6 +431,7 @@ async def _judge(world: World, history: _History) -> None:
             names = {name for name, _, _ in await fs.list(ROOT_INO)}
             for path, record in sorted(history.files.items()):
                 await _judge_file(fs, path, record, names, found)
+            found += await judge(fs, history.arena, history.diaries)
             for prize in sorted(history.winners):
                 if prize not in names:
                     found.append(f"V4: {prize!r} was created but is gone")
