@@ -33,7 +33,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="cluster file (default: $DFS_CLUSTER or cluster.json)",
     )
     parser.add_argument("--volume", required=True, metavar="NAME")
-    parser.add_argument("--read-only", action="store_true", help="refuse changes")
+    access = parser.add_mutually_exclusive_group()
+    access.add_argument("--read-only", action="store_true", help="refuse changes")
+    access.add_argument(
+        "--exclusive",
+        action="store_true",
+        help="be the volume's only writer, with the kernel's writeback cache; for databases",
+    )
     parser.add_argument(
         "--xattrs",
         action="store_true",
@@ -82,6 +88,7 @@ async def mount(arguments: argparse.Namespace, ready: Ready) -> None:
         mountpoint=arguments.mountpoint,
         volume=arguments.volume,
         read_only=arguments.read_only,
+        exclusive=arguments.exclusive,
         xattrs=arguments.xattrs,
         acls=arguments.acls,
         relatime=arguments.relatime,
@@ -90,6 +97,7 @@ async def mount(arguments: argparse.Namespace, ready: Ready) -> None:
     check_mountpoint(options.mountpoint)
     ref = ClusterRef.load(arguments.cluster)
     name = f"fuse {os.uname().nodename}:{options.mountpoint}"
+    mode = "ro" if arguments.read_only else "rwx" if arguments.exclusive else "rw"
     async with connect(ref, name=name) as cluster, trio.open_nursery() as nursery:
         watch = ClusterWatch(cluster)
         nursery.start_soon(watch.run)
@@ -98,10 +106,11 @@ async def mount(arguments: argparse.Namespace, ready: Ready) -> None:
             cluster,
             info.volume_id,
             lambda session: chunk_client(cluster, session),
-            mode="ro" if arguments.read_only else "rw",
+            mode=mode,
             name=name[:200],
             cache_bytes=arguments.cache << 20,
             clear_privileges=False,
+            kernel_times=arguments.exclusive,
             capacity=watch.capacity,
         ) as fs:
             await serve(fs, options, lambda: ready.tell("ready"))

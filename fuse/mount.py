@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 MIN_TASKS, MAX_TASKS = 16, 64
 READ_AHEAD_KB = 1024  # the kernel's default of 128 makes 128 KiB requests
 MAX_BACKGROUND, CONGESTION = 64, 48
+DIRTY_PERCENT = 10  # of memory that may wait in the writeback cache; the kernel's default here is 1
 FLUSH_TIMEOUT = 60.0  # seconds that an unmount waits for dirty data
 
 
@@ -37,6 +38,7 @@ class MountOptions:
     mountpoint: str
     volume: str
     read_only: bool = False
+    exclusive: bool = False  # so is the session: the kernel keeps back what is written
     xattrs: bool = False
     acls: bool = False  # extended attributes too
     relatime: bool = False
@@ -106,8 +108,10 @@ def is_mounted(mountpoint: str) -> bool:
     return any(place == real for _, place in _mounts())
 
 
-def tune(real_mountpoint: str) -> None:
+def tune(real_mountpoint: str, *, writeback: bool = False) -> None:
     """Raise the kernel's read-ahead and background limits; needs root, does nothing without.
+
+    `writeback`: its limit for dirty pages too.
 
     libfuse offers no option for either, but both may be set once the mount is there.  The argument
     must be resolved already: looking at the mount point now would wait for ourselves.
@@ -115,11 +119,14 @@ def tune(real_mountpoint: str) -> None:
     minors = [device.split(":")[1] for device, place in _mounts() if place == real_mountpoint]
     if not minors:
         return
-    for path, value in (
+    wanted = [
         (f"/sys/class/bdi/0:{minors[-1]}/read_ahead_kb", READ_AHEAD_KB),
         (f"/sys/fs/fuse/connections/{minors[-1]}/max_background", MAX_BACKGROUND),
         (f"/sys/fs/fuse/connections/{minors[-1]}/congestion_threshold", CONGESTION),
-    ):
+    ]
+    if writeback:
+        wanted.append((f"/sys/class/bdi/0:{minors[-1]}/max_ratio", DIRTY_PERCENT))
+    for path, value in wanted:
         try:
             Path(path).write_text(str(value))
         except OSError as e:
@@ -173,27 +180,50 @@ async def mounted(fs: FileSystem, options: MountOptions) -> AsyncIterator[Listen
 async def serve(fs: FileSystem, options: MountOptions, ready: Callable[[], None]) -> None:
     """Mount, call `ready`, serve until SIGTERM, SIGINT or an unmount; then commit what is dirty.
 
+    An exclusive mount also ends when its session is lost: the kernel holds what was written before,
+    and would write it over what others did since.
+
     Raises `ConfigError` when it cannot mount, `FsError` when dirty data could not be committed.
     """
     async with mounted(fs, options) as listener, trio.open_nursery() as nursery:
         nursery.start_soon(_until_signal, fs, listener)
-        nursery.start_soon(_when_served, options.mountpoint, ready)
+        nursery.start_soon(_when_served, options, ready)
+        if options.exclusive:
+            nursery.start_soon(_until_lost, fs, listener)
         await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
         nursery.cancel_scope.cancel()
+    if options.exclusive and fs.session.over:
+        raise FsError(_LOST, errno.EIO)
     with trio.move_on_after(FLUSH_TIMEOUT) as limit:
         await fs.shut_down()
     if limit.cancelled_caught:
         raise FsError("data that was written could not be committed before the end", errno.EIO)
 
 
-async def _when_served(real_mountpoint: str, ready: Callable[[], None]) -> None:
+_LOST = (
+    "the exclusive session was lost, and with it what was not on stable storage: mount again, and"
+    " let the programs recover as after a crash"
+)
+
+
+async def _until_lost(fs: FileSystem, listener: Listener) -> None:
+    lost = trio.Event()
+    fs.session.on_fenced(lambda _held, _inos: lost.set())
+    if not fs.session.over:
+        await lost.wait()
+    log.error("unmounting: %s", _LOST)
+    listener.close()
+    pyfuse3.terminate()
+
+
+async def _when_served(options: MountOptions, ready: Callable[[], None]) -> None:
     """Wait until the kernel's first request was answered, then tune and say so.
 
     Earlier would be in vain: the answer to INIT, the very first request, resets the read-ahead.
     """
     with contextlib.suppress(OSError):  # the volume has no quorum now; it is mounted all the same
-        await trio.to_thread.run_sync(os.stat, real_mountpoint, abandon_on_cancel=True)
-    tune(real_mountpoint)
+        await trio.to_thread.run_sync(os.stat, options.mountpoint, abandon_on_cancel=True)
+    tune(options.mountpoint, writeback=options.exclusive)
     tune_collector()
     ready()
 

@@ -101,13 +101,16 @@ class Operations(pyfuse3.Operations):
         self._fs = fs
         self._xattrs = xattrs or acls
         self.enable_acl = acls  # the kernel checks access control lists
+        # The kernel may keep what is written, sizes and times if nobody else can write.
+        self._alone = self.enable_writeback_cache = fs.session.exclusive
         self._invalidator = invalidator
         self.inodes = InodeTable()
         self.open_inodes = OpenInodes()
         self._page = PAGE_FIRST  # entries that fit in the kernel's buffer, as seen last
         self._removed = Removed()
         self._time_ns = fs.session.cluster.clock.time_ns
-        fs.session.on_change(self._changed_elsewhere)
+        if not self._alone:
+            fs.session.on_change(self._changed_elsewhere)
 
     # ------------------------------------------------------------------ encoding
 
@@ -327,7 +330,8 @@ class Operations(pyfuse3.Operations):
             await self._clear_privileges(ino)
         handle = await self._fs.open(
             ino,
-            readable=mode != os.O_WRONLY,
+            # To write a part of a page the kernel reads the page first.
+            readable=mode != os.O_WRONLY or self._alone,
             writable=mode != os.O_RDONLY,
             truncate=bool(flags & os.O_TRUNC),
         )

@@ -14,6 +14,11 @@ from dfs.cli.context import run as run_async
 @cluster_option
 @click.option("--foreground", is_flag=True, help="Serve in this process until interrupted.")
 @click.option("--read-only", is_flag=True, help="Refuse every change.")
+@click.option(
+    "--exclusive",
+    is_flag=True,
+    help="Be the only one that writes, and let the kernel keep writes back; for databases.",
+)
 @click.option("--xattrs", is_flag=True, help="Serve extended attributes; writes cost more.")
 @click.option("--acls", is_flag=True, help="Enforce POSIX ACLs; includes --xattrs.")
 @click.option("--relatime", is_flag=True, help="Keep access times, as seldom as relatime does.")
@@ -28,6 +33,7 @@ def mount(
     cluster_path: str | None,
     foreground: bool,
     read_only: bool,
+    exclusive: bool,
     xattrs: bool,
     acls: bool,
     relatime: bool,
@@ -40,12 +46,19 @@ def mount(
     \b
     Example:
       mkdir -p /mnt/photos && dfs mount photos /mnt/photos
+      dfs mount --exclusive pgdata /var/lib/postgresql
+
+    An exclusive mount is refused while another one that writes lives, and others that would write
+    while it lives; read-only ones are let in.
     """
     from dfs.cli.mounts import check_mount_point, forget_dead, start_mount
 
+    if read_only and exclusive:
+        raise click.UsageError("--read-only and --exclusive exclude each other")
     file = cluster_file(cluster_path)
     flags = {
         "--read-only": read_only,
+        "--exclusive": exclusive,
         "--xattrs": xattrs,
         "--acls": acls,
         "--relatime": relatime,

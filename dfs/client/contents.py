@@ -31,7 +31,10 @@ class Contents:
     def publish(
         self, txn: Txn, ino: int, new: Sequence[extents.Extent], now: int
     ) -> tuple[int, bool]:
-        """Put extents over what the file held; returns (its size, whether to compact it)."""
+        """Put extents over what the file held; returns (its size, whether to compact it).
+
+        `now`: the time at which this changes the file; 0 leaves its times alone.
+        """
         inode = get_inode(txn, ino)
         size = max(inode.size, new[-1].end)
         few = all(e.data is not None for e in new)
@@ -71,12 +74,11 @@ class Contents:
 
     def _changed(self, txn: Txn, ino: int, inode: Inode, size: int, now: int) -> None:
         """What every change of content does to the inode and to the volume's usage."""
-        changes: list[fx.Change] = [
-            (items.F_MTIME, fx.LAST, now),
+        changes: list[fx.Change] = [(items.F_DATAVER, fx.ADD, 1)]
+        if now:
             # The data may be older than a change of attributes or names since it was written.
-            (items.F_CTIME, fx.LAST, max(now, inode.ctime)),
-            (items.F_DATAVER, fx.ADD, 1),
-        ]
+            changes.append((items.F_CTIME, fx.LAST, max(now, inode.ctime)))
+            changes.append((items.F_MTIME, fx.LAST, now))
         if size != inode.size:
             changes.append((items.F_SIZE, fx.SET, size))
         mode = self.mode_after(inode.mode)

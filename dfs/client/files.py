@@ -68,8 +68,10 @@ class Files:
         *,
         cache_bytes: int = BUDGET,
         clear_privileges: bool = True,
+        kernel_times: bool = False,
     ) -> None:
         """Compose; nothing runs before `run`."""
+        self._kernel_times = kernel_times
         self._session = session
         self._chunks = chunks
         self._namespace = namespace
@@ -226,7 +228,8 @@ class Files:
         before = buffer.size
         buffer.write(offset, data)
         self._uncommitted += buffer.size - before
-        file.mtime = self._clock.time_ns()
+        if not self._kernel_times:
+            file.mtime = self._clock.time_ns()
         if buffer.size >= WINDOW:
             for window in range(offset // WINDOW, (offset + length - 1) // WINDOW + 1):
                 if buffer.loose.get(window, 0) == WINDOW:

@@ -60,7 +60,8 @@ class FileSystem:
     """The file system of one volume; see the module's docstring.
 
     `clear_privileges`: whether a write clears set-user-ID bits here; a FUSE mount leaves that to
-    the kernel, which knows who writes.
+    the kernel, which knows who writes.  `kernel_times`: whether a write leaves the times of its
+    file alone; a kernel with a writeback cache writes later than the program did, and sets them.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class FileSystem:
         *,
         cache_bytes: int = BUDGET,
         clear_privileges: bool = True,
+        kernel_times: bool = False,
         hash_bits: int = items.HASH_BITS,
         capacity: Callable[[], tuple[int, int]] = lambda: (0, 0),
     ) -> None:
@@ -90,6 +92,7 @@ class FileSystem:
             self.namespace,
             cache_bytes=cache_bytes,
             clear_privileges=clear_privileges,
+            kernel_times=kernel_times,
         )
         self._capacity = capacity
         self._time_ns = session.cluster.clock.time_ns

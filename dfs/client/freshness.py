@@ -14,13 +14,14 @@ class Freshness:
     shown, however long the answer took.
     """
 
-    __slots__ = ("_clock", "_confirmed", "_news", "limit")
+    __slots__ = ("_clock", "_confirmed", "_news", "_over", "limit")
 
     def __init__(self, clock: Clock) -> None:
         """Not fresh.  `limit` may be raised for as long as nobody else can change anything."""
         self._clock = clock
         self.limit = FRESH
         self._confirmed = float("-inf")
+        self._over = False
         self._news = trio.lowlevel.ParkingLot()
 
     @property
@@ -42,6 +43,11 @@ class Freshness:
         """Not fresh until the next answer."""
         self._confirmed = float("-inf")
 
+    def end(self) -> None:
+        """Never fresh again: there is nothing to wait for."""
+        self._over = True
+        self._news.unpark_all()
+
     def wake(self) -> None:
         """The view moved: let those who wait look again."""
         self._news.unpark_all()
@@ -53,6 +59,6 @@ class Freshness:
     async def wait(self, give_up: float) -> bool:
         """Until fresh, or the monotonic time `give_up`; whether it is."""
         with trio.move_on_at(give_up):
-            while not self.now:
+            while not self.now and not self._over:
                 await self._news.park()
         return self.now

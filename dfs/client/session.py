@@ -324,9 +324,9 @@ class Session:
         raise FsError(self.homes.no_quorum(self.deadline), errno.EIO)
 
     async def _wait_fresh(self, give_up: float) -> None:
-        if self.exclusive and self.over and self._opens:
-            raise FsError("the exclusive session is over: mount again", errno.EIO)
         if not await self._freshness.wait(give_up):
+            if self.exclusive and self.over:
+                raise FsError("the exclusive session is over: mount again", errno.EIO)
             raise FsError(self.homes.no_quorum(self.deadline), errno.EIO)
 
     # ------------------------------------------------------------------ entries
@@ -449,6 +449,8 @@ class Session:
         log.warning("session %x at volume %s is over: %s", self.sid, self.volume.hex(), why)
         self.over = True
         self._freshness.lose()
+        if self.exclusive:
+            self._freshness.end()
         self.end_lease()
         self.homes.owner = None
         held = self._delegation.held
