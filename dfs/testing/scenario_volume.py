@@ -33,7 +33,7 @@ from dfs.client.filesystem import FileSystem
 from dfs.client.fsck import fsck
 from dfs.errors import DfsError, FsError
 from dfs.ids import ROOT_INO
-from dfs.testing.holder_mutants import HOLDERS, broken
+from dfs.testing.holder_mutants import HOLDERS, SEEDED, broken
 from dfs.testing.seeded import run_seeded
 from dfs.testing.volume_history import Arena, Diary
 from dfs.testing.volume_rivals import ARENA, Rival, judge
@@ -58,7 +58,7 @@ MUTANTS = {
     "no_barrier": "fsync does not wait until the chunks are durable",
     "fold_drops": "a checkpoint forgets one of the items it folds",
     "wrong_nlink": "removing a directory does not lower its parent's link count",
-    **HOLDERS,
+    **{name: HOLDERS[name] for name in SEEDED},
 }
 
 
@@ -88,6 +88,7 @@ class _History:
     there: dict[str, FileSystem] = field(default_factory=dict)  # by client, where they take turns
     done: int = 0
     failed: int = 0
+    wanted: trio.Event = field(default_factory=trio.Event)  # set: whoever is away, come now
     strike: trio.Event = field(default_factory=trio.Event)  # set: lose all power now
 
 
@@ -167,7 +168,11 @@ async def _weather(world: World, history: _History, turns: bool) -> None:
         if turns and random.random() < 0.6:  # rare enough that some get the delegation
             holder = next((n for n, fs in sorted(history.there.items()) if fs.session.here), None)
             network.isolate(holder or f"client{random.randrange(RIVALS)}")
-            await trio.sleep(random.choice((random.uniform(0.1, 3), random.uniform(16, 30))))
+            seconds = random.choice((random.uniform(0.1, 3), random.uniform(16, 45)))
+            if seconds > 3:
+                history.wanted.set()  # somebody who finds that the holder is silent
+                history.wanted = trio.Event()
+            await trio.sleep(seconds)
             network.heal()
         elif history.strike.is_set() or 0.45 <= fault < 0.55:
             for machine in world.machines:
@@ -240,7 +245,8 @@ async def _turns(world: World, name: str, history: _History, mutant: str | None)
     life = 0
     while True:
         life += 1
-        await trio.sleep(random.choice((random.uniform(0, 5), random.uniform(10, 50))))
+        with trio.move_on_after(random.choice((random.uniform(0, 5), random.uniform(10, 50)))):
+            await history.wanted.wait()
         until = trio.current_time() + random.uniform(4, 40)
         crash = until if random.random() < 0.4 else math.inf
         with trio.move_on_at(crash):

@@ -37,7 +37,7 @@ class Look:
     who: str
     acknowledged: int  # operations, before the look began
     attempted: int  # at its end
-    found: Listing
+    found: Listing | None  # None: the diary was not there
 
 
 @dataclass
@@ -89,14 +89,15 @@ class Diary:
 
     def judge(self, final: Listing | None) -> list[str]:
         """What nobody may have found; `final` is what is there at the end."""
-        looks = list(self.looks)
-        if final is not None:
-            looks.append(Look("the judge", self.durable, len(self.ops), final))
+        looks = [*self.looks, Look("the judge", self.durable, len(self.ops), final)]
         states = self.states()
         oldest, found = 0, []
         for look in looks:
             # What was acknowledged and turned out to be durable had happened when the look began.
             oldest = max(oldest, min(look.acknowledged, self.durable))
+            if look.found is None:
+                found.append(f"V4: {look.who} did not find {self.name!r}, which was fsynced before")
+                continue
             fits = [n for n in range(oldest, look.attempted + 1) if states[n] == look.found]
             if fits:
                 oldest = fits[0]

@@ -123,8 +123,7 @@ class Rival:
         diary = self.random.choice(others)
         acknowledged = diary.acknowledged
         found = await listing(self.fs, diary)
-        if found is not None:
-            diary.looks.append(Look(self.client, acknowledged, len(diary.ops), found))
+        diary.looks.append(Look(self.client, acknowledged, len(diary.ops), found))
 
     # ------------------------------------------------------------------ the arena
 
@@ -185,10 +184,7 @@ async def judge(fs: FileSystem, arena: Arena, diaries: list[Diary]) -> list[str]
     """Look at everything once more when all is calm; what was wrong."""
     found = []
     for diary in diaries:
-        final = await listing(fs, diary)
-        if final is None:
-            found.append(f"V4: the diary {diary.name!r} was fsynced and is gone")
-        found += diary.judge(final)
+        found += diary.judge(await listing(fs, diary))
     ino = (await fs.lookup(ROOT_INO, ARENA)).ino
     for name in arena.names():
         await arena.run(fs, "judge", ("lookup", name), lambda name=name: token_of(fs, ino, name))  # type: ignore[misc]  # the name of this turn

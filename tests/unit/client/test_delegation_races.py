@@ -5,9 +5,11 @@ import errno
 import pytest
 import trio
 
+from dfs.client.delegation import LEASE
 from dfs.client.orphans import Orphans
-from dfs.errors import FsError
+from dfs.errors import FsError, Unreachable
 from dfs.ids import ROOT_INO
+from dfs.testing.holder_mutants import broken
 from tests.unit.client.support import VOLUME, filesystem, names, new_home, read_file, write_file
 
 
@@ -181,3 +183,39 @@ async def test_a_holder_that_fell_behind_keeps_what_it_did(sent):
             assert await names(other, ROOT_INO) == want
             attr = await other.lookup(ROOT_INO, b"g")
             assert await read_file(other, attr.ino) == b"y" * 5000
+
+
+async def served(home):
+    """Seconds that a holder serves after the last question that was answered, with slow answers."""
+    async with filesystem(home, seed=1, delegate=True, flush=False) as fs:
+        await hold(fs)
+        call, cut, asked = fs.rpc.call, False, []
+
+        async def slow(*args, **options):
+            at = trio.current_time()
+            if not cut:
+                result = await call(*args, **options)
+                await trio.sleep(1)
+            if cut:
+                raise Unreachable("the holder is cut off")
+            asked.append(at)
+            return result
+
+        fs.rpc.call = slow
+        await trio.sleep(10)
+        cut = True
+        for _ in range(1200):
+            if not fs.session.here:
+                break
+            await trio.sleep(0.05)
+        return trio.current_time() - asked[-1]
+
+
+async def test_a_lease_counts_from_the_question():
+    assert LEASE - 0.1 < await served(delegating()) < LEASE + 0.1
+
+
+@pytest.mark.parametrize("mutant", ["old_lease", "past_lease"])
+async def test_a_lease_that_is_too_long_is_found(mutant):
+    with broken(mutant):
+        assert await served(delegating()) > LEASE + 0.5
