@@ -6,6 +6,7 @@ from dfs.errors import InvalidArgument, NoQuorum, NotHome
 from dfs.testing.journal_cores import genesis, operation
 from dfs.testing.journal_mutants import replica_class
 from dfs.volume import entries
+from metadata.journal import PROBES
 from metadata.journalacceptor import (
     ACCEPT,
     ACK,
@@ -339,7 +340,7 @@ def test_one_round_trip_per_entry_and_no_more_messages_than_needed():
     b = Bench(3, (0, 1, 2))
     b.own(0)
     b.go({0, 1, 2})
-    for k in range(5):
+    for k in range(PROBES):  # after that few are asked: test_journal_few.py
         ticket = b.propose(0, operation(k))
         assert sorted(m[0] for m in b.net) == [1, 2]
         assert {m[2][0] for m in b.net} == {ACCEPT}
