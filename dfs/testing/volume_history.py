@@ -203,4 +203,8 @@ class Arena:
 
     def judge(self) -> list[str]:
         """What cannot have happened."""
-        return [f"J3: {text}" for text in check(self.history()).violations]
+        verdict = check(self.history())
+        found = [f"J3: {text}" for text in verdict.violations]
+        if verdict.undecided:
+            found.append(f"J3: of {verdict.partitions} histories {verdict.undecided} are undecided")
+        return found
