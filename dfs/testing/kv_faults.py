@@ -115,6 +115,8 @@ def _restore(world: "World", node: Node) -> None:
         return
     if any(n.waits() for n in world.nodes.values()):
         return  # two at once are more than any quorum forgives
+    if any(world.oracle.alone(row, node.number) for row in world.rows):
+        return  # and so is one, where the other copy is a hint that nobody took for three hours
     world.restores += 1
     node.crash()
     node.restore()

@@ -228,6 +228,13 @@ class Oracle:
                 bits |= 1 << number
         return bits
 
+    def alone(self, row: bytes, node: int) -> bool:
+        """Whether some write is at no other home: it may be acknowledged yet, and hints expire."""
+        history = self.rows.get(row)
+        if history is None:
+            return False
+        return any(dot.homes == {node} for dot in history.dots.values())
+
     def risen(self, row: bytes, data: bytes) -> int:
         """The values in a register that were purged, and so are back."""
         history = self.rows.get(row)
