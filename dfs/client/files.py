@@ -16,6 +16,9 @@ either in the buffer or in the extents; chunk bytes are fetched afterwards and a
 A failed write-back keeps the data and is tried again; its error is raised once, by the next write,
 flush or fsync, unless all of the data was committed before anybody asked.  When the session was
 lost the error is raised in any case: what others saw in between may have been something else.
+
+The module is longer than most: write-back, commit and truncation share the state of a file, and their
+order is the contract above.  What is pure is elsewhere (`contents`, `writebuffer`, `extents`).
 """
 
 import errno

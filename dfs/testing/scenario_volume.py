@@ -15,6 +15,8 @@ and clients are cut off for longer than a lease, too.  After the faults:
     J2       of all clients that tried, at most one created a name exclusively
     J3       operations on names and their results are linearizable (`dfs.testing.linear`)
     J5       after `refresh`, a client sees all that another one's committed operations made
+
+The schedule, its faults and its checks are read as one, which makes the module longer than most.
 """
 
 import math
