@@ -11,8 +11,8 @@ nothing: then the chunk is put again from the buffers, which are kept until W se
 No task, lock or timer per request: a put is an object with a counter, moved along by the callbacks
 of `Rpc.request`.  Nothing here retries for ever; what fails names every server's answer.
 
-Puts, barriers and touches are kept together, which makes the module longer than most: what a barrier
-covers is decided by what the others have noted.
+Puts, barriers and touches are kept together, which makes the module longer than most: what a
+barrier covers is decided by what the others have noted.
 """
 
 import logging

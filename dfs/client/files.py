@@ -17,8 +17,8 @@ A failed write-back keeps the data and is tried again; its error is raised once,
 flush or fsync, unless all of the data was committed before anybody asked.  When the session was
 lost the error is raised in any case: what others saw in between may have been something else.
 
-The module is longer than most: write-back, commit and truncation share the state of a file, and their
-order is the contract above.  What is pure is elsewhere (`contents`, `writebuffer`, `extents`).
+The module is longer than most: write-back, commit and truncation share the state of a file, and
+their order is the contract above.  What is pure is elsewhere (`contents`, `writebuffer`).
 """
 
 import errno
