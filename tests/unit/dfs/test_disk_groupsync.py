@@ -24,7 +24,7 @@ class Disk:
     def __init__(self, file, delay=1.0):
         self.file, self.delay, self.error = file, delay, None
 
-    async def sync(self, fn, *args):
+    async def sync(self, fn, *, turn=True):
         covers = self.file.written
         with trio.CancelScope(shield=True):
             await trio.sleep(self.delay)
