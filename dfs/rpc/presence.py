@@ -3,6 +3,7 @@
 Only with a `MapKeeper`: a map that never changes needs no news.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import trio
@@ -15,7 +16,7 @@ from dfs.rpc.gossip import Gossip, Info
 from dfs.rpc.mapkeeper import MapKeeper
 
 
-class Presence:
+class Presence(ABC):
     """Connects `Gossip` with the map keeper; subclasses say whose changes of status matter."""
 
     def __init__(
@@ -49,9 +50,9 @@ class Presence:
         finally:
             unsubscribe()
 
+    @abstractmethod
     def _status(self, member: Snapshot, old: str, new: str) -> None:
         """A member's status changed, or it started again."""
-        raise NotImplementedError
 
     def _info(self) -> Info:
         total, free = self._env.disk.usage()

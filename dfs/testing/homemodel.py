@@ -7,7 +7,7 @@ model file system, one at a time, and every answer must follow from some state o
 
 from collections.abc import Callable, Iterable
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 from dfs.codec import unpack
 from dfs.volume import entries
@@ -349,3 +349,28 @@ def whole(state: State, effect: Effect) -> Effect:
     target = Target(state)
     apply(target, [effect])
     return (PUT, effect[1], target[effect[1]])
+
+
+class Stepped(Protocol):
+    """A world of a scenario that goes on step by step."""
+
+    time: int
+
+    def step(self) -> None:
+        """Whatever happens next; raises `Violation`."""
+        ...
+
+    def check_end(self) -> None:
+        """What must hold at the end; raises `Violation`."""
+        ...
+
+
+def judged(world: Stepped, steps: int, where: str) -> list[str]:
+    """Run a world to its end; what was violated, empty is good."""
+    try:
+        for _ in range(steps):
+            world.step()
+        world.check_end()
+    except Violation as e:
+        return [f"{where} step {world.time}: {e}"]
+    return []

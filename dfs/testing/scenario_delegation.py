@@ -17,7 +17,7 @@ from typing import Any
 
 from dfs.errors import Fenced
 from dfs.testing.delegation_mutants import CORES, MUTANTS, STANDINGS
-from dfs.testing.homemodel import Op, Target, Violation, invent, run_op
+from dfs.testing.homemodel import Op, Target, Violation, invent, judged, run_op
 from dfs.testing.scenario_home import Client, Home, World
 from dfs.volume import entries
 from dfs.volume.effects import apply
@@ -486,13 +486,7 @@ def play(
 ) -> tuple[DelegationWorld, list[str]]:
     """Run one schedule; the world at its end and what was violated."""
     world = DelegationWorld(seed, mutant)
-    try:
-        for _ in range(steps):
-            world.step()
-        world.check_end()
-    except Violation as e:
-        return world, [f"{NAME} seed {seed} step {world.time}: {e}"]
-    return world, []
+    return world, judged(world, steps, f"{NAME} seed {seed}")
 
 
 def run(seed: int, *, mutant: str | None = None) -> list[str]:

@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 from dfs.ids import SessionId
-from dfs.testing.homemodel import Violation
+from dfs.testing.homemodel import Violation, judged
 from dfs.testing.scenario_delegation import LEASE, DelegationWorld, Holder
 from dfs.testing.scenario_home import Home
 from dfs.volume import entries
@@ -171,13 +171,7 @@ class ExclusionWorld(DelegationWorld):
 def play(seed: int, *, mutant: str | None = None, steps: int = STEPS) -> tuple[Any, list[str]]:
     """Run one schedule; the world at its end and what was violated."""
     world = ExclusionWorld(seed, mutant)
-    try:
-        for _ in range(steps):
-            world.step()
-        world.check_end()
-    except Violation as e:
-        return world, [f"{NAME} seed {seed} step {world.time}: {e}"]
-    return world, []
+    return world, judged(world, steps, f"{NAME} seed {seed}")
 
 
 def run(seed: int, *, mutant: str | None = None) -> list[str]:

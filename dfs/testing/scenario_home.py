@@ -17,7 +17,7 @@ from typing import Any
 
 from dfs.errors import DfsError, Fenced, InvalidArgument
 from dfs.testing.home_mutants import CORES
-from dfs.testing.homemodel import Ledger, Op, Violation, invent, run_op, whole
+from dfs.testing.homemodel import Ledger, Op, Violation, invent, judged, run_op, whole
 from dfs.volume import entries
 from dfs.volume.window import Window
 from metadata.batches import Answer
@@ -459,13 +459,7 @@ class World:
 def play(seed: int, *, mutant: str | None = None, steps: int = STEPS) -> tuple[World, list[str]]:
     """Run one schedule; the world at its end and what was violated."""
     world = World(seed, mutant)
-    try:
-        for _ in range(steps):
-            world.step()
-        world.check_end()
-    except Violation as e:
-        return world, [f"{NAME} seed {seed} step {world.time}: {e}"]
-    return world, []
+    return world, judged(world, steps, f"{NAME} seed {seed}")
 
 
 def run(seed: int, *, mutant: str | None = None) -> list[str]:
