@@ -28,8 +28,8 @@ from metadata.merkle import (
 )
 from metadata.rejoin import PullFirst
 from metadata.steps import Accept, Correct, Rest, Steps, Write
+from metadata.store.losses import Loss, without
 
-Loss = tuple[bytes, bytes, str]  # [first, last) of keys, and the damaged table
 ROW = b"nrebuild"
 _FORMAT = 1
 
@@ -125,9 +125,13 @@ def repair_lost(
     to be rebuilt, durably, and the loss is accepted.  What follows is up to the caller, also after
     a restart: rebuild what `Digests.damaged` has, then pull.
 
-    Ranges of rows that have no replicas (the node's own state) stay lost, for an operator to see.
+    A damaged block hides all keys up to the next block's first one, also those of kinds that no row
+    has: nothing is missing there, and the loss is accepted.  Ranges of rows that have no replicas
+    (the node's own state) stay lost, for an operator to see.
     """
-    ours = [clipped for loss in losses for p in _REPAIRED if (clipped := _clip(loss, p))]
+    ours = tuple(losses)
+    for prefix in _OWN:
+        ours = without(ours, prefix, bytes([prefix[0] + 1]))
     if not ours:
         return False
     registers = affected(ours, REGISTERS)
@@ -143,10 +147,4 @@ def repair_lost(
     return True
 
 
-_REPAIRED = (b"H", b"b", b"h", b"m", b"r")  # first bytes of the rows that others have, or hints
-
-
-def _clip(loss: Loss, prefix: bytes) -> Loss | None:
-    first, last, name = loss
-    first, last = max(first, prefix), min(last, bytes([prefix[0] + 1]))
-    return (first, last, name) if first < last else None
+_OWN = (b"n", b"s")  # first bytes of the rows that nobody else has; others have the rest, or hints

@@ -141,6 +141,69 @@ async def test_digests_that_cannot_be_rebuilt_keep_their_partition_only(mutant, 
         nursery.cancel_scope.cancel()
 
 
+class OnlyRows(StorageRepair):
+    """A mutant: lets go only of ranges of kinds that have rows which others can give."""
+
+    async def _accept(self):
+        real = self.sync.store.lost
+        rows = tuple((bytes([c]), bytes([c + 1])) for c in b"Hbhmr")
+        found = [x for start, end in rows for x in real(start, end)]
+        self.sync.store.lost = lambda: found
+        try:
+            await super()._accept()
+        finally:
+            del self.sync.store.lost
+
+
+async def all_kinds(cluster):
+    """The first node with rows of every kind in one table, every larger one in a block of its own.
+
+    Also the name of the table and, for each block, its place in the file and its keys.
+    """
+    one, *_ = await cluster.start()
+    for i in range(30):
+        await one.put(b"%d" % i, Random(i).randbytes(9000))
+        row, register = await one.put(b"hinted %d" % i, Random(i).randbytes(9000))
+        await one.writer.write([(RAW, one.sync.hints.add(row, register, 2, NOW, NOW))])
+    await one.sync.blobs.put([Random(i).randbytes(9000) for i in range(30)])
+    await trio.sleep(60)
+    await one.antientropy.run_once()
+    await one.store.flush()
+    (name,) = [n for n in one.disk.listdir("lsm") if n.endswith(".sst")]
+    ((table,),) = [run.tables for run in one.store._state.runs]
+    offsets = table.load().offsets
+    blocks = [(offsets[i], table.block(i)[0]) for i in range(len(offsets) - 1)]
+    return one, name, blocks
+
+
+@pytest.mark.parametrize("mutant", [None, OnlyRows])
+@pytest.mark.parametrize("kind", [b"H", b"b", b"h"])
+async def test_a_block_at_the_border_of_two_kinds_of_rows_is_repaired_as_any(kind, mutant):
+    """It hides all keys up to the next block's, also those of kinds that there are none of."""
+    async with trio.open_nursery() as nursery:
+        one, name, blocks = await all_kinds(Cluster(nursery))
+        before = one.rows()
+        at, keys = [block for block in blocks if block[1][0][:1] == kind][-1]
+        one.crash()
+        one.disk.flip(f"lsm/{name}", at + 20)
+        await nursery.start(one.start)
+        if mutant:
+            one.repair = mutant(one.env, one.sync, one.repair._lost_registers)
+        nursery.start_soon(one.repair.run)
+        await one.store.verify()
+        ((first, last, _),) = one.store.lost()
+        assert first == keys[0]
+        assert last[:1] != kind
+        await trio.sleep(300)
+        assert bool(one.store.lost()) == bool(mutant)
+        if not mutant:
+            await one.antientropy.run_once()
+            assert one.sync.pull_first.partitions() == []
+            assert one.rows() == before
+            assert one.sync.digests.drift == 0
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_round_that_fails_is_tried_again_soon(monkeypatch):
     async with trio.open_nursery() as nursery:
         one, before = await damaged(Cluster(nursery))
