@@ -9,7 +9,7 @@ them, adds them to its cache and calls again: no function has an effect besides 
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from dfs.errors import Corrupt
 from dfs.volume.node import (
@@ -42,7 +42,9 @@ __all__ = [
 ]
 
 EMPTY = b""
-FOLLOWING = 16  # leaves that a get asks for at once in a sequence of them
+FOLLOWING = 16  # leaves, at least, that a get asks for at once in a sequence of them
+FURTHEST = 128  # the same, at most
+ABOVE = 4  # the same for nodes of the levels above
 AHEAD = 64  # children of one node that a scan asks for at once
 Difference = tuple[bytes, bytes | None, bytes | None]  # (key, old value, new value)
 
@@ -50,33 +52,62 @@ Difference = tuple[bytes, bytes | None, bytes | None]  # (key, old value, new va
 def get(get_node: GetNode, root: bytes, key: bytes) -> bytes | None:
     """Value of a key, or None.
 
-    When a leaf is missing whose left neighbour is there, the next ones are asked for with it: files
-    are mostly looked at in the order in which they were made, and so their items are sorted.
+    When a node is missing whose left neighbour is there, the next ones are asked for with it: files
+    are mostly looked at in the order in which they were made, and so their items are sorted.  The
+    more lie there in a row, the more are asked for.
     """
     above: Node | None = None
-    at = 0
+    upper: Node | None = None  # the node above that one
+    at = place = 0
     while root:
         try:
             node = get_node(root)
         except Missing as e:
-            raise Missing(*e.hashes, *_following(get_node, above, at)) from None
+            left = upper.values[place - 1] if upper is not None and place else b""
+            raise Missing(*e.hashes, *_following(get_node, above, at, left=left)) from None
         keys = node.keys
         i = bisect_left(keys, key)
         if i == len(keys):
             return None
         if node.level == 0:
             return node.values[i] if keys[i] == key else None
+        upper, place = above, at
         above, at = node, i
         root = node.values[i]
     return None
 
 
-def _following(get_node: GetNode, above: Node | None, at: int, before: int = 1) -> Iterator[bytes]:
-    """What to fetch with the missing child `at` of a node: more, if those `before` it are there."""
-    if above is None or above.level != 1 or at < before:
+def _following(
+    get_node: GetNode, above: Node | None, at: int, before: int = 1, left: bytes = b""
+) -> Iterator[bytes]:
+    """What to fetch with the missing child `at` of a node: more, if those `before` it are there.
+
+    `left` names the left neighbour of that node: its children come before.
+    """
+    if above is None:
         return
-    if not any(True for _ in _absent(get_node, above.values[at - before : at], before)):
-        yield from _absent(get_node, above.values[at + 1 : at + FOLLOWING], FOLLOWING)
+    values = above.values
+    run = _run(get_node, values, at)
+    if run == at < FURTHEST and left:
+        try:
+            before_it = get_node(left).values
+            run += _run(get_node, before_it, len(before_it))
+        except Missing:
+            pass
+    if run < before:
+        return
+    count = min(max(FOLLOWING, 2 * run), FURTHEST) if above.level == 1 else ABOVE
+    yield from _absent(get_node, values[at + 1 : at + count], count)
+
+
+def _run(get_node: GetNode, ids: Sequence[bytes], end: int) -> int:
+    """How many of the nodes before `end` are there, without a gap; looks at no more than matter."""
+    for run in range(min(end, FURTHEST)):
+        try:
+            get_node(ids[end - 1 - run])
+        except Missing:
+            return run
+    return min(end, FURTHEST)
 
 
 def scan(

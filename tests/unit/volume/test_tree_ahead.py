@@ -36,7 +36,7 @@ def test_reads_in_order_fetch_ahead_and_others_do_not(read):
     root, blobs = tree.build([(k, b"v" * 500) for k in keys], b"s" * 16)
     rounds, fetched = fetches(read, keys, root, blobs)
     assert fetched == len(blobs)  # nothing twice
-    assert rounds < len(blobs) / 8
+    assert rounds < len(blobs) / (20 if read is get else 8)  # the longer in a row, the more
     leaves_apart = keys[:: len(keys) // 20]
     rounds, fetched = fetches(read, leaves_apart, root, blobs)
     assert fetched <= 2 * rounds  # far from the last one: its own leaf, and where its range ends
