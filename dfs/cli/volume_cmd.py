@@ -1,6 +1,7 @@
 """`dfs volume`: the volumes of a cluster."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -13,10 +14,30 @@ from dfs.cli.context import (
     json_option,
 )
 from dfs.cli.context import run as run_async
+from dfs.cli.sizes import limit_of_bytes, limit_of_files
 from dfs.cli.times import local_time
 
 if TYPE_CHECKING:
     from dfs.client.registry import VolumeInfo
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def quota_options(command: F) -> F:
+    """Add `--quota-bytes` and `--quota-files`, the limits of a volume, to a command."""
+    size = click.option(
+        "--quota-bytes",
+        type=limit_of_bytes,
+        metavar="SIZE",
+        help="What the sizes of all files may add up to, such as 10GiB; none: no limit.",
+    )
+    files = click.option(
+        "--quota-files",
+        type=limit_of_files,
+        metavar="N",
+        help="How many files, directories and links there may be, the root among them.",
+    )
+    return size(files(command))
 
 
 @click.group()
@@ -28,25 +49,39 @@ def volume() -> None:
 @cluster_option
 @json_option
 @click.option("--no-compress", is_flag=True, help="Store chunks as they are.")
+@quota_options
 @click.argument("name")
-def create(cluster_path: str | None, as_json: bool, no_compress: bool, name: str) -> None:
+def create(
+    cluster_path: str | None,
+    as_json: bool,
+    no_compress: bool,
+    quota_bytes: int | None,
+    quota_files: int | None,
+    name: str,
+) -> None:
     """Create the volume NAME: up to 63 letters, digits, dots, dashes and underscores.
 
     \b
     Example:
       dfs volume create photos
+      dfs volume create --quota-bytes 10GiB --quota-files 100000 scratch
     """
     from dfs.cli.client import connected, registry
     from dfs.client.registry import check_name
 
     check_name(name)
+    params: dict[str, Any] = {"compress": False} if no_compress else {}
+    if quota_bytes:
+        params["quota_bytes"] = quota_bytes
+    if quota_files:
+        params["quota_inodes"] = quota_files
 
     async def work() -> "VolumeInfo":
         async with (
             connected(cluster_file(cluster_path)) as cluster,
             registry(cluster) as volumes,
         ):
-            return await volumes.create(name, {"compress": False} if no_compress else {})
+            return await volumes.create(name, params)
 
     info = run_async(work)
     if as_json:
@@ -98,17 +133,21 @@ def info(cluster_path: str | None, as_json: bool, name: str) -> None:
     """Show what is known about the volume NAME."""
     from dfs.cli.client import registry
     from dfs.cli.client import volume as open_volume
+    from dfs.client.quota import read_limits
 
     async def work() -> dict[str, Any]:
         file = cluster_file(cluster_path)
         async with open_volume(file, name, mode="ro") as (fs, _):
             stats = await fs.statfs()
+            limits = await read_limits(fs.session)
             cluster = fs.session.cluster
             async with registry(cluster, mode="ro") as volumes:
                 found = _as_dict(await volumes.find(name))
             found.update(
                 bytes=stats.used,
                 inodes=stats.inodes,
+                quota_bytes=limits[0] or None,
+                quota_files=limits[1] or None,
                 seq=fs.session.view.seq,
                 checkpoint=fs.session.view.root_seq,
                 homes=[
@@ -126,8 +165,46 @@ def info(cluster_path: str | None, as_json: bool, name: str) -> None:
     click.echo(f"  made        {local_time(found['params']['created'])}")
     click.echo(f"  class       {found['params']['class']}, {found['params']['n']} copies")
     click.echo(f"  contents    {human_size(found['bytes'])}, {count(found['inodes'], 'inode')}")
+    click.echo(f"  quota       {_quota_line(found['quota_bytes'], found['quota_files'])}")
     click.echo(f"  commits     {found['seq']}, checkpoint at {found['checkpoint']}")
     click.echo(f"  homes       {', '.join(found['homes'])}")
+
+
+@volume.command("set")
+@cluster_option
+@json_option
+@quota_options
+@click.argument("name")
+def set_(
+    cluster_path: str | None,
+    as_json: bool,
+    quota_bytes: int | None,
+    quota_files: int | None,
+    name: str,
+) -> None:
+    """Change limits of the volume NAME; mounts hear of it within a second.
+
+    A limit below what is used refuses everything that would add to it, and nothing else.
+
+    \b
+    Example:
+      dfs volume set --quota-bytes 20GiB --quota-files none scratch
+    """
+    from dfs.cli.client import volume as open_volume
+    from dfs.client.quota import set_limits
+
+    if quota_bytes is None and quota_files is None:
+        raise click.UsageError("nothing to set: give --quota-bytes or --quota-files")
+
+    async def work() -> tuple[int, int]:
+        async with open_volume(cluster_file(cluster_path), name) as (fs, _):
+            return await set_limits(fs.session, quota_bytes, quota_files)
+
+    size, files = run_async(work)
+    if as_json:
+        echo_json({"name": name, "quota_bytes": size or None, "quota_files": files or None})
+    else:
+        click.echo(f"volume {name}: quota {_quota_line(size, files)}")
 
 
 @volume.command()
@@ -152,6 +229,12 @@ def delete(cluster_path: str | None, yes: bool, name: str) -> None:
     click.echo(f"deleted volume {name}")
 
 
+def _quota_line(size: int | None, files: int | None) -> str:
+    limits = [human_size(size)] if size else []
+    limits += [count(files, "inode")] if files else []
+    return ", ".join(limits) or "none"
+
+
 def usage_as_dict(used: tuple[int, int] | None) -> dict[str, int | None]:
     """`bytes` and `inodes` of a volume, null where they are not known."""
     size, inodes = used or (None, None)
@@ -163,5 +246,6 @@ def _as_dict(info: "VolumeInfo") -> dict[str, Any]:
         "name": info.name,
         "id": info.volume_id.hex(),
         "state": info.state,
-        "params": dict(info.params),
+        # The quota of its making may have been changed since.
+        "params": {k: v for k, v in info.params.items() if not k.startswith("quota_")},
     }

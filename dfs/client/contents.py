@@ -33,7 +33,8 @@ class Contents:
     ) -> tuple[int, bool]:
         """Put extents over what the file held; returns (its size, whether to compact it).
 
-        `now`: the time at which this changes the file; 0 leaves its times alone.
+        `now`: the time at which this changes the file; 0 leaves its times alone.  The volume's
+        quota was asked when the writes were accepted.
         """
         inode = get_inode(txn, ino)
         size = max(inode.size, new[-1].end)
@@ -45,7 +46,7 @@ class Contents:
             # The look at what is there reaches a window back: hence the one more.
             crowded = crowded or seen > CROWDED * (windows + 1)
             txn.extend(extents.plan_write(ino, old, merge_inline(old, run) if few else run))
-        self._changed(txn, ino, inode, size, now)
+        self._changed(txn, ino, inode, size, now, admitted=True)
         return size, crowded
 
     def truncate(self, txn: Txn, ino: int, size: int, now: int) -> None:
@@ -72,7 +73,9 @@ class Contents:
         """Permission bits after a change of content; in force when write(2) returns."""
         return without_privileges(mode) if self._clear_privileges else mode
 
-    def _changed(self, txn: Txn, ino: int, inode: Inode, size: int, now: int) -> None:
+    def _changed(
+        self, txn: Txn, ino: int, inode: Inode, size: int, now: int, *, admitted: bool = False
+    ) -> None:
         """What every change of content does to the inode and to the volume's usage."""
         changes: list[fx.Change] = [(items.F_DATAVER, fx.ADD, 1)]
         if now:
@@ -85,7 +88,7 @@ class Contents:
         if mode != inode.mode:
             changes.append((items.F_MODE, fx.SET, mode))
         patch_inode(txn, ino, *changes)
-        self._namespace.charge(txn, size - inode.size, 0)
+        self._namespace.charge(txn, size - inode.size, 0, admitted=admitted)
 
 
 def scan_extents(txn: Txn, ino: int, start: int, end: int) -> list[extents.Extent]:

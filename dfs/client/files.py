@@ -13,6 +13,8 @@ segments under commit, and `WriteBuffer.forget` afterwards drops only what is st
 committed.  A reader takes committed extents and dirty segments in one step, so it sees a write
 either in the buffer or in the extents; chunk bytes are fetched afterwards and are immutable.
 
+What a write adds to its file is taken from the volume's quota when the write is accepted (`quota`).
+
 A failed write-back keeps the data and is tried again; its error is raised once, by the next write,
 flush or fsync, unless all of the data was committed before anybody asked.  When the session was
 lost the error is raised in any case: what others saw in between may have been something else.
@@ -78,6 +80,7 @@ class Files:
         self._session = session
         self._chunks = chunks
         self._namespace = namespace
+        self._quota = namespace.quota
         self._contents = Contents(namespace, clear_privileges=clear_privileges)
         self._cache_bytes = cache_bytes
         self._files: dict[int, File] = {}
@@ -223,6 +226,8 @@ class Files:
             raise fs_error(errno.EFBIG)
         if not length:
             return 0
+        if self._quota.limited:
+            await self._quota.hold(file, offset + length)
         buffer = file.buffer
         if not buffer:
             file.dirty_since = self._clock.monotonic()
@@ -278,6 +283,7 @@ class Files:
 
     def _drop_dirty(self, file: File) -> None:
         self._uncommitted -= file.buffer.size
+        self._quota.release(file)
         file.buffer = WriteBuffer()
         self._dirty.pop(file.ino, None)
 
@@ -289,9 +295,10 @@ class Files:
             await self._commit(file)
         self._raise_error(file)
 
-    def flush_here(self, file: File) -> bool:
+    def flush_here(self, file: File, *, settling: bool = False) -> bool:
         """Commit a few dirty bytes without waiting, under the delegation; False where it cannot be.
 
+        `settling`: the caller then waits for the session to `settle`, in the same step.
         A crash still leaves a prefix of what was done here: see `dfs.client.delegation`.
         """
         buffer = file.buffer
@@ -308,7 +315,7 @@ class Files:
             return False
         segments = list(buffer)
         try:
-            done = self._session.transact_here(self._publication(file, segments))
+            done = self._session.transact_here(self._publication(file, segments), settling=settling)
         except FsError:
             return False  # whoever waits for it will meet this again, and can handle it
         if done is None:
@@ -381,6 +388,8 @@ class Files:
         before = file.buffer.size
         file.buffer.forget(segments)
         self._uncommitted -= before - file.buffer.size
+        if file.held:
+            self._quota.settle(file, size)
         self._dirty.pop(file.ino, None)
         if file.buffer:
             file.dirty_since = began
@@ -477,8 +486,15 @@ class Files:
             self._uncommitted -= before - file.buffer.size
             if not file.buffer:
                 self._dirty.pop(ino, None)
-            await self._session.transact(lambda txn: truncate(txn, ino, size, now))
-            file.span, file.size = None, size
+            held = self._quota.release(file)
+            try:
+                await self._session.transact(lambda txn: truncate(txn, ino, size, now))
+                file.size = size
+            finally:
+                self._quota.regain(file, held)
+                if file.size >= 0:
+                    self._quota.settle(file, file.size)
+            file.span = None
 
     async def _write_back(self) -> None:
         """Commit what has been dirty for `AGE` seconds; sleeps while nothing is dirty."""

@@ -28,6 +28,7 @@ from dfs.client.files import Files
 from dfs.client.handles import DirHandle, FileHandle, HandleTable
 from dfs.client.namespace import Caller, Namespace
 from dfs.client.orphans import Orphans
+from dfs.client.quota import Quota
 from dfs.client.session import DEADLINE, Session
 from dfs.client.store import ChunkStore
 from dfs.codec import Buffer
@@ -82,8 +83,7 @@ class FileSystem:
         self.namespace = Namespace(
             params["salt"],
             bits=hash_bits,
-            quota_bytes=params.get("quota_bytes", 0),
-            quota_inodes=params.get("quota_inodes", 0),
+            quota=Quota(params, session),
         )
         self.handles = HandleTable()
         self.files = Files(
@@ -171,14 +171,16 @@ class FileSystem:
 
     async def statfs(self) -> FsStats:
         """Size and use of the volume: its quota, or else the cluster's capacity."""
-        value = await self.session.read(lambda txn: txn.get(items.USAGE_KEY))
+        quota = self.namespace.quota
+        value, limits = await self.session.read(
+            lambda txn: (txn.get(items.USAGE_KEY), quota.limits(txn.get))
+        )
         used, inodes = items.decode_usage(value) if value is not None else (0, 0)
         total, free = self._capacity()
-        quota = self.namespace.quota_bytes
-        if quota:
-            room = max(0, quota - used)
-            total, free = quota, min(free, room) if total else room
-        limit = self.namespace.quota_inodes or 1 << 40
+        if limits[0]:
+            room = max(0, limits[0] - used - quota.held)
+            total, free = limits[0], min(free, room) if total else room
+        limit = limits[1] or 1 << 40
         return FsStats(total, free, used, inodes, max(0, limit - inodes))
 
     async def getxattr(self, ino: int, name: bytes) -> bytes:
@@ -390,10 +392,10 @@ class FileSystem:
     async def fsync(self, handle: int) -> None:
         """Commit what was written; on return it is on stable storage of a majority."""
         file = self.handles.file(handle).file
-        if not self.files.flush_here(file):
+        if not self.files.flush_here(file, settling=True):
             await self.files.flush(file)
-        self.files.raise_loss(file.ino)
         await self._settle(file.ino)
+        self.files.raise_loss(file.ino)
 
     async def _settle(self, ino: int) -> None:
         try:

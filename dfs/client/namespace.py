@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from dfs.client import acl
 from dfs.client.attributes import FLAG_XATTRS, S_ISGID, Attr, fs_error, get_inode, patch_inode
+from dfs.client.quota import Quota
 from dfs.errors import FsError
 from dfs.ids import ROOT_INO
 from dfs.volume import effects as fx
@@ -49,7 +50,7 @@ class Namespace:
     """The operations, bound to what they need to know of the volume.
 
     `salt` keys the hashes of names, `bits` is their width (tests use few to make names collide),
-    `quota_bytes` and `quota_inodes` are limits, 0 = none.
+    `quota` are the volume's limits; default: none.
     """
 
     def __init__(
@@ -57,14 +58,12 @@ class Namespace:
         salt: bytes,
         *,
         bits: int = items.HASH_BITS,
-        quota_bytes: int = 0,
-        quota_inodes: int = 0,
+        quota: Quota | None = None,
     ) -> None:
         """Keep the volume's parameters."""
         self.salt = salt
         self.bits = bits
-        self.quota_bytes = quota_bytes
-        self.quota_inodes = quota_inodes
+        self.quota = quota or Quota({})
 
     # ------------------------------------------------------------------ looking
 
@@ -340,15 +339,10 @@ class Namespace:
 
     # ------------------------------------------------------------------ parts
 
-    def charge(self, txn: Txn, size: int, inodes: int) -> None:
-        """Add to the volume's usage; raises EDQUOT when that goes over a quota."""
-        if (self.quota_bytes and size > 0) or (self.quota_inodes and inodes > 0):
-            value = txn.get(items.USAGE_KEY)
-            used = items.decode_usage(value) if value is not None else (0, 0)
-            if 0 < self.quota_bytes < used[0] + size and size > 0:
-                raise fs_error(errno.EDQUOT, f"volume quota of {self.quota_bytes} bytes")
-            if 0 < self.quota_inodes < used[1] + inodes and inodes > 0:
-                raise fs_error(errno.EDQUOT, f"volume quota of {self.quota_inodes} inodes")
+    def charge(self, txn: Txn, size: int, inodes: int, *, admitted: bool = False) -> None:
+        """Add to the volume's usage; raises EDQUOT over its quota, unless it was `admitted`."""
+        if self.quota.limited and not admitted and (size > 0 or inodes > 0):
+            self.quota.admit(txn.get, size, inodes)
         changes: list[fx.Change] = []
         if size:
             changes.append((items.F_USAGE_BYTES, fx.ADD, size))

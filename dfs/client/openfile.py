@@ -15,7 +15,7 @@ class File:
     """State of one file; owned by `dfs.client.files`, read by `dfs.client.reader`."""
 
     __slots__ = (
-        "buffer", "compacting", "dirty_since", "error", "handles", "ino",
+        "buffer", "compacting", "dirty_since", "error", "handles", "held", "ino",
         "lock", "lost", "mtime", "orphan", "size", "span",
     )  # fmt: skip
 
@@ -32,4 +32,5 @@ class File:
         self.compacting = False
         self.orphan = False  # the last name is gone: purge at the last close
         self.size = -1  # committed size; -1 = ask the view
+        self.held = 0  # bytes of the volume's quota for what is not committed
         self.span: tuple[int, int, list[extents.Extent]] | None = None  # cached committed extents

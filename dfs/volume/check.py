@@ -65,6 +65,8 @@ def _read(key: bytes, value: bytes, salt: bytes, found: Findings, state: _State)
             state.orphans.add(items.suffix_u64(key))
         elif kind == items.USAGE:
             state.usage = items.decode_usage(value)
+        elif kind == items.QUOTA:
+            items.decode_quota(value)
         else:
             found.problem("format", f"unknown administrative item {key.hex()}")
     elif kind == items.INODE:

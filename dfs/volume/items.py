@@ -16,6 +16,7 @@ that starts with its version.
                                           (1, length, 1, chunk_id, chunk_offset, chunk_length)
     ORPHAN    ino u64                     (1,)            on ino 0: unlinked, perhaps still open
     USAGE     -                           (1, bytes, inodes)     on ino 0
+    QUOTA     -                           (1, bytes, inodes)     on ino 0: limits of USAGE, 0 = none
     VOLUME    name                        (1, volume_id, state, params)   on ino 2, system volume
 
 kind is `S_IFMT(st_mode) >> 12`, mode the permission bits 07777, times are nanoseconds since the
@@ -38,11 +39,11 @@ MAX_EXTENT = 4 << 20  # bytes of file that one extent may cover
 MAX_OFFSET = (1 << 63) - 1
 HASH_BITS = 63
 FIRST_HASH = 3  # 0..2 are readdir cookies of `.` and `..`
-ADMIN_INO = 0  # ORPHAN and USAGE
+ADMIN_INO = 0  # ORPHAN, USAGE and QUOTA
 REGISTRY_INO = 2  # VOLUME, in the system volume
 
 INODE, ENTRY, SYMLINK, XATTR, BACKLINK, EXTENT = range(6)
-ORPHAN, USAGE, VOLUME = 16, 17, 32
+ORPHAN, USAGE, QUOTA, VOLUME = 16, 17, 18, 32
 
 FIFO, CHR, DIR, BLK, REG, LNK, SOCK = 1, 2, 4, 6, 8, 10, 12
 KINDS = frozenset((FIFO, CHR, DIR, BLK, REG, LNK, SOCK))
@@ -139,6 +140,7 @@ def orphan_key(ino: int) -> bytes:
 
 
 USAGE_KEY = _head.pack(ADMIN_INO, USAGE)
+QUOTA_KEY = _head.pack(ADMIN_INO, QUOTA)
 
 
 def volume_key(name: bytes) -> bytes:
@@ -344,6 +346,17 @@ def encode_usage(size: int, inodes: int) -> bytes:
 
 
 def decode_usage(value: Buffer) -> tuple[int, int]:
+    """(bytes, inodes)."""
+    _, size, inodes = decode(value, 3)
+    return size, inodes
+
+
+def encode_quota(size: int, inodes: int) -> bytes:
+    """QUOTA value: how much USAGE may become, 0 = no limit."""
+    return pack((VERSION, size, inodes))
+
+
+def decode_quota(value: Buffer) -> tuple[int, int]:
     """(bytes, inodes)."""
     _, size, inodes = decode(value, 3)
     return size, inodes

@@ -87,7 +87,7 @@ def check_key(key: bytes, system: bool = False) -> int:
         raise InvalidArgument(f"key of {len(key)} bytes")
     ino, kind, suffix = items.split_key(key)
     size = len(suffix)
-    if kind in (items.ORPHAN, items.USAGE):
+    if kind in (items.ORPHAN, items.USAGE, items.QUOTA):
         good = ino == items.ADMIN_INO and size == (8 if kind == items.ORPHAN else 0)
     elif kind == items.VOLUME:
         good = system and ino == items.REGISTRY_INO and 0 < size <= items.MAX_NAME
@@ -189,6 +189,10 @@ def _usage(_key: bytes, f: Sequence[Any]) -> bool:
     return len(f) == 3 and all(map(_integer, f))
 
 
+def _quota(_key: bytes, f: Sequence[Any]) -> bool:
+    return len(f) == 3 and all(map(_integer, f)) and min(f) >= 0
+
+
 def _volume_id(value: Any) -> bool:
     return type(value) is bytes and len(value) == 16
 
@@ -217,5 +221,6 @@ _VALUES: dict[int, Callable[[bytes, Sequence[Any]], bool]] = {
     items.EXTENT: _extent,
     items.ORPHAN: _orphan,
     items.USAGE: _usage,
+    items.QUOTA: _quota,
     items.VOLUME: _volume,
 }

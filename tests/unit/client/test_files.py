@@ -178,25 +178,6 @@ async def test_a_full_cluster_is_enospc_at_close():
         assert await read_file(fs, attr.ino) == b"x" * 10_000
 
 
-async def test_a_quota_is_edquot():
-    home = new_home(quota_bytes=100_000, quota_inodes=4)
-    async with filesystem(home) as fs:
-        await write_file(fs, 1, b"a", b"x" * 90_000)
-        _, fh = await fs.create(1, b"b", 0o644)
-        await fs.write(fh, 0, b"x" * 20_000)
-        with pytest.raises(FsError) as caught:
-            await fs.fsync(fh)
-        assert caught.value.errno == errno.EDQUOT
-        await fs.unlink(1, b"a")
-        await fs.fsync(fh)
-        await fs.release(fh)
-        await fs.mkdir(1, b"c", 0o755)
-        await fs.mkdir(1, b"d", 0o755)
-        with pytest.raises(FsError) as caught:
-            await fs.mkdir(1, b"e", 0o755)
-        assert caught.value.errno == errno.EDQUOT
-
-
 async def test_holes_read_as_zeros_and_truncation_forgets():
     home = new_home()
     async with filesystem(home) as fs:

@@ -18,5 +18,6 @@ SAMPLES = {
     "chunk": (items.extent_key(9, 4096), items.encode_chunk(100, CHUNK, 28, 128)),
     "orphan": (items.orphan_key(9), items.ORPHAN_VALUE),
     "usage": (items.USAGE_KEY, items.encode_usage(1 << 40, 7)),
+    "quota": (items.QUOTA_KEY, items.encode_quota(1 << 40, 1000)),
     "volume": (items.volume_key(b"home"), items.encode_volume(b"v" * 16, "created", {"n": 3})),
 }

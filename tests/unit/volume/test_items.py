@@ -32,6 +32,7 @@ def test_values_round_trip():
     assert items.decode_extent(SAMPLES["inline"][1]) == (5, 0, b"hello")
     assert items.decode_extent(SAMPLES["chunk"][1]) == (100, 1, CHUNK, 28, 128)
     assert items.decode_usage(SAMPLES["usage"][1]) == (1 << 40, 7)
+    assert items.decode_quota(SAMPLES["quota"][1]) == (1 << 40, 1000)
     assert items.decode_volume(SAMPLES["volume"][1]) == (b"v" * 16, "created", {"n": 3})
 
 
