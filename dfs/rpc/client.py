@@ -32,7 +32,7 @@ from dfs.errors import (
 )
 from dfs.rpc.breaker import BRIEF, CLOSED, Breaker
 from dfs.rpc.timers import Timer, Timers
-from dfs.rpc.transport import Channel, connect, explain
+from dfs.rpc.transport import Channel, connect, explain, unacknowledged
 from dfs.wire.connection import Connection, Event, State
 from dfs.wire.frame import CAST, ERROR, REPLY, REQUEST
 
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 CONNECT_TIMEOUT = 3.0  # seconds for connecting and greeting
 QUEUE_LIMIT = 64 << 20  # bytes in the send queue before requests are held back
 HELD_LIMIT = 256 << 20  # bytes held back before requests are refused with `Busy`
+STUCK = 1.0  # seconds without an acknowledged byte below which a lossy network is given time
 _BACKOFF = (0.05, 1.0)  # seconds: first and longest pause after a failed connect
 
 OnReply = Callable[[tuple[Any, Buffer] | DfsError], None]
@@ -246,11 +247,27 @@ class Link:
         self.forget(pending)
         if pending.timeout >= BRIEF:
             self._breaker.failed(trio.current_time())
+            self._give_up_what_is_stuck(pending)
         pending.finish(
             DeadlineExceeded(
                 f"{pending.method} to {self.address}: no answer within {pending.timeout:g} s{state}"
             )
         )
+
+    def _give_up_what_is_stuck(self, pending: Pending) -> None:
+        """End the connection if the peer's host never acknowledged this request.
+
+        Else the kernel would deliver it when the network heals, long after the caller was told that
+        it failed: a late put without a context then supersedes what others wrote meanwhile.
+        """
+        channel = self._channel
+        if (
+            channel is not None
+            and pending.stream
+            and unacknowledged(channel.sock) >= max(pending.timeout, STUCK)
+        ):
+            log.info("%s acknowledged nothing for %g s", self.address, pending.timeout)
+            channel.abort()
 
     def _fail(self, pending: Pending, error: DfsError) -> None:
         if pending.timer is not None:

@@ -8,6 +8,7 @@ import errno
 import os
 import socket
 import stat
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,8 @@ _BACKLOG = 1024
 _CONTROL_LOWAT = 128 << 10  # keep little in the kernel, so that priorities decide late
 _BULK_LOWAT = 4 << 20
 _USER_TIMEOUT = 20_000  # ms without an acknowledged byte after which the kernel gives up
+_ABORT = struct.pack("ii", 1, 0)  # linger: on, 0 s
+_TCP_INFO = struct.Struct("=24xI28xI")  # tcpi_unacked, tcpi_last_ack_recv (ms); linux/tcp.h
 _SMALL_RECEIVE = 16 << 10
 _LARGE = 64 << 10  # bytes still to come of one frame from which the kernel gathers them
 _GATHER = 512 << 10  # bytes it gathers before it wakes us
@@ -83,6 +86,10 @@ async def _connect_one(family: int, target: Any, *, bulk: bool) -> socket.socket
     try:
         sock.setblocking(False)
         _tune(sock, bulk=bulk)
+        if family != socket.AF_UNIX:
+            # Nobody waits for an answer once a caller closes, or dies.  What the kernel still holds
+            # must not be delivered when a cut network heals: the callers were told of a failure.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
         code = sock.connect_ex(target)
         if code == errno.EINPROGRESS:
             await trio.lowlevel.wait_writable(sock)
@@ -94,6 +101,15 @@ async def _connect_one(family: int, target: Any, *, bulk: bool) -> socket.socket
         sock.close()
         raise OSError(code, os.strerror(code))
     return sock
+
+
+def unacknowledged(sock: socket.socket) -> float:
+    """Seconds for which the peer's host acknowledged nothing of what is under way; 0 = all is."""
+    if sock.family == socket.AF_UNIX:
+        return 0.0
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    packets, milliseconds = _TCP_INFO.unpack(info)
+    return milliseconds / 1000 if packets else 0.0
 
 
 def explain(error: OSError) -> str:
@@ -222,6 +238,11 @@ class Channel:
     def close(self) -> None:
         """Close the socket; call it when neither task uses it any more."""
         self.sock.close()
+
+    def abort(self) -> None:
+        """End both directions: whoever receives meets the end of the stream."""
+        with suppress(OSError):  # broken already: the receiver meets that
+            self.sock.shutdown(socket.SHUT_RDWR)
 
     async def receive(self) -> list[Event]:
         """Events of the next bytes, perhaps none; raises `EOFError` at a clean end."""

@@ -79,6 +79,21 @@ def test_a_minority_refuses_and_a_majority_goes_on(net):
     assert got(net, lost)["values"] in (["by the majority"], ["by the majority", "during"])
 
 
+def test_what_was_refused_in_a_cut_does_not_happen_after_it(net):
+    """What a node passed on to homes it could not reach is not delivered when the network heals."""
+    key = key_with(net, lambda homes: not {"node4", "node5"} & set(homes))
+    for node in ("node4", "node5"):  # their links to the homes are open
+        net.dfs("kv", "put", key, "before", beside=node)
+    net.cut(["node1", "node2", "node3"], ["node4", "node5"])
+    net.refused("--timeout", "4", "kv", "put", key, "during", beside="node5")
+    net.dfs("kv", "put", key, "by the majority", beside="node2")
+    net.heal()
+    until = time.monotonic() + 6  # TCP tries again after at most as long as the cut was
+    while time.monotonic() < until:
+        assert got(net, key)["values"] == ["by the majority"]
+        time.sleep(0.5)
+
+
 def test_both_sides_write_weakly_and_people_resolve(net):
     major, minor = ["node1", "node2", "node3"], ["node4", "node5"]
     key = key_with(net, lambda homes: sum(h in minor for h in homes) == 1)

@@ -381,6 +381,39 @@ async def test_nodes_that_call_each_other_with_full_memory_do_not_deadlock(monke
         assert (a._budget.used, b._budget.used) == (0, 0)
 
 
+async def test_what_a_closed_caller_left_in_the_kernel_is_never_delivered():
+    """Nobody waits for it: a request that arrives hours later must not be carried out."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    listener.settimeout(5)
+    client = endpoint("client")
+    sent = 8 * MIB
+    async with running(client):
+
+        async def call():
+            with pytest.raises(Unreachable):
+                address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+                await client.call(address, "put", data=bytes(sent), timeout=30)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call)
+            peer, _ = await trio.to_thread.run_sync(listener.accept)
+            peer.sendall(hello())
+            await until(lambda: any(link["in_flight"] for link in client.statistics()["links"]))
+            await trio.sleep(0.2)  # the kernel has what it takes
+            nursery.cancel_scope.cancel()
+    peer.settimeout(5)
+    got = 0
+    with pytest.raises(ConnectionResetError):
+        while data := peer.recv(1 << 20):
+            got += len(data)
+    assert got < sent
+    peer.close()
+    listener.close()
+
+
 async def test_a_peer_that_reads_no_answers_is_not_served_on(monkeypatch):
     monkeypatch.setattr(server_module, "REPLY_LIMIT", 4 * MIB)
     server, client = endpoint("server"), endpoint("client")
