@@ -156,7 +156,9 @@ async def mounted(fs: FileSystem, options: MountOptions) -> AsyncIterator[Listen
         raise ConfigError(
             f"cannot mount on {options.mountpoint}: {e}; the lines above tell what libfuse says"
         ) from e
-    listener = Listener(min(devices() - before))
+    device = min(devices() - before)
+    invalidator.device = device
+    listener = Listener(device)
     operations.waits = listener.pass_on
     uninstall = install(listener)
     try:
@@ -186,6 +188,7 @@ async def serve(fs: FileSystem, options: MountOptions, ready: Callable[[], None]
     Raises `ConfigError` when it cannot mount, `FsError` when dirty data could not be committed.
     """
     async with mounted(fs, options) as listener, trio.open_nursery() as nursery:
+        nursery.start_soon(fs.session.keep_warm)
         nursery.start_soon(_until_signal, fs, listener)
         nursery.start_soon(_when_served, options, ready)
         if options.exclusive:

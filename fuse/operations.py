@@ -104,7 +104,7 @@ class Operations(pyfuse3.Operations):
         # The kernel may keep what is written, sizes and times if nobody else can write.
         self._alone = self.enable_writeback_cache = fs.session.exclusive
         self._invalidator = invalidator
-        self.inodes = InodeTable()
+        self.inodes = InodeTable(prune=invalidator.prune)
         self.open_inodes = OpenInodes()
         self._page = PAGE_FIRST  # entries that fit in the kernel's buffer, as seen last
         self._removed = Removed()
@@ -137,7 +137,7 @@ class Operations(pyfuse3.Operations):
     def _entry(self, parent: int, name: bytes, attr: Attr) -> pyfuse3.EntryAttributes:
         """Attributes of an entry; the kernel will hold the inode."""
         key = items.entry_key(parent, self._fs.namespace.cookie(name))
-        self.inodes.looked_up(attr.ino, key, parent, name)
+        self.inodes.looked_up(attr.ino, key, name)
         return self._attributes(attr)
 
     def _changed_elsewhere(self, keys: Sequence[bytes] | None) -> None:
@@ -240,9 +240,9 @@ class Operations(pyfuse3.Operations):
         await fs.rename(parent, name, new_parent, new_name, flags)
         self._remember(replaced)
         if moved:
-            inodes.moved(moved, new_key, new_parent, new_name)
+            inodes.moved(moved, new_key, new_name)
         if other and flags & RENAME_EXCHANGE:
-            inodes.moved(other, old_key, parent, name)
+            inodes.moved(other, old_key, name)
 
     # ------------------------------------------------------------------ attributes
 
@@ -421,7 +421,7 @@ class Operations(pyfuse3.Operations):
                 if not reply(token, name, attributes(attr), cookie):
                     taken = n
                     break
-                looked_up(attr.ino, entry_key(ino, cookie), ino, name)
+                looked_up(attr.ino, entry_key(ino, cookie), name)
                 start = cookie
             # The reader's place is a cookie and which of its names were taken; mostly that is one.
             for name, cookie, _ in reversed(entries[:taken]):

@@ -113,6 +113,9 @@ class FakeFileSystem:
 class Told:
     """An invalidator with nothing to do."""
 
+    def prune(self, inos):
+        pass
+
     def is_pending(self, ino):
         return False
 
