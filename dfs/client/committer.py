@@ -5,6 +5,10 @@ home judges (`Submission`), or, while the session holds the volume's delegation,
 done here already (`dfs.client.delegation`).  The switch from one to the other happens here, between
 two requests, so a transaction is never judged by both rules.
 
+Who waits for a batch (`settle`) sends it at once if nothing is in flight, and its answer tells all
+who waited for it: no task has to be woken for either (`_launch`).  What is not as simple as that,
+above all an answer that did not come, is left to the task, with the request as it was sent.
+
 A *verdict* is final.  Anything else than a verdict means "unknown", so the identical request is
 sent again, to any home.  A transaction that somebody waits for has a deadline: then the session is
 over, because whether its last request took effect can no longer be learned, and a new one is opened
@@ -49,6 +53,9 @@ class Committer:
         self._work = trio.lowlevel.ParkingLot()
         self._no = 0
         self._sent: Batch | None = None  # the batch in flight, and its request's number is `_no`
+        self._flight: object | None = None  # a request without the task is under way
+        self._sending = False  # the task has a request under way
+        self._unsure: tuple[Any, ...] | None = None  # the request of `_sent`, to be sent again
         self._hurry = False
         self._lingering = False
         self._ask_at = 0.0
@@ -71,7 +78,7 @@ class Committer:
     def began(self) -> None:
         """A session was opened."""
         self._no = self._since_open = self._stray = 0
-        self._sent = None
+        self._sent = self._flight = self._unsure = None
         self._ask_at = 0.0
         self._work.unpark_all()
 
@@ -80,7 +87,7 @@ class Committer:
         # Transactions that never left the queue are as good as never run: run them again.
         while self._queue:
             self._queue.popleft().resolve(False)
-        self._sent = None
+        self._sent = self._flight = self._unsure = None
         error = FsError(
             "the session was lost, and with it what was not on stable storage", errno.EIO
         )
@@ -129,7 +136,7 @@ class Committer:
             view.confirm_local(seq, batch.keys, batch.ranges, batch.number)
         else:  # a checkpoint holds it, to which the view has jumped
             view.confirm_covered(batch.keys, batch.ranges, batch.number)
-        self._sent = None
+        self._sent = self._unsure = None
         self.delegation.confirmed(batch)
         self.counts["batches"] += 1
 
@@ -140,6 +147,13 @@ class Committer:
             return
         waiter = Waiter()
         held.batches[-1].waiters.append(waiter)
+        if self._launch():
+            if await waiter.wait():
+                return
+            if not held.batches:
+                return
+            waiter = Waiter()
+            held.batches[-1].waiters.append(waiter)
         self._hurry = True
         self._work.unpark_all()
         deadline = self._session.deadline
@@ -148,18 +162,76 @@ class Committer:
             return
         raise FsError(f"no quorum took what was written for {deadline:g} s", errno.EIO)
 
+    # ------------------------------------------------------------------ without the task
+
+    def _launch(self) -> bool:
+        """Send the oldest batch unless one is on its way; False: that is for the task to do.
+
+        If not, everybody who waits for a batch is told: True once it is in the journal, False when
+        it is left to the task after all, or the error when the session is lost.
+        """
+        session, held = self._session, self.delegation
+        if self._flight is not None:
+            return True
+        if self._sending or self._unsure is not None or session.over or not held.batches:
+            return False
+        batch = self._sent = held.first(session.view)
+        request = self._request((((), (), batch.effects),), batch.oldest, held.epoch)
+        flight = self._flight = object()
+        asked_at = self._clock.monotonic()
+
+        def answered(answer: Any) -> None:
+            if flight is self._flight:  # else the session has ended meanwhile
+                self._flight = None
+                self._landed(batch, request, asked_at, answer)
+
+        try:
+            session.homes.launch("vol.commit", request, timeout=ATTEMPT, then=answered)
+        except DfsError:
+            self._flight, self._unsure = None, request
+            return False
+        return True
+
+    def _landed(self, batch: Batch, request: tuple[Any, ...], asked_at: float, answer: Any) -> None:
+        """What was sent without the task was answered; never called for a session that is over."""
+        session, held = self._session, self.delegation
+        if not isinstance(answer, DfsError):
+            _, seq, verdicts, received, owner, state = answer
+            ours = batch is self._sent  # else its entry came by a watch
+            at = session.view.seq
+            if verdicts == (True,) and not received and (at == seq - 1 if ours else at >= seq):
+                if ours:
+                    self._confirm(batch, seq)
+                self.counts["commits"] += 1
+                session.heard(asked_at, owner, state)
+                if any(b.waiters for b in held.batches) and self._launch():
+                    return
+                if held.batches or held.recalled:
+                    self._work.unpark_all()
+                return
+        if batch is self._sent:
+            self._unsure = request
+        self._hurry = True
+        for waiting in held.batches:
+            waiters, waiting.waiters = waiting.waiters, []
+            for waiter in waiters:
+                waiter.resolve(False)
+        self._work.unpark_all()
+
     # ------------------------------------------------------------------ the task
 
     async def run(self) -> None:
         """Until cancelled."""
         held = self.delegation
         while True:
-            if self._session.over:
+            if self._session.over or self._flight is not None:
                 await self._work.park()
             elif held.batches:
                 await self._linger()
-                if held.batches and not self._session.over:
+                if held.batches and not self._session.over and self._flight is None:
+                    self._sending = True
                     await self._send_batch(held.first(self._session.view))
+                    self._sending = False
             elif held.recalled:
                 await self._give_back(held.epoch)
             elif held.held:
@@ -180,7 +252,9 @@ class Committer:
         """Give a batch that nobody waits for a little company."""
         held = self.delegation
         until = held.batches[0].since + LINGER
-        while len(held.batches) == 1 and not (self._hurry or held.recalled or self._session.over):
+        while len(held.batches) == 1 and not (
+            self._hurry or held.recalled or self._session.over or self._flight is not None
+        ):
             left = until - self._clock.monotonic()
             if left <= 0:
                 return
@@ -201,7 +275,7 @@ class Committer:
         oldest = min((s.oldest for s in batch if s.oldest), default=0)
         txns = tuple((tuple(s.txn.keys), tuple(s.txn.groups), tuple(s.txn.effects)) for s in batch)
         try:
-            verdicts = await self._send(txns, oldest)
+            verdicts = await self._send(self._request(txns, oldest, 0))
         except DfsError as e:
             for submission in batch:
                 submission.resolve(e)
@@ -214,8 +288,13 @@ class Committer:
     async def _send_batch(self, batch: Batch) -> None:
         self._sent = batch
         session, generation = self._session, self._session.generation
+        # One that was sent already, and not answered, is to be sent as it was.
+        request, self._unsure = self._unsure, None
+        if request is None:
+            epoch = self.delegation.epoch
+            request = self._request((((), (), batch.effects),), batch.oldest, epoch)
         try:
-            verdicts = await self._send((((), (), batch.effects),), batch.oldest, batch)
+            verdicts = await self._send(request, batch)
         except DfsError as e:  # nothing that was acknowledged may be left out
             session.lose(f"its home refused what was done here: {e}", generation)
             return
@@ -223,16 +302,20 @@ class Committer:
             why = "its home found a conflict in what was done under the delegation"
             session.lose(why, generation)
 
-    async def _send(
-        self, txns: tuple[Any, ...], oldest: int, batch: Batch | None = None
-    ) -> tuple[bool, ...]:
-        """Send one request until there is a verdict; raises `FsError` when there will be none."""
+    def _request(self, txns: tuple[Any, ...], oldest: int, epoch: int) -> tuple[Any, ...]:
+        """The next request of the session; `epoch`: of the delegation, if that is what permits it.
+
+        Every read was just found unchanged up to the view's seq: that is its base.
+        """
         session = self._session
         self._no += 1
-        # Every read was just found unchanged up to the view's seq: that is its base.
-        no, generation, seq = self._no, session.generation, session.view.seq
-        epoch = self.delegation.epoch if batch is not None else 0
-        request = (session.volume, session.sid, no, seq, seq, txns, oldest, epoch)
+        seq = session.view.seq
+        return (session.volume, session.sid, self._no, seq, seq, txns, oldest, epoch)
+
+    async def _send(self, request: tuple[Any, ...], batch: Batch | None = None) -> tuple[bool, ...]:
+        """Send one request until there is a verdict; raises `FsError` when there will be none."""
+        session = self._session
+        generation = session.generation
         give_up = self._clock.monotonic() + session.deadline
         attempt = 0
         while True:

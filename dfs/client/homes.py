@@ -1,11 +1,12 @@
 """Asking the homes of a volume: the owner first, another one when that fails."""
 
+from collections.abc import Callable
 from typing import Any
 
 import trio
 
 from dfs.client.connect import Cluster
-from dfs.cluster.map import METADATA
+from dfs.cluster.map import METADATA, ClusterMap
 from dfs.env import Priority
 from dfs.errors import DfsError, Fenced, InUse, InvalidArgument, NotHome, StaleEpoch
 from dfs.hashing import digest, partition_of
@@ -23,13 +24,18 @@ class Homes:
         self._volume = volume
         self.owner: int | None = None
         self._rotation = 0
+        self._map: ClusterMap | None = None  # which `_numbers` are of
+        self._numbers: tuple[int, ...] = ()
         self._told: int | None = None  # whom a node that is no home named instead
 
     def numbers(self) -> tuple[int, ...]:
         """Numbers of the homes, by the newest map; while they move the new ones, then the old."""
         current = self._cluster.get_map()
-        old = current.old_homes(METADATA, partition_of(digest(self._volume)))
-        return tuple(dict.fromkeys((*current.volume_homes(self._volume), *old)))
+        if current is not self._map:
+            old = current.old_homes(METADATA, partition_of(digest(self._volume)))
+            self._numbers = tuple(dict.fromkeys((*current.volume_homes(self._volume), *old)))
+            self._map = current
+        return self._numbers
 
     def _next(self) -> int:
         if self._told is not None:
@@ -63,18 +69,55 @@ class Homes:
         except (Fenced, InUse, InvalidArgument):  # answers, not failures
             raise
         except DfsError as e:
-            if self.owner == home:
-                homes = self.numbers()
-                self.owner = None
-                self._rotation = homes.index(home) + 1 if home in homes else 0
-            elif self.owner is None:
-                self._rotation += 1
+            self._failed(home)
             if isinstance(e, StaleEpoch) and not self._cluster.learn(e):
                 await self._cluster.refresh_map()
             elif isinstance(e, NotHome):
                 await self._moved(home, e)
             raise
         return result
+
+    def launch(
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        *,
+        timeout: float,
+        then: Callable[[Any], None],
+    ) -> None:
+        """`ask` without a task that waits: calls `then` from the loop with the result or the error.
+
+        `then` is called once, never from inside; what a failure says about the map is left to the
+        next `ask`.  May raise `ConfigError` or `Unreachable` instead.
+        """
+        home = self._next()
+        current = self._cluster.get_map()
+
+        def answered(answer: tuple[Any, Any] | DfsError) -> None:
+            if not isinstance(answer, DfsError):
+                then(answer[0])
+                return
+            if not isinstance(answer, Fenced | InUse | InvalidArgument):
+                self._failed(home)
+            then(answer)
+
+        self._cluster.rpc.request(
+            current.address(METADATA, home),
+            method,
+            args,
+            timeout=timeout,
+            on_reply=answered,
+            epoch=current.epoch,
+        )
+
+    def _failed(self, home: int) -> None:
+        """An attempt at `home` came to nothing: the next one goes to another."""
+        if self.owner == home:
+            homes = self.numbers()
+            self.owner = None
+            self._rotation = homes.index(home) + 1 if home in homes else 0
+        elif self.owner is None:
+            self._rotation += 1
 
     async def _moved(self, home: int, error: NotHome) -> None:
         """A node said that it is no home, or not the owner, and who is."""

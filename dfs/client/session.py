@@ -283,10 +283,12 @@ class Session:
             if conflicts > 4:  # others are faster than our round trip: spread out
                 await trio.sleep(self.cluster.random.uniform(0, 0.002 * min(conflicts, 50)))
 
-    def transact_here(self, op: Callable[[Txn], T], *, oldest: int = 0) -> tuple[T] | None:
+    def transact_here(
+        self, op: Callable[[Txn], T], *, oldest: int = 0, settling: bool = False
+    ) -> tuple[T] | None:
         """`transact` without a wait, for who holds the delegation; None where that cannot be.
 
-        Raises what `op` raises.
+        Raises what `op` raises.  `settling`: the caller waits for it (`settle`) in the same step.
         """
         if not self.here or self._delegation.crowded:
             return None
@@ -295,7 +297,8 @@ class Session:
             result = op(txn)
             if txn.effects:
                 self._delegation.commit(self.view, txn, oldest, self._clock.monotonic())
-                self._committer.wake()
+                if not settling:
+                    self._committer.wake()
         except Missing:
             return None  # whoever may wait will fetch it
         return (result,)

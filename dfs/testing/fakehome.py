@@ -363,9 +363,30 @@ class FakeRpc:
         if int(to.rsplit(":", 1)[1]) in self.down or self.random.random() < probability:
             raise Unreachable(f"{to} is down")
 
-    def request(self, *_args: Any, **_kw: Any) -> None:
-        """Not used by clients' sessions."""
-        raise NotImplementedError
+    def request(
+        self,
+        to: str,
+        method: str,
+        args: tuple[Any, ...] = (),
+        data: Buffers = b"",
+        *,
+        timeout: float,
+        on_reply: Callable[[tuple[Any, Buffer] | DfsError], None],
+        priority: int = Priority.NORMAL,
+        epoch: int = 0,
+    ) -> None:
+        """See `dfs.env.Rpc.request`."""
+
+        async def ask() -> None:
+            try:
+                answer: tuple[Any, Buffer] | DfsError = await self.call(
+                    to, method, args, data, timeout=timeout, priority=priority, epoch=epoch
+                )
+            except DfsError as e:
+                answer = e
+            on_reply(answer)
+
+        trio.lowlevel.spawn_system_task(ask)
 
     def cast(self, *_args: Any, **_kw: Any) -> None:
         """Not used by clients' sessions."""

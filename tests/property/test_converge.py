@@ -123,12 +123,12 @@ def test_clients_converge(seed, lossy):
 
 def test_it_sees_clients_that_ignore_each_other(monkeypatch):
     """A client that sends no reads, so that nobody notices conflicts."""
-    real = Committer._send
+    real = Committer._request
 
-    async def send(self, txns, *rest):
-        return await real(self, tuple(((), (), effects) for _, _, effects in txns), *rest)
+    def request(self, txns, *rest):
+        return real(self, tuple(((), (), effects) for _, _, effects in txns), *rest)
 
-    monkeypatch.setattr(Committer, "_send", send)
+    monkeypatch.setattr(Committer, "_request", request)
 
     def several():
         for seed in range(20):

@@ -264,16 +264,16 @@ async def test_a_cancelled_operation_leaves_the_queue():
         assert await s.read(size_of(7)) == 1
 
 
-REAL_SEND = Committer._send
+REAL_REQUEST = Committer._request
 
 
-def mutant_send(self, txns, *rest):
+def mutant_request(self, txns, *rest):
     """Sends no reads, as if they did not matter."""
-    return REAL_SEND(self, tuple(((), (), effects) for _, _, effects in txns), *rest)
+    return REAL_REQUEST(self, tuple(((), (), effects) for _, _, effects in txns), *rest)
 
 
 async def test_the_lost_update_test_sees_a_client_that_sends_no_reads(monkeypatch):
-    monkeypatch.setattr(Committer, "_send", mutant_send)
+    monkeypatch.setattr(Committer, "_request", mutant_request)
     with pytest.raises(AssertionError):
         await test_two_sessions_never_lose_an_update()
 
