@@ -22,7 +22,8 @@ import trio
 
 from dfs.errors import DfsError
 from dfs.volume.effects import DELETE, DELETE_RANGE, PUT, Effect
-from dfs.volume.view import Txn, View
+from dfs.volume.localtxn import LocalTxn
+from dfs.volume.view import View
 
 if TYPE_CHECKING:
     from dfs.client.submission import Waiter
@@ -124,22 +125,18 @@ class Delegation:
 
     # ------------------------------------------------------------------ batches
 
-    def commit(self, view: View, txn: Txn, oldest: int, now: float) -> None:
-        """Apply a transaction to the view and to the open batch.  May raise `Missing`."""
+    def commit(self, view: View, txn: LocalTxn, oldest: int, now: float) -> None:
+        """Apply a transaction to the view and to the open batch."""
+        changes, ranges = txn.changes, txn.ranges
         batch = self._open
-        number = self._number + (batch is None)
-        own = view.commit_local(txn, number)
         if batch is None:
-            self._number = number
-            batch = self._open = Batch(number, now)
+            self._number += 1
+            batch = self._open = Batch(self._number, now)
             self.batches.append(batch)
-        batch.keys.update(own.items)
-        for ranges in own.ranges.values():
-            batch.ranges += [(start, end) for start, end, _ in ranges]
-        size = PER_ITEM * len(own.items)
-        for effect in txn.effects:
-            if effect[0] == PUT:
-                size += len(effect[2])
+        view.commit_local(changes, ranges, batch.number)
+        batch.keys.update(changes)
+        batch.ranges += ranges
+        size = PER_ITEM * len(changes) + txn.size
         batch.size += size
         self.pending += size
         if oldest:

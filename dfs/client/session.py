@@ -35,6 +35,7 @@ from dfs.client.submission import Submission, Waiter
 from dfs.client.writers import Writers
 from dfs.errors import DfsError, Fenced, FsError, InUse, InvalidArgument, NotFound
 from dfs.volume import entries
+from dfs.volume.localtxn import LocalTxn
 from dfs.volume.tree import Missing
 from dfs.volume.view import NodeCache, Txn, View
 
@@ -220,7 +221,7 @@ class Session:
                 give_up = give_up or self._clock.monotonic() + self.deadline
                 await self._wait_fresh(give_up)
             try:
-                return op(self.view.begin())
+                return op(LocalTxn(self._feed.view))
             except Missing as e:
                 await self._feed.fetch(e.hashes)
 
@@ -247,12 +248,9 @@ class Session:
                     give_up = give_up or self._clock.monotonic() + self.deadline
                     await self._wait_turn(give_up)
                     continue
-                txn = self.view.begin()
+                local = LocalTxn(self._feed.view)
                 try:
-                    result = op(txn)
-                    if txn.effects:
-                        held.commit(self.view, txn, oldest, self._clock.monotonic())
-                        self._committer.wake()
+                    result = op(local)
                 except Missing as e:
                     await self._feed.fetch(e.hashes)
                     continue
@@ -265,6 +263,7 @@ class Session:
             except Missing as e:
                 await self._feed.fetch(e.hashes)
                 continue
+                self._commit_here(local, oldest)
             except DfsError as e:
                 error = e
                 txn.effects.clear()
@@ -292,13 +291,9 @@ class Session:
         """
         if not self.here or self._delegation.crowded:
             return None
-        txn = self.view.begin()
+        txn = LocalTxn(self._feed.view)
         try:
             result = op(txn)
-            if txn.effects:
-                self._delegation.commit(self.view, txn, oldest, self._clock.monotonic())
-                if not settling:
-                    self._committer.wake()
         except Missing:
             return None  # whoever may wait will fetch it
         return (result,)
@@ -310,8 +305,16 @@ class Session:
     async def refresh(self) -> None:
         """Wait until the view holds everything that was committed before this call."""
         if self._delegation.sole and self._freshness.now:
+        self._commit_here(txn, oldest, wake=not settling)
             return
         self._committer.looked()
+    def _commit_here(self, txn: LocalTxn, oldest: int, *, wake: bool = True) -> None:
+        """Commit under the delegation."""
+        if txn.changes or txn.ranges:
+            self._delegation.commit(self._feed.view, txn, oldest, self._clock.monotonic())
+            if wake:
+                self._committer.wake()
+
         waiter = Waiter()
         self._sync_waiters.append(waiter)
         self._sync_work.unpark_all()

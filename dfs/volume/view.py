@@ -14,7 +14,7 @@ transaction records which keys and groups it read and which effects it wants.  T
 volume commits it if no commit after `Txn.base` wrote what it read.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from dfs.codec import Buffer
@@ -110,17 +110,21 @@ class View:
 
     # ----------------------------------------------------------------------- ahead of the journal
 
-    def commit_local(self, txn: "Txn", number: int) -> Overlay:
-        """Apply a transaction to the view, as part of batch `number`; returns what it changes.
-
-        May raise `Missing`; nothing has changed then.
-        """
-        own = txn.settled()
+    def commit_local(
+        self,
+        changes: Mapping[bytes, bytes | None],
+        ranges: Iterable[tuple[bytes, bytes]],
+        number: int,
+    ) -> None:
+        """Apply what a `LocalTxn` did to the view, as part of batch `number`."""
         overlay = self._overlay
         overlay.seq = LOCAL + number
-        overlay.absorb(own)
+        for start, end in ranges:
+            overlay.delete_range(start, end)
+        put = overlay.put
+        for key, value in changes.items():
+            put(key, value)
         overlay.seq = self.seq
-        return own
 
     def changed(self, key: bytes) -> bytes | None:
         """What an item that was changed since the tree is now."""
@@ -227,6 +231,10 @@ class Txn:
         self, group: bytes, after: bytes = b"", limit: int | None = None
     ) -> list[tuple[bytes, bytes]]:
         """Items of a group in order, at most `limit`, beginning after the key `after`."""
+    def reads(self, group: bytes) -> None:
+        """The operation relies on what it knows of a group without looking."""
+        self.groups[group] = None
+
         start = after + b"\0" if after else group
         return self._scan(group, start, group_end(group), limit)
 
@@ -290,13 +298,6 @@ class Txn:
                 self.patch(effect[1], effect[2])
             else:
                 self.delete_range(effect[1], effect[2])
-
-    def settled(self) -> Overlay:
-        """All that the transaction changes, as final values.  May raise `Missing`."""
-        own = self._overlaid()
-        for key in list(self._patches):
-            self._settle(key, own)
-        return own
 
     def _overlaid(self) -> Overlay:
         own = self._own

@@ -9,6 +9,7 @@ from dfs.codec import pack, unpack
 from dfs.volume import effects as fx
 from dfs.volume import entries, items, tree
 from dfs.volume.fold import fold
+from dfs.volume.localtxn import LocalTxn
 from dfs.volume.node import Missing
 from dfs.volume.overlay import Overlay
 from dfs.volume.view import NodeCache, View
@@ -149,9 +150,10 @@ def test_view_and_fold_follow_the_journal(journal, data):
         assert got == sorted((k, v) for k, v in state.items() if start <= k < end)
 
 
+@pytest.mark.parametrize("begin", [View.begin, LocalTxn])
 @given(*TRANSACTIONS)
 @settings(max_examples=200, deadline=None)
-def test_transactions_see_their_own_effects(in_tree, in_overlay, own, data):
+def test_transactions_see_their_own_effects(begin, in_tree, in_overlay, own, data):
     f = Fetching()
     f.view.reset(f.checkpoint(b"", in_tree), 1)
     f(f.view.apply_entry, 2, entry(in_overlay))
@@ -161,7 +163,7 @@ def test_transactions_see_their_own_effects(in_tree, in_overlay, own, data):
     scans = data.draw(st.lists(st.tuples(st.integers(0, len(own)), ranges()), max_size=3))
 
     def operation():
-        txn = f.view.begin()
+        txn = begin(f.view)
         seen = []
         for i in range(len(own) + 1):
             seen += [(i, key, txn.get(key)) for at, key in reads if at == i]
@@ -171,14 +173,20 @@ def test_transactions_see_their_own_effects(in_tree, in_overlay, own, data):
         return txn, seen
 
     txn, seen = f(operation)
+    judged = begin is not LocalTxn
     for i, what, result in seen:
         state = reference(base, own[:i])
         if isinstance(what, bytes):
             assert result == state.get(what)
-            assert what in txn.keys
+            assert not judged or what in txn.keys
         else:
             assert result == sorted((k, v) for k, v in state.items() if what[0] <= k < what[1])
-            assert what[0][:9] in txn.groups
+            assert not judged or what[0][:9] in txn.groups
+    if not judged:
+        assert f(lambda: dict(f.view.scan())) == base  # the view is untouched
+        f.view.commit_local(txn.changes, txn.ranges, 1)
+        assert f(lambda: dict(f.view.scan())) == reference(base, own)
+        return
     kept = [e for e in own if e[0] != fx.DELETE_RANGE or e[1] < e[2]]
     assert txn.effects == kept
     assert txn.base == 2
@@ -217,7 +225,7 @@ def test_what_was_done_here_is_a_prefix_in_the_journal(in_tree, operations, data
     for wanted, close in operations:
 
         def operation(wanted=wanted):
-            txn = f.view.begin()
+            txn = LocalTxn(f.view)
             txn.extend(wanted)
             here.commit(f.view, txn, 0, 0.0)
 
