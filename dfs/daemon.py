@@ -29,7 +29,7 @@ from dfs.datadir import PROGRAMS, Marker, read_map, read_marker
 from dfs.disk import RealDisk
 from dfs.env import Disk, Env
 from dfs.errors import ConfigError, DfsError, leaves
-from dfs.memory import tune_allocator
+from dfs.memory import give_back_often, tune_allocator
 from dfs.metrics import MetricsServer, Page, measure_disk, measure_rpc, parse_listen
 from dfs.rpc.endpoint import RpcEndpoint
 from dfs.rpc.mapkeeper import MapKeeper
@@ -158,6 +158,7 @@ class _Service:
         """Run the service and what belongs to it, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(keeper.poll)
+            nursery.start_soon(give_back_often)
             nursery.start_soon(_stop_when_removed, keeper, keeper().node(self.number).node_id)
             bound = await nursery.start(service.run, self.address)
             if self.metrics is not None:

@@ -2,16 +2,21 @@
 
 By default glibc takes every buffer of more than 128 KiB from the kernel and gives it back at once:
 each chunk of 4 MiB then costs a thousand page faults.  Kept for reuse, writing a file with three
-copies takes about a fifth less processor time of all processes together.
+copies takes about a fifth less processor time of all processes together.  What was kept and is
+free at the moment goes back to the kernel once a minute, also from between what is in use: else a
+process that was busy once would be large for ever.
 """
 
 import ctypes
+
+import trio
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8  # <malloc.h>
 LARGEST_KEPT = 32 << 20  # bytes of one buffer, the most that glibc accepts
 TRIM_ABOVE = 256 << 20  # bytes free at the top of the heap before the kernel gets some back
 TOP_PAD = 16 << 20  # bytes asked for at a time
 ARENAS = 2
+GIVE_BACK = 60.0  # seconds between times that free memory is given back
 
 
 def tune_allocator() -> bool:
@@ -27,3 +32,19 @@ def tune_allocator() -> bool:
     )
     taken = [mallopt(option, value) == 1 for option, value in wanted]
     return all(taken)
+
+
+def give_back() -> bool:
+    """Give the kernel what is free now; whether there was any (never where it is not glibc).
+
+    Takes some 20 ms for each 100 MiB that is in use, and 50 ms for each that is given back.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return trim is not None and trim(0) == 1
+
+
+async def give_back_often() -> None:
+    """Do so every minute, until cancelled."""
+    while True:
+        await trio.sleep(GIVE_BACK)
+        give_back()

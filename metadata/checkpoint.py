@@ -6,7 +6,9 @@ can be read.  It is a pure function of its arguments (equal content, equal tree)
 same entries, at two homes or twice at one, store the same blobs and return the same root.
 
 Folding holds the GIL for seconds, so production runs it in another process (`process_folder`); the
-simulator and tests run it in place (`inline_folder`).
+simulator and tests run it in place (`inline_folder`).  It goes through the keys in slices
+(`dfs.volume.slices`): besides the entries it holds the nodes of one slice, however many nodes of
+a large tree the entries touch.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,9 +26,11 @@ from dfs.volume.effects import of_entry
 from dfs.volume.fold import fold as fold_effects
 from dfs.volume.node import GetNode, Missing, Node
 from dfs.volume.nodecache import NodeCache
+from dfs.volume.slices import settle, slices
 from metadata.volumehome import Folder
 
-CACHE_BYTES = 512 << 20  # of nodes; a fold needs all the nodes it touches at the same time
+CACHE_BYTES = 128 << 20  # of nodes; the fold of a slice needs all it touches at the same time
+PUT_BYTES = 8 << 20  # of nodes that are stored at a time
 TIMEOUT = 60.0  # seconds for each exchange of blobs
 SAMPLE = 256  # nodes of a level that an estimate looks at
 WORKER = "metadata.checkpoint:fold_in_worker"
@@ -40,17 +44,25 @@ async def fold(
     Raises `NoQuorum` or `NotFound` when nodes cannot be read or stored, `Corrupt` for an entry or
     a node that is none.
     """
-    wanted = [effect for entry in entries for effect in of_entry(journal.decode(entry))]
     cache = NodeCache(CACHE_BYTES)
-    while True:
-        try:
-            new_root, nodes = fold_effects(cache.get, root, salt, wanted)
-            break
-        except Missing as e:
-            cache.add(await blobs.get_many(e.hashes, timeout=TIMEOUT))
-    await blobs.put_many(list(nodes.values()), timeout=TIMEOUT)
-    cache.add(nodes)
-    return new_root, estimate(cache.get, new_root)
+    made: dict[bytes, bytes] = {}  # final ones, not stored yet
+    held: dict[bytes, bytes] = {}  # those that the next slice may replace
+    wanted = (effect for entry in entries for effect in of_entry(journal.decode(entry)))
+    for part, beyond in slices(wanted):
+        while True:
+            try:
+                root, nodes = fold_effects(cache.get, root, salt, part)
+                break
+            except Missing as e:
+                cache.add(await blobs.get_many(e.hashes, timeout=TIMEOUT))
+        cache.add(nodes)
+        held.update(nodes)
+        final, held = settle(held, root, beyond)
+        made.update(final)
+        if not beyond or sum(map(len, made.values())) >= PUT_BYTES:
+            await blobs.put_many(list(made.values()), timeout=TIMEOUT)
+            made = {}
+    return root, estimate(cache.get, root)
 
 
 def estimate(get_node: GetNode, root: bytes) -> int:

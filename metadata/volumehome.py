@@ -53,7 +53,7 @@ EXPIRY_LOOK = 10.0  # seconds between looks for sessions that are silent
 CHECKPOINT_BYTES = 16 << 20  # of journal, or a hundredth of the tree if that is more
 CHECKPOINT_AGE = 300.0  # seconds, if there is anything to fold
 CHECKPOINT_RETRY = 30.0  # seconds after a failure
-FOLD_BYTES = 32 << 20  # of entries in one fold
+FOLD_BYTES = 32 << 20  # of entries in one fold, at most: it takes some eight times that in memory
 READ_BYTES = 1 << 20  # of entries read without giving others a turn
 WINDOW_NAMES = 500_000  # keys and groups in the conflict window: fold to shorten it
 
@@ -422,15 +422,17 @@ class VolumeHome:
         age = now - self._checkpoint_at
         if not tail.loose or age < 0:
             return False
-        limit = min(max(CHECKPOINT_BYTES, core.tree_bytes // 100), FOLD_BYTES)
         return (
-            age >= CHECKPOINT_AGE or tail.loose_bytes >= limit or core.window_names > WINDOW_NAMES
+            age >= CHECKPOINT_AGE
+            or tail.loose_bytes >= _fold_bytes(core)
+            or core.window_names > WINDOW_NAMES
         )
 
     async def _to_fold(self, core: HomeCore) -> tuple[int, list[bytes]]:
         """The oldest entries after the last checkpoint: (seq of the last one, the DATA entries)."""
         upto, size, data = core.covered, 0, []
-        while upto < core.seq and size < FOLD_BYTES:
+        most = _fold_bytes(core)
+        while upto < core.seq and size < most:
             for seq, entry in self.journal.entries(upto, READ_BYTES):
                 upto = seq
                 size += len(entry)
@@ -453,3 +455,8 @@ class VolumeHome:
             log.warning("volume %s: cannot checkpoint now: %s", self.volume.hex(), e)
         finally:
             self._folding = False
+
+
+def _fold_bytes(core: HomeCore) -> int:
+    """Bytes of entries that are worth a fold, and that go into one."""
+    return min(max(CHECKPOINT_BYTES, core.tree_bytes // 100), FOLD_BYTES)

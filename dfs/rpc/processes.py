@@ -118,7 +118,8 @@ class _Child:
         return self._process.poll() is not None
 
     async def call(self, job: bytes) -> bytes:
-        await self._stdin.send_all(LENGTH.pack(len(job)) + job)
+        await self._stdin.send_all(LENGTH.pack(len(job)))
+        await self._stdin.send_all(job)
         (length,) = LENGTH.unpack(await self._read(LENGTH.size))
         return await self._read(length)
 

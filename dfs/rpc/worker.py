@@ -19,6 +19,7 @@ import trio
 
 from dfs.codec import pack, unpack
 from dfs.errors import to_wire
+from dfs.memory import give_back
 
 LENGTH = struct.Struct("<I")
 PR_SET_PDEATHSIG = 1
@@ -35,14 +36,19 @@ def serve(jobs: BinaryIO, answers: BinaryIO) -> None:
         data = jobs.read(length)
         if len(data) < length:
             return
-        answer = pack(_answer(data))
+        job = [data]
+        del data
+        answer = pack(_answer(job))
         answers.write(LENGTH.pack(len(answer)) + answer)
         answers.flush()
+        del answer
+        give_back()  # until the next job, which may be far away
 
 
-def _answer(data: bytes) -> tuple[bool, Any]:
+def _answer(job: list[bytes]) -> tuple[bool, Any]:
+    """Do the job that is in the list, and taken out of it so that its bytes are held once only."""
     try:
-        function, args = unpack(data)
+        function, args = unpack(job.pop())
         result = _call(function, args)
         pack(result)  # a result that cannot be sent is the job's error
     except Exception as e:

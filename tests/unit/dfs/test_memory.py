@@ -1,4 +1,4 @@
-"""The allocator takes its settings."""
+"""The allocator takes its settings, and gives back what lies free between what is in use."""
 
 import subprocess
 import sys
@@ -23,3 +23,26 @@ def test_large_buffers_are_kept_for_reuse():
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 20 * 100  # a thousand each when they come from the kernel
+
+
+HOLES = """
+from pathlib import Path
+from dfs.memory import give_back, tune_allocator
+assert tune_allocator()
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+made = [bytes(4000 + n % 100) for n in range(40_000)]
+full = resident()
+made = made[::40]
+kept = resident()
+given = give_back()
+print(given, full >> 20, kept >> 20, resident() >> 20)
+"""
+
+
+def test_free_memory_between_used_memory_is_given_back():
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)
+    given, full, kept, after = done.stdout.split()
+    assert given == "True"
+    assert int(kept) > int(full) - 20  # what this is about
+    assert int(after) < int(full) - 80
