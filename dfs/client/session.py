@@ -254,6 +254,7 @@ class Session:
                 except Missing as e:
                     await self._feed.fetch(e.hashes)
                     continue
+                self._commit_here(local, oldest)
                 return result
             give_up = give_up or self._clock.monotonic() + self.deadline
             txn = self.view.begin()
@@ -263,7 +264,6 @@ class Session:
             except Missing as e:
                 await self._feed.fetch(e.hashes)
                 continue
-                self._commit_here(local, oldest)
             except DfsError as e:
                 error = e
                 txn.effects.clear()
@@ -296,7 +296,15 @@ class Session:
             result = op(txn)
         except Missing:
             return None  # whoever may wait will fetch it
+        self._commit_here(txn, oldest, wake=not settling)
         return (result,)
+
+    def _commit_here(self, txn: LocalTxn, oldest: int, *, wake: bool = True) -> None:
+        """Commit under the delegation."""
+        if txn.changes or txn.ranges:
+            self._delegation.commit(self._feed.view, txn, oldest, self._clock.monotonic())
+            if wake:
+                self._committer.wake()
 
     async def settle(self) -> None:
         """Wait until a majority holds all that was committed here; raises `FsError` EIO."""
@@ -305,16 +313,8 @@ class Session:
     async def refresh(self) -> None:
         """Wait until the view holds everything that was committed before this call."""
         if self._delegation.sole and self._freshness.now:
-        self._commit_here(txn, oldest, wake=not settling)
             return
         self._committer.looked()
-    def _commit_here(self, txn: LocalTxn, oldest: int, *, wake: bool = True) -> None:
-        """Commit under the delegation."""
-        if txn.changes or txn.ranges:
-            self._delegation.commit(self._feed.view, txn, oldest, self._clock.monotonic())
-            if wake:
-                self._committer.wake()
-
         waiter = Waiter()
         self._sync_waiters.append(waiter)
         self._sync_work.unpark_all()
