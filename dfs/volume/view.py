@@ -227,14 +227,14 @@ class Txn:
             self._settle(key, own)
         return own.get(key)
 
-    def scan(
-        self, group: bytes, after: bytes = b"", limit: int | None = None
-    ) -> list[tuple[bytes, bytes]]:
-        """Items of a group in order, at most `limit`, beginning after the key `after`."""
     def reads(self, group: bytes) -> None:
         """The operation relies on what it knows of a group without looking."""
         self.groups[group] = None
 
+    def scan(
+        self, group: bytes, after: bytes = b"", limit: int | None = None
+    ) -> list[tuple[bytes, bytes]]:
+        """Items of a group in order, at most `limit`, beginning after the key `after`."""
         start = after + b"\0" if after else group
         return self._scan(group, start, group_end(group), limit)
 

@@ -150,11 +150,11 @@ def test_view_and_fold_follow_the_journal(journal, data):
         assert got == sorted((k, v) for k, v in state.items() if start <= k < end)
 
 
-@pytest.mark.parametrize("begin", [View.begin, LocalTxn])
 @given(*TRANSACTIONS)
-@settings(max_examples=200, deadline=None)
-def test_transactions_see_their_own_effects(begin, in_tree, in_overlay, own, data):
+@settings(max_examples=400, deadline=None)
+def test_transactions_see_their_own_effects(in_tree, in_overlay, own, data):
     f = Fetching()
+    begin = data.draw(st.sampled_from([View.begin, LocalTxn]))
     f.view.reset(f.checkpoint(b"", in_tree), 1)
     f(f.view.apply_entry, 2, entry(in_overlay))
     base = reference(reference({}, in_tree), in_overlay)

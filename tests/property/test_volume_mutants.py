@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from dfs.volume import effects as fx
 from dfs.volume import extents, node, overlay, tree, treeedit, view, window
+from dfs.volume.localtxn import LocalTxn
 from tests.property import test_extents, test_tree, test_view
 
 CHECKERS = {
@@ -114,6 +115,16 @@ def truncate_keeps_the_last(ino, found, size, _plan=extents.plan_truncate):
     return _plan(ino, [], size)
 
 
+def local_ranges_hide_nothing(self, key):
+    return self.changes[key] if key in self.changes else self.view.get(key)
+
+
+def local_patch_of_the_view(self, key, changes):
+    old = self.view.get(key)
+    if old is not None:
+        self.changes[key] = fx.patched(old, changes)
+
+
 MUTANTS = [
     ("canonical", treeedit, "cutter", boundary_by_position),
     ("canonical", treeedit, "_recut", whole_node_kept),
@@ -127,6 +138,8 @@ MUTANTS = [
     ("transaction", overlay.Overlay, "merge", scan_base_only),
     ("transaction", view.Txn, "_change", put_over_a_patch),
     ("transaction", view.Txn, "_settle", lambda self, key, own: None),
+    ("transaction", LocalTxn, "get", local_ranges_hide_nothing),
+    ("transaction", LocalTxn, "patch", local_patch_of_the_view),
     ("window", window, "writes", no_ranges),
     ("window", window, "writes", no_groups),
     ("file", extents, "_cut_out", forgets_the_tail),
