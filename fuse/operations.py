@@ -200,22 +200,11 @@ class Operations(pyfuse3.Operations):
 
     async def unlink(self, parent: int, name: bytes, _ctx: Any) -> None:
         """UNLINK."""
-        removed = await self._held(self._fs.lookup(parent, name))
-        await self._fs.unlink(parent, name)
-        self._remember(removed)
+        self._remember(await self._fs.unlink(parent, name))
 
     async def rmdir(self, parent: int, name: bytes, _ctx: Any) -> None:
         """RMDIR."""
-        removed = await self._held(self._fs.lookup(parent, name))
-        await self._fs.rmdir(parent, name)
-        self._remember(removed)
-
-    async def _held(self, look: Coroutine[Any, Any, Attr]) -> Attr | None:
-        """Attributes of an inode whose name is about to be removed; None if not known."""
-        try:
-            return await look
-        except FsError:  # nothing is there: what follows will tell
-            return None
+        self._remember(await self._fs.rmdir(parent, name))
 
     def _remember(self, removed: Attr | None) -> None:
         """Keep the attributes of what was removed, as long as the kernel holds the inode."""
@@ -236,7 +225,12 @@ class Operations(pyfuse3.Operations):
         old_key = items.entry_key(parent, cookie(name))
         new_key = items.entry_key(new_parent, cookie(new_name))
         moved, other = inodes.find(old_key, name), inodes.find(new_key, new_name)
-        replaced = await self._held(fs.getattr(other)) if other and not flags else None
+        replaced = None
+        if other and not flags:
+            try:
+                replaced = await fs.getattr(other)
+            except FsError:  # it is gone already
+                replaced = None
         await fs.rename(parent, name, new_parent, new_name, flags)
         self._remember(replaced)
         if moved:

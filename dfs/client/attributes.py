@@ -8,6 +8,7 @@ import errno
 import os
 
 from dfs.client import acl
+from dfs.codec import Buffer
 from dfs.errors import FsError
 from dfs.volume import effects as fx
 from dfs.volume import items
@@ -52,6 +53,17 @@ class Attr:
         self.ctime = inode.ctime
         self.btime = inode.btime
 
+    @classmethod
+    def decode(cls, ino: int, value: Buffer) -> "Attr":
+        """The same from an INODE value, without an `Inode` between; raises `Corrupt`."""
+        attr = cls.__new__(cls)
+        (
+            _, attr.kind, attr.mode, attr.uid, attr.gid, attr.rdev, attr.size, attr.nlink,
+            attr.atime, attr.mtime, attr.ctime, attr.btime, _, _, _,
+        ) = items.decode(value, items.INODE_FIELDS)  # fmt: skip
+        attr.ino = ino
+        return attr
+
     @property
     def st_mode(self) -> int:
         """Type and permission bits in one number."""
@@ -86,8 +98,11 @@ def get_inode(txn: Txn, ino: int) -> Inode:
 
 
 def get_attr(txn: Txn, ino: int) -> Attr:
-    """Attributes as committed."""
-    return Attr(ino, get_inode(txn, ino))
+    """Attributes as committed; raises ESTALE when the inode is gone."""
+    value = txn.get(items.inode_key(ino))
+    if value is None:
+        raise fs_error(errno.ESTALE, f"inode {ino:x}")
+    return Attr.decode(ino, value)
 
 
 def patch_inode(txn: Txn, ino: int, *changes: fx.Change) -> None:

@@ -154,7 +154,7 @@ class FileSystem:
             if mtime is not None or mode is not None:
                 await self.files.settle(ino)
             now = self._time_ns()
-            await self.session.transact(
+            inode = await self.session.transact(
                 lambda txn: attributes.set_attr(
                     txn,
                     ino,
@@ -167,6 +167,7 @@ class FileSystem:
                     ctime=ctime,
                 )
             )
+            return self.files.overlay(Attr(ino, inode))
         return await self.getattr(ino)
 
     async def statfs(self) -> FsStats:
@@ -282,20 +283,24 @@ class FileSystem:
         )
         return self.files.overlay(attr)
 
-    async def unlink(self, parent: int, name: bytes) -> None:
-        """Remove a name; an open file lives on until its last handle here is closed."""
-        self._writable()
-        now = self._time_ns()
-        ino = await self.session.transact(
-            lambda txn: self.namespace.unlink(txn, parent, name, now, self.files.is_open)
-        )
-        await self.files.unlinked(ino)
+    async def unlink(self, parent: int, name: bytes) -> Attr:
+        """Remove a name; an open file lives on until its last handle here is closed.
 
-    async def rmdir(self, parent: int, name: bytes) -> None:
-        """Remove an empty directory."""
+        Returns the attributes of what the name stood for, as they were.
+        """
         self._writable()
         now = self._time_ns()
-        await self.session.transact(lambda txn: self.namespace.rmdir(txn, parent, name, now))
+        unlink, is_open = self.namespace.unlink, self.files.is_open
+        attr = await self.session.transact(lambda txn: unlink(txn, parent, name, now, is_open))
+        self.files.overlay(attr)
+        await self.files.unlinked(attr.ino)
+        return attr
+
+    async def rmdir(self, parent: int, name: bytes) -> Attr:
+        """Remove an empty directory; returns its attributes, as they were."""
+        self._writable()
+        now = self._time_ns()
+        return await self.session.transact(lambda txn: self.namespace.rmdir(txn, parent, name, now))
 
     async def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0
@@ -472,11 +477,9 @@ class FileSystem:
                     if at == cookie and name in taken:
                         continue
                     try:  # collect what is missing for all, to fetch it at once
-                        inode = attributes.get_inode(txn, child)
+                        found.append((name, at, attributes.get_attr(txn, child)))
                     except Missing as e:
                         absent += e.hashes
-                    else:
-                        found.append((name, at, Attr(child, inode)))
             if absent:
                 raise Missing(*dict.fromkeys(absent))
             return found

@@ -25,7 +25,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from dfs.client import acl
-from dfs.client.attributes import FLAG_XATTRS, S_ISGID, Attr, fs_error, get_inode, patch_inode
+from dfs.client.attributes import (
+    FLAG_XATTRS,
+    S_ISGID,
+    Attr,
+    fs_error,
+    get_attr,
+    get_inode,
+    patch_inode,
+)
 from dfs.client.quota import Quota
 from dfs.errors import FsError
 from dfs.ids import ROOT_INO
@@ -36,6 +44,7 @@ from dfs.volume.view import Txn
 
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 MAX_LINKS = 65000
+COOKIES = 4096  # names whose hashes are remembered
 MAX_DEPTH = 4096  # of directories; a longer chain of parents is a loop or damage
 
 
@@ -64,21 +73,32 @@ class Namespace:
         self.salt = salt
         self.bits = bits
         self.quota = quota or Quota({})
+        self._cookies: dict[bytes, int] = {}  # of names that were asked for lately
 
     # ------------------------------------------------------------------ looking
 
     def cookie(self, name: bytes) -> int:
-        """Where a name stands in the order of its directory."""
-        return items.name_hash(self.salt, name, self.bits)
+        """Where a name stands in the order of its directory.
+
+        Remembered, because one request asks more than once, and the next is often for the same.
+        """
+        cookies = self._cookies
+        cookie = cookies.get(name)
+        if cookie is None:
+            if len(cookies) >= COOKIES:
+                cookies.clear()
+            cookie = cookies[name] = items.name_hash(self.salt, name, self.bits)
+        return cookie
 
     def find(self, txn: Txn, parent: int, name: bytes) -> EntryRecord | None:
         """The entry of a name, without looking at the directory itself."""
-        value = txn.get(items.entry_key(parent, self.cookie(name)))
-        if value is not None:
-            for record in items.decode_entries(value):
-                if record[0] == name:
-                    return record
-        return None
+        return _named(self._bucket(txn, parent, name)[1], name)
+
+    def _bucket(self, txn: Txn, parent: int, name: bytes) -> tuple[bytes, tuple[EntryRecord, ...]]:
+        """(key, entries) of the bucket that a name belongs to."""
+        key = items.entry_key(parent, self.cookie(name))
+        value = txn.get(key)
+        return key, items.decode_entries(value) if value is not None else ()
 
     def lookup(self, txn: Txn, parent: int, name: bytes) -> Attr:
         """The inode that a name stands for; raises ENOENT, ENOTDIR."""
@@ -86,13 +106,13 @@ class Namespace:
             inode = self.directory(txn, parent)
             if name == b"." or parent == ROOT_INO:
                 return Attr(parent, inode)
-            return Attr(inode.parent, get_inode(txn, inode.parent))
+            return get_attr(txn, inode.parent)
         check_name(name)
         record = self.find(txn, parent, name)
         if record is None:
-            self.directory(txn, parent)
+            self._require_directory(txn, parent)
             raise fs_error(errno.ENOENT, repr(name))
-        return Attr(record[1], get_inode(txn, record[1]))
+        return get_attr(txn, record[1])
 
     def directory(self, txn: Txn, ino: int) -> Inode:
         """The inode of a directory; raises ENOENT when it was removed, ENOTDIR."""
@@ -103,6 +123,14 @@ class Namespace:
         if inode.kind != DIR:
             raise fs_error(errno.ENOTDIR)
         return inode
+
+    def _require_directory(self, txn: Txn, ino: int) -> None:
+        """`directory`, for who only wants to know that it is one."""
+        value = txn.get(items.inode_key(ino))
+        if value is None:
+            raise fs_error(errno.ENOENT, f"directory {ino:x}")
+        if items.decode(value, items.INODE_FIELDS)[items.F_KIND] != DIR:
+            raise fs_error(errno.ENOTDIR)
 
     def _existing(self, txn: Txn, parent: int, name: bytes) -> EntryRecord:
         record = self.find(txn, parent, name)
@@ -129,7 +157,8 @@ class Namespace:
         """Make a new inode of any kind under a new name; raises EEXIST."""
         check_name(name)
         above = self.directory(txn, parent)
-        if self.find(txn, parent, name) is not None or name in (b".", b".."):
+        key, bucket = self._bucket(txn, parent, name)
+        if _named(bucket, name) is not None or name in (b".", b".."):
             raise fs_error(errno.EEXIST, repr(name))
         if kind == LNK:
             if not target:
@@ -151,14 +180,14 @@ class Namespace:
             now, now, now, now, parent, flags,
         )  # fmt: skip
         txn.put(items.inode_key(ino), inode.encode())
-        self._add_entry(txn, parent, (name, ino, kind))
+        txn.put(key, items.encode_entries((*bucket, (name, ino, kind))))
         self._touch_directory(txn, parent, now, entries=1, subdirectories=int(kind == DIR))
         return Attr(ino, inode)
 
     def link(self, txn: Txn, ino: int, parent: int, name: bytes, now: int) -> Attr:
         """Give a file one more name; raises EEXIST, EPERM for directories, EMLINK."""
         check_name(name)
-        self.directory(txn, parent)
+        self._require_directory(txn, parent)
         if self.find(txn, parent, name) is not None or name in (b".", b".."):
             raise fs_error(errno.EEXIST, repr(name))
         inode = get_inode(txn, ino)
@@ -180,37 +209,43 @@ class Namespace:
 
     def unlink(
         self, txn: Txn, parent: int, name: bytes, now: int, is_open: Callable[[int], bool]
-    ) -> int:
-        """Remove a name of anything but a directory; returns the inode it stood for.
+    ) -> Attr:
+        """Remove a name of anything but a directory; returns what it stood for, as it was.
 
         With the last name goes the inode, unless `is_open(ino)`: then it becomes an orphan.
         """
         check_name(name)
-        self.directory(txn, parent)
-        record = self._existing(txn, parent, name)
+        self._require_directory(txn, parent)
+        key, bucket = self._bucket(txn, parent, name)
+        record = _named(bucket, name)
+        if record is None:
+            raise fs_error(errno.ENOENT, repr(name))
         if record[2] == DIR:
             raise fs_error(errno.EISDIR, repr(name))
-        self._remove_entry(txn, parent, record)
+        _take_out(txn, key, bucket, record)
         self._touch_directory(txn, parent, now, entries=-1)
-        self._drop_name(txn, parent, record, now, is_open)
-        return record[1]
+        return Attr(record[1], self._drop_name(txn, parent, record, now, is_open))
 
-    def rmdir(self, txn: Txn, parent: int, name: bytes, now: int) -> int:
-        """Remove an empty directory; returns its inode number.  Raises ENOTEMPTY, ENOTDIR."""
+    def rmdir(self, txn: Txn, parent: int, name: bytes, now: int) -> Attr:
+        """Remove an empty directory; returns what it was.  Raises ENOTEMPTY, ENOTDIR."""
         if name == b".":
             raise fs_error(errno.EINVAL, "rmdir of .")
         if name == b"..":
             raise fs_error(errno.ENOTEMPTY, "rmdir of ..")
         check_name(name)
-        self.directory(txn, parent)
-        record = self._existing(txn, parent, name)
+        self._require_directory(txn, parent)
+        key, bucket = self._bucket(txn, parent, name)
+        record = _named(bucket, name)
+        if record is None:
+            raise fs_error(errno.ENOENT, repr(name))
         if record[2] != DIR:
             raise fs_error(errno.ENOTDIR, repr(name))
         self._require_empty(txn, record)
-        self._remove_entry(txn, parent, record)
-        self._remove_inode(txn, record[1], get_inode(txn, record[1]))
+        _take_out(txn, key, bucket, record)
+        inode = get_inode(txn, record[1])
+        self._remove_inode(txn, record[1], inode)
         self._touch_directory(txn, parent, now, entries=-1, subdirectories=-1)
-        return record[1]
+        return Attr(record[1], inode)
 
     def purge(self, txn: Txn, ino: int) -> bool:
         """Remove an orphan for good; returns whether there was one."""
@@ -249,9 +284,9 @@ class Namespace:
             raise fs_error(errno.EBUSY)
         check_name(name)
         check_name(new_name)
-        self.directory(txn, parent)
+        self._require_directory(txn, parent)
         if new_parent != parent:
-            self.directory(txn, new_parent)
+            self._require_directory(txn, new_parent)
         source = self._existing(txn, parent, name)
         victim = self.find(txn, new_parent, new_name)
         if victim is not None and flags & RENAME_NOREPLACE:
@@ -365,20 +400,12 @@ class Namespace:
         patch_inode(txn, ino, *changes)
 
     def _add_entry(self, txn: Txn, parent: int, record: EntryRecord) -> None:
-        key = items.entry_key(parent, self.cookie(record[0]))
-        value = txn.get(key)
-        bucket = items.decode_entries(value) if value is not None else ()
+        key, bucket = self._bucket(txn, parent, record[0])
         txn.put(key, items.encode_entries((*bucket, record)))
 
     def _remove_entry(self, txn: Txn, parent: int, record: EntryRecord) -> None:
-        key = items.entry_key(parent, self.cookie(record[0]))
-        value = txn.get(key)
-        bucket = items.decode_entries(value) if value is not None else ()
-        left = tuple(r for r in bucket if r[0] != record[0])
-        if left:
-            txn.put(key, items.encode_entries(left))
-        else:
-            txn.delete(key)
+        key, bucket = self._bucket(txn, parent, record[0])
+        _take_out(txn, key, bucket, record)
 
     def _require_empty(self, txn: Txn, record: EntryRecord) -> None:
         if txn.scan(items.group(record[1], items.ENTRY), limit=1):
@@ -386,8 +413,8 @@ class Namespace:
 
     def _drop_name(
         self, txn: Txn, parent: int, record: EntryRecord, now: int, is_open: Callable[[int], bool]
-    ) -> None:
-        """Account in a file's inode for a name that was removed."""
+    ) -> Inode:
+        """Account in a file's inode for a name that was removed; returns the inode as it was."""
         name, ino, _ = record
         inode = get_inode(txn, ino)
         if inode.nlink <= 1:
@@ -396,7 +423,7 @@ class Namespace:
                 txn.put(items.orphan_key(ino), items.ORPHAN_VALUE)
             else:
                 self._remove_inode(txn, ino, inode)
-            return
+            return inode
         changes: list[fx.Change] = [
             (items.F_NLINK, fx.SET, inode.nlink - 1),
             (items.F_CTIME, fx.LAST, now),
@@ -405,6 +432,7 @@ class Namespace:
             promoted = self._promote_backlink(txn, ino)
             changes.append((items.F_PARENT, fx.SET, promoted))
         patch_inode(txn, ino, *changes)
+        return inode
 
     def _remove_inode(self, txn: Txn, ino: int, inode: Inode) -> None:
         txn.delete(items.inode_key(ino))
@@ -449,6 +477,22 @@ class Namespace:
         parent = items.suffix_u64(key)
         self._remove_backlink(txn, ino, parent, items.decode_backlinks(value)[0])
         return parent
+
+
+def _named(bucket: tuple[EntryRecord, ...], name: bytes) -> EntryRecord | None:
+    """The entry of a name in its bucket."""
+    for record in bucket:
+        if record[0] == name:
+            return record
+    return None
+
+
+def _take_out(txn: Txn, key: bytes, bucket: tuple[EntryRecord, ...], record: EntryRecord) -> None:
+    """Remove an entry from its bucket."""
+    if len(bucket) == 1:
+        txn.delete(key)
+    else:
+        txn.put(key, items.encode_entries(tuple(r for r in bucket if r[0] != record[0])))
 
 
 def inherit_access_list(txn: Txn, parent: int, ino: int, kind: int, mode: int) -> tuple[int, int]:
