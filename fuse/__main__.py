@@ -111,6 +111,7 @@ async def mount(arguments: argparse.Namespace, ready: Ready) -> None:
             cache_bytes=arguments.cache << 20,
             clear_privileges=False,
             kernel_times=arguments.exclusive,
+            warm=True,
             capacity=watch.capacity,
         ) as fs:
             await serve(fs, options, lambda: ready.tell("ready"))

@@ -28,6 +28,7 @@ MIN_TASKS, MAX_TASKS = 16, 64
 READ_AHEAD_KB = 1024  # the kernel's default of 128 makes 128 KiB requests
 MAX_BACKGROUND, CONGESTION = 64, 48
 DIRTY_PERCENT = 10  # of memory that may wait in the writeback cache; the kernel's default here is 1
+WARM_TIMEOUT = 0.2  # seconds that a mount is not ready yet because tree nodes are on their way
 FLUSH_TIMEOUT = 60.0  # seconds that an unmount waits for dirty data
 
 
@@ -188,9 +189,8 @@ async def serve(fs: FileSystem, options: MountOptions, ready: Callable[[], None]
     Raises `ConfigError` when it cannot mount, `FsError` when dirty data could not be committed.
     """
     async with mounted(fs, options) as listener, trio.open_nursery() as nursery:
-        nursery.start_soon(fs.session.keep_warm)
         nursery.start_soon(_until_signal, fs, listener)
-        nursery.start_soon(_when_served, options, ready)
+        nursery.start_soon(_when_served, fs, options, ready)
         if options.exclusive:
             nursery.start_soon(_until_lost, fs, listener)
         await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
@@ -219,14 +219,17 @@ async def _until_lost(fs: FileSystem, listener: Listener) -> None:
     pyfuse3.terminate()
 
 
-async def _when_served(options: MountOptions, ready: Callable[[], None]) -> None:
+async def _when_served(fs: FileSystem, options: MountOptions, ready: Callable[[], None]) -> None:
     """Wait until the kernel's first request was answered, then tune and say so.
 
     Earlier would be in vain: the answer to INIT, the very first request, resets the read-ahead.
+    A moment is given to the warm-up, or whoever comes first would find it in the way.
     """
     with contextlib.suppress(OSError):  # the volume has no quorum now; it is mounted all the same
         await trio.to_thread.run_sync(os.stat, options.mountpoint, abandon_on_cancel=True)
     tune(options.mountpoint, writeback=options.exclusive)
+    with trio.move_on_after(WARM_TIMEOUT):
+        await fs.session.wait_warm()
     tune_collector()
     ready()
 

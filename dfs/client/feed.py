@@ -2,10 +2,12 @@
 
 import errno
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import trio
 
 from dfs.client.connect import BlobSource
+from dfs.client.warmup import Warmup
 from dfs.errors import DfsError, FsError
 from dfs.volume import effects as fx
 from dfs.volume import entries
@@ -40,6 +42,7 @@ class Feed:
         self._timeout = timeout
         self._pending: dict[int, bytes] = {}
         self._fetching: dict[bytes, trio.Event] = {}
+        self.warmup = Warmup(partial(self.fetch, ahead=True))
 
     def start(self, root: bytes, seq: int, salt: bytes) -> None:
         """The view from a checkpoint, when there is none yet or another session begins."""
@@ -48,10 +51,12 @@ class Feed:
             self.view.reset(root, seq)
         else:
             self.view = View(self.nodes, root, seq, salt)
+        self.warmup.begin(self.view)
 
     def reset(self, root: bytes, seq: int) -> None:
         """Jump ahead to a checkpoint; what was done here and is in no entry yet is kept."""
         self.view.jump(root, seq)
+        self.warmup.begin(self.view)
         self._pending = {at: e for at, e in self._pending.items() if at > seq}
 
     async def absorb(self, received: Entries) -> bool:
@@ -80,13 +85,16 @@ class Feed:
             except Missing as e:
                 return e
             if decoded.kind == entries.CHECKPOINT:
-                view.rebase(decoded.body[1], decoded.body[0])
+                self.warmup.move(view, decoded.body[1], decoded.body[0])
             del pending[seq]
             self._note(decoded, changed)
         return None
 
-    async def fetch(self, hashes: Sequence[bytes]) -> None:
-        """Get tree nodes into the cache; concurrent calls for one node share the fetch."""
+    async def fetch(self, hashes: Sequence[bytes], *, ahead: bool = False) -> None:
+        """Get tree nodes into the cache; concurrent calls for one node share the fetch.
+
+        `ahead`: perhaps nobody will look at them.
+        """
         wanted = [h for h in hashes if h not in self._fetching]
         others = [self._fetching[h] for h in hashes if h in self._fetching]
         if wanted:
@@ -94,7 +102,10 @@ class Feed:
             self._fetching.update(dict.fromkeys(wanted, event))
             try:
                 found = await self._blobs.get_many(wanted, timeout=self._timeout)
-                self.nodes.add(found)
+                if ahead:
+                    self.nodes.keep(found)
+                else:
+                    self.nodes.add(found)
                 self.fetched += len(found)
             except DfsError as e:
                 raise FsError(f"tree of volume {self._volume.hex()}: {e}", errno.EIO) from e

@@ -501,19 +501,22 @@ async def open_filesystem(
     name: str = "",
     deadline: float = DEADLINE,
     delegate: bool = True,
+    warm: bool = False,
     **options: Any,
 ) -> AsyncIterator[FileSystem]:
     """A `FileSystem` for the length of the block; at its end dirty data is committed.
 
-    `chunks(session)` makes the chunk client (whose `run` is started here).  `options` go to
-    `FileSystem`.  Errors are raised as they are, not wrapped in a group; so is a failed last
-    commit.
+    `chunks(session)` makes the chunk client (whose `run` is started here).  `warm`: for long, so
+    what will be looked at is fetched before (`dfs.client.warmup`).  `options` go to `FileSystem`.
+    Errors are raised as they are, not wrapped in a group; so is a failed last commit.
     """
     session = Session(cluster, volume, mode=mode, name=name, deadline=deadline, delegate=delegate)
     error: BaseException | None = None
     async with trio.open_nursery() as nursery:
         try:
             await nursery.start(session.run)
+            if warm:
+                nursery.start_soon(session.keep_warm)
             client = chunks(session)
             await nursery.start(client.run)
             fs = FileSystem(session, client, **options)

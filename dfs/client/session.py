@@ -162,6 +162,14 @@ class Session:
         """Get tree nodes into the cache; raises `FsError` EIO when one cannot be had."""
         await self._feed.fetch(hashes)
 
+    async def keep_warm(self) -> None:
+        """Fetch tree nodes before anybody asks for them, until cancelled; see `warmup`."""
+        await self._feed.warmup.run()
+
+    async def wait_warm(self) -> None:
+        """Until `keep_warm` has fetched what it wants of a volume that was just opened."""
+        await self._feed.warmup.wait_warm()
+
     @property
     def fresh(self) -> bool:
         """Whether the view may answer right now."""
@@ -202,6 +210,7 @@ class Session:
             "delegation": self._delegation.epoch,
             "pending": self._delegation.pending,
             "fetched": self._feed.fetched,
+            "warmed": self._feed.warmup.fetched,
             "sid": self.sid,
             "seq": self.view.seq,
             "owner": self.homes.owner,

@@ -357,6 +357,12 @@ class _Get(_Batch):
     def next_node(self, name: bytes, now: float) -> int | None:
         """The best node that may be asked now; those that failed lately come last."""
         asked, absent, suspects = self.asked[name], self.absent[name], self.client.suspects
+        # The homes come first in the full order too, which takes longer to work out.
+        for node in self.client.get_map().homes(METADATA, partition_of(name)):
+            if node in asked or node in absent or self.retry_at.get(node, 0) > now:
+                continue
+            if suspects.get(node, 0) <= now:
+                return node
         slow: int | None = None
         for node in self.nodes(name):
             if node in asked or node in absent or self.retry_at.get(node, 0) > now:

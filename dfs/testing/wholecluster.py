@@ -163,7 +163,7 @@ class World:
                 offload=inline,
             )
 
-        async with open_filesystem(cluster, info.volume_id, chunks) as fs:
+        async with open_filesystem(cluster, info.volume_id, chunks, warm=True) as fs:
             yield fs
 
 

@@ -17,16 +17,17 @@ class NodeCache:
     missing node drops its first one.
     """
 
-    __slots__ = ("_hits", "_misses", "_nodes", "budget", "evicted", "used")
+    __slots__ = ("_hits", "_misses", "_nodes", "added", "budget", "evicted", "used")
 
     def __init__(self, budget: int = 64 << 20) -> None:
         """A cache of up to `budget` bytes of memory."""
         self.budget = budget
         self.used = 0
+        self.added = 0  # bytes of all nodes that ever came
         self.evicted = 0
         self._hits = 0
         self._misses = 0
-        self._nodes: dict[bytes, Node] = {}
+        self._nodes: dict[bytes, Node | bytes] = {}  # bytes until it is looked at
 
     def get(self, name: bytes) -> Node:
         """The node with this id; raises `Missing`."""
@@ -34,6 +35,8 @@ class NodeCache:
         if node is None:
             self._misses += 1
             raise Missing(name)
+        if isinstance(node, bytes):
+            node = self._decoded(node)
         self._nodes[name] = node
         self._hits += 1
         return node
@@ -49,8 +52,30 @@ class NodeCache:
                 node = decode(data)
                 nodes[name] = node
                 self.used += node.cost
+                self.added += node.cost
         if self.used > self.budget:
             self._evict()
+
+    def keep(self, blobs: Mapping[bytes, bytes]) -> None:
+        """Add encoded nodes that somebody else has verified, and that may never be looked at.
+
+        They are decoded when they are; `get` raises `Corrupt` for bytes that are no node.
+        """
+        nodes = self._nodes
+        for name, data in blobs.items():
+            if name not in nodes:
+                nodes[name] = data
+                cost = _cost(data)
+                self.used += cost
+                self.added += cost
+        if self.used > self.budget:
+            self._evict()
+
+    def _decoded(self, data: bytes) -> Node:
+        self.used -= _cost(data)
+        node = decode(data)
+        self.used += node.cost
+        return node
 
     def __contains__(self, name: object) -> bool:
         """Whether the node is cached."""
@@ -84,8 +109,13 @@ class NodeCache:
             if left <= goal or len(victims) == count - 1:
                 break
             victims.append(name)
-            left -= node.cost
+            left -= _cost(node) if isinstance(node, bytes) else node.cost
         for name in victims:
             del self._nodes[name]
         self.evicted += len(victims)
         self.used = left
+
+
+def _cost(data: bytes) -> int:
+    """Bytes of memory that an encoded node takes, with its place in the dict."""
+    return len(data) + 200

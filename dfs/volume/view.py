@@ -104,6 +104,10 @@ class View:
         self.root_seq = seq
         self._overlay.drop(seq)
 
+    def changed_until(self, seq: int) -> list[bytes]:
+        """Keys of what `rebase` to a checkpoint of entry `seq` would drop, in order."""
+        return sorted(key for key, (at, _) in self._overlay.items.items() if at <= seq)
+
     def changed_since(self, base: int, keys: Collection[bytes], groups: Collection[bytes]) -> bool:
         """Whether an entry after `base` wrote one of the keys or groups; True when unknown."""
         return self._window.changed_since(base, keys, groups)

@@ -30,6 +30,7 @@ async def filesystem(
             cluster, VOLUME, mode=mode, name=f"test{seed}", deadline=deadline, delegate=delegate
         )
         await nursery.start(session.run)
+        nursery.start_soon(session.keep_warm)
         if mode != "ro":
             await session.transact(lambda txn: make_root(txn, 1))
         fs = FileSystem(session, home.chunk_client(), **options)

@@ -1,0 +1,171 @@
+"""Warm-up: reads after an open and after a checkpoint find their tree nodes at hand."""
+
+import contextlib
+
+import pytest
+import trio
+
+from dfs.client.session import Session
+from dfs.client.warmup import PATIENCE, SHARE
+from dfs.errors import Corrupt, FsError
+from dfs.volume import items
+from dfs.volume.nodecache import NodeCache
+from tests.unit.client.support import VOLUME, new_home
+
+COUNT = 400
+
+
+def fill(first, count=COUNT, size=3):
+    """Inodes, each with an extended attribute of 2 KiB: some four of them in a leaf."""
+
+    def op(txn):
+        for ino in range(first, first + count):
+            txn.put(items.inode_key(ino), items.Inode(8, 0o644, size=size).encode())
+            txn.put(items.xattr_key(ino, b"a"), items.encode_xattr(bytes(2000)))
+
+    return op
+
+
+def sizes(first, count=COUNT):
+    def op(txn):
+        values = [txn.get(items.inode_key(ino)) for ino in range(first, first + count)]
+        return {items.Inode.decode(value).size for value in values if value is not None}
+
+    return op
+
+
+@contextlib.asynccontextmanager
+async def opened(home, *, warm=True, seed=1, budget=64 << 20):
+    async with trio.open_nursery() as nursery:
+        session = Session(home.client(seed=seed), VOLUME)
+        await nursery.start(session.run)
+        session.nodes = NodeCache(budget)
+        if warm:
+            nursery.start_soon(session.keep_warm)
+            await session.wait_warm()
+        yield session
+        await session.close()
+        nursery.cancel_scope.cancel()
+
+
+async def filled(count=COUNT):
+    """A home whose volume is all in the tree."""
+    home = new_home()
+    async with opened(home, warm=False) as session:
+        await session.transact(fill(1000, count))
+    home.checkpoint(VOLUME)
+    return home
+
+
+async def gets(home, session, op):
+    """What the operation returns, and how often it had to ask for nodes."""
+    before = home.blobs.gets
+    return await session.read(op), home.blobs.gets - before
+
+
+async def test_a_volume_that_was_just_opened_is_read_without_a_wait():
+    home = await filled()
+    async with opened(home, warm=False) as session:
+        assert (await gets(home, session, sizes(1000)))[1] > 3
+    async with opened(home) as session:
+        assert await gets(home, session, sizes(1000)) == ({3}, 0)
+        assert session.statistics()["warmed"] == session.statistics()["fetched"]
+
+
+async def test_what_there_is_no_room_for_is_fetched_when_it_is_needed():
+    home = await filled(4 * COUNT)
+    budget = len(b"".join(home.blobs.stored.values())) // 2
+    async with opened(home, budget=budget) as session:
+        assert budget / SHARE / 2 < session.nodes.used < budget
+        assert (await gets(home, session, sizes(1000 + 4 * COUNT - 20, 20)))[1] == 0  # the newest
+        found, asked = await gets(home, session, sizes(1000, 60))
+        assert found == {3}
+        assert asked > 0
+
+
+@pytest.mark.parametrize("warm", [True, False])
+async def test_a_checkpoint_makes_nobody_wait(warm):
+    home = await filled()
+    async with opened(home, warm=warm) as session:
+        await session.transact(fill(1000, size=4))
+        home.checkpoint(VOLUME)
+        await trio.sleep(2)
+        assert session.view.root == home.volumes[VOLUME].root
+        assert session.view.statistics()["overlay"] == 0
+        found, asked = await gets(home, session, sizes(1000))
+        assert found == {4}
+        assert (asked == 0) is warm
+
+
+async def test_a_view_moves_over_at_last_when_the_new_nodes_cannot_be_had():
+    home = await filled()
+    async with opened(home) as session:
+        await session.transact(fill(1000, size=4))
+        real = home.blobs.get_many
+
+        async def hang(hashes, *, timeout=10):
+            await trio.sleep(1000)
+
+        home.blobs.get_many = hang
+        home.checkpoint(VOLUME)
+        await trio.sleep(PATIENCE / 2)
+        assert session.view.root != home.volumes[VOLUME].root
+        assert await session.read(sizes(1000)) == {4}  # of the old tree, and what came since
+        await trio.sleep(PATIENCE)
+        home.blobs.get_many = real
+        assert session.view.root == home.volumes[VOLUME].root
+        assert await session.read(sizes(1000)) == {4}
+
+
+async def test_nodes_that_are_lost_end_the_warm_up_not_the_session():
+    home = await filled()
+    lost = dict(home.blobs.stored)
+    home.blobs.stored.clear()
+    async with opened(home) as session:
+        with pytest.raises(FsError, match="tree"):
+            await session.read(sizes(1000))
+        home.blobs.stored.update(lost)
+        assert await session.read(sizes(1000)) == {3}
+
+
+async def test_another_session_does_not_move_to_the_tree_that_the_one_before_waited_for():
+    home = await filled()
+    async with opened(home) as session:
+        await session.transact(fill(1000, size=4))
+        gate, real = trio.Event(), home.blobs.get_many
+
+        async def wait(hashes, *, timeout=10):
+            await gate.wait()
+            return await real(hashes)
+
+        home.blobs.get_many = wait
+        home.checkpoint(VOLUME)
+        await trio.sleep(1)
+        first = home.volumes[VOLUME].root
+        home.fence(VOLUME, session.sid)  # the next session begins at the newest checkpoint
+        home.checkpoint(VOLUME)
+        await trio.sleep(1)
+        gate.set()
+        await trio.sleep(1)
+        assert session.statistics()["opens"] == 2
+        assert session.view.root == home.volumes[VOLUME].root == first
+        await session.transact(fill(1000, size=5))
+        home.checkpoint(VOLUME)
+        await trio.sleep(1)
+        assert session.view.root == home.volumes[VOLUME].root != first
+        assert await session.read(sizes(1000)) == {5}
+
+
+async def test_the_cache_keeps_encoded_nodes_within_its_budget():
+    home = await filled()
+    blobs = home.blobs.stored
+    cache = NodeCache(100_000)
+    cache.keep(blobs)
+    assert cache.used <= 100_000
+    assert len(cache) < len(blobs)
+    for name in [name for name in blobs if name in cache]:
+        cache.get(name)
+    assert cache.used == sum(cache.get(name).cost for name in blobs if name in cache)
+    cache.keep({b"x" * 32: b"junk"})
+    with pytest.raises(Corrupt, match="tree node"):
+        cache.get(b"x" * 32)
