@@ -1,4 +1,4 @@
-"""`dfs sim` and `dfs fsck`: they look for violations and exit with 1 when they find any."""
+"""`dfs sim` and `dfs fsck`: they look for violations, and their exit status tells."""
 
 import importlib
 import pkgutil
@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import click
 
-from dfs.cli.context import cluster_file, cluster_option, echo_json, json_option
+from dfs.cli.context import cluster_file, cluster_option, echo_json, explain, json_option
 from dfs.cli.context import run as run_async
-from dfs.errors import ConfigError
+from dfs.errors import ConfigError, DfsError
 
 
 class Scenario(Protocol):
@@ -163,14 +163,33 @@ def _about(scenario: Any) -> str:
 @cluster_option
 @json_option
 @click.option("--all-copies", is_flag=True, help="Every chunk must have all its copies, not W.")
+@click.option("--repair", is_flag=True, help="Make good what can be; nobody else may write.")
 @click.argument("volume")
 @click.pass_context
 def fsck(
-    ctx: click.Context, cluster_path: str | None, as_json: bool, all_copies: bool, volume: str
+    ctx: click.Context,
+    cluster_path: str | None,
+    as_json: bool,
+    all_copies: bool,
+    repair: bool,
+    volume: str,
 ) -> None:
     """Check VOLUME: its tree, link counts, usage, and that every chunk is there and intact.
 
-    Reads only; exit status 1 if anything is wrong.
+    Without --repair it only reads, and others may go on writing.
+
+    --repair corrects link counts, parents, sizes of directories and the usage, drops names that
+    lead to nothing, finishes removals of files whose user is gone, gives what has lost its name one
+    in /lost+found, and waits for servers to copy chunks again. It prints what it did. It never
+    guesses: data that nobody has is listed with file, range and what to do. Chunks that nothing
+    refers to are left alone.
+
+    \b
+    Exit status, as of fsck(8):
+      0  sound
+      1  problems were found and all of them corrected
+      4  problems are left
+      8  the check could not be done; a line on stderr says why
     """
     from dfs.cli.client import connected, registry
 
@@ -184,12 +203,17 @@ def fsck(
         async with connected(cluster_file(cluster_path)) as cluster:
             async with registry(cluster, mode="ro") as volumes:
                 await volumes.find(volume)
-            return await module.fsck(cluster, volume, all_copies=all_copies)
+            return await module.fsck(cluster, volume, all_copies=all_copies, repair=repair)
 
-    report = run_async(check)
+    try:
+        report = run_async(check)
+    except (DfsError, OSError) as e:
+        for line in explain(e) or [str(e)]:
+            click.echo(f"dfs: {line}", err=True)
+        ctx.exit(8)
     if as_json:
         echo_json(report.as_dict())
     else:
         for line in report.lines():
             click.echo(line)
-    ctx.exit(0 if report.ok else 1)
+    ctx.exit(report.status)

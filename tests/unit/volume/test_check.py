@@ -18,9 +18,9 @@ def sound():
             ((text, ino, kind),)
         )
 
-    state[items.inode_key(1)] = Inode(DIR, 0o755, nlink=3, parent=1).encode()
+    state[items.inode_key(1)] = Inode(DIR, 0o755, size=3, nlink=3, parent=1).encode()
     state[items.inode_key(10)] = Inode(REG, 0o644, size=100, nlink=2, parent=1).encode()
-    state[items.inode_key(11)] = Inode(DIR, 0o755, nlink=2, parent=1).encode()
+    state[items.inode_key(11)] = Inode(DIR, 0o755, size=2, nlink=2, parent=1).encode()
     state[items.inode_key(12)] = Inode(REG, 0o644, size=70_000, nlink=1, parent=11).encode()
     state[items.inode_key(13)] = Inode(LNK, 0o777, nlink=1, parent=1).encode()
     state[items.inode_key(14)] = Inode(REG, 0o644, size=5, nlink=0, parent=1).encode()
@@ -92,6 +92,22 @@ DAMAGES = {
         put(items.extent_key(12, 0), items.encode_chunk(70_000, b"c" * 32, 1, 70_000)),
     ),
     "loose extent": ("V2", put(items.extent_key(99, 0), items.encode_inline(b"y"))),
+    "size of a directory": ("V2", patch(items.inode_key(11), size=1)),
+    "kind of a name": (
+        "V1",
+        put(
+            items.entry_key(1, items.name_hash(SALT, b"l")),
+            items.encode_entries(((b"l", 13, REG),)),
+        ),
+    ),
+    "orphan that is gone": ("V2", put(items.orphan_key(99), items.ORPHAN_VALUE)),
+    "nlink of an orphan": ("V2", patch(items.inode_key(14), nlink=1)),
+    "loose attribute": ("V2", put(items.xattr_key(99, b"user.a"), items.encode_xattr(b"y"))),
+    "backlink in a wrong bucket": (
+        "V2",
+        put(items.backlink_key(10, 11, 7), items.encode_backlinks((b"again",))),
+    ),
+    "quota": ("format", put(items.QUOTA_KEY, b"\xc1")),
     "garbage": ("format", put(items.inode_key(12), b"\xc1")),
 }
 
@@ -107,7 +123,7 @@ def test_each_damage_is_found(name):
 def test_a_cycle_of_directories_does_not_reach_the_root():
     state = sound()
     for ino, parent in ((20, 21), (21, 20)):
-        state[items.inode_key(ino)] = Inode(DIR, 0o755, nlink=3, parent=parent).encode()
+        state[items.inode_key(ino)] = Inode(DIR, 0o755, size=1, nlink=3, parent=parent).encode()
         state[items.entry_key(parent, items.name_hash(SALT, b"x"))] = items.encode_entries(
             ((b"x", ino, DIR),)
         )
