@@ -17,7 +17,7 @@ from dfs.client.filesystem import open_filesystem
 from dfs.client.registry import open_volume_by_name
 from dfs.client.session import Session
 from dfs.errors import DfsError
-from dfs.memory import tune_allocator
+from dfs.memory import give_back_often, tune_allocator
 from fuse.mount import MountOptions, check_mountpoint, check_system, serve
 
 log = logging.getLogger("fuse")
@@ -101,6 +101,7 @@ async def mount(arguments: argparse.Namespace, ready: Ready) -> None:
     async with connect(ref, name=name) as cluster, trio.open_nursery() as nursery:
         watch = ClusterWatch(cluster)
         nursery.start_soon(watch.run)
+        nursery.start_soon(give_back_often)
         info = await open_volume_by_name(cluster, arguments.volume)
         async with open_filesystem(
             cluster,
