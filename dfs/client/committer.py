@@ -56,6 +56,7 @@ class Committer:
         self._flight: object | None = None  # a request without the task is under way
         self._sending = False  # the task has a request under way
         self._unsure: tuple[Any, ...] | None = None  # the request of `_sent`, to be sent again
+        self.settled_at = float("-inf")  # when somebody last waited for stable storage
         self._hurry = False
         self._lingering = False
         self._ask_at = 0.0
@@ -145,6 +146,7 @@ class Committer:
         held = self.delegation
         if not held.batches:
             return
+        self.settled_at = self._clock.monotonic()
         waiter = Waiter()
         held.batches[-1].waiters.append(waiter)
         if self._launch():

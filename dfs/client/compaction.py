@@ -22,6 +22,8 @@ from dfs.volume.view import Txn
 log = logging.getLogger(__name__)
 
 TRANQUILITY = 3.0  # rest after a window, in multiples of the time it took
+CALM = 0.1  # seconds without a sync of the session in which a window is begun
+HURRY = 3.0  # seconds after which it is begun all the same
 ATTEMPTS = 6
 # Bytes of an extent that is not joined with others: with those, and what lies between, a window
 # of 4 MiB stays below what calls for compaction (`contents.CROWDED`).
@@ -58,36 +60,55 @@ class Compactor:
             file.compacting = False
 
     async def _compact(self, file: File, start: int, end: int) -> bool:
-        ino = file.ino
+        def look(txn: Txn, start: int, end: int) -> list[extents.Extent]:
+            get_inode(txn, file.ino)
+            found = overlapping(scan_extents(txn, file.ino, start, end), start, end)
+            # What is large stays as it is: a file that grows by small appends is not written again
+            # and again, but once.
+            return [e for e in found if e.length < LARGE]
+
         end = -(-end // MAX_EXTENT) * MAX_EXTENT
-
-        def look(txn: Txn) -> list[extents.Extent]:
-            get_inode(txn, ino)
-            return overlapping(scan_extents(txn, ino, start, end), start, end)
-
-        found = await self._session.read(look)
+        small = await self._session.read(lambda txn: look(txn, start, end))
+        windows = dict.fromkeys(offset // MAX_EXTENT for offset, _ in extents.plan_compact(small))
         done = True
-        # What is large stays as it is: a file that grows by small appends is not written again and
-        # again, but once.
-        small = [e for e in found if e.length < LARGE]
-        for offset, length in extents.plan_compact(small):
+        for window in windows:
+            low, high = window * MAX_EXTENT, (window + 1) * MAX_EXTENT
+            await self._calm()
             began = trio.current_time()
-            seen = overlapping(found, offset, offset + length)
-            pieces = await self._reader.gather(extents.plan_read(seen, offset, length))
-            chunk_id = await self._chunks.put(pieces, durable=True)
-            oldest = await self._chunks.sync()
-            new = [extents.in_chunk(offset, length, chunk_id, 0, length)]
-
-            def replace(
-                txn: Txn, seen: list[extents.Extent] = seen, new: list[extents.Extent] = new
-            ) -> bool:
-                return self._contents.replace(txn, ino, seen, new)
-
-            if await self._session.transact(replace, oldest=oldest):
-                file.span = None
-                self.saved += len(seen) - 1
-            else:
-                done = False
+            found = await self._session.read(lambda txn: look(txn, low, high))  # noqa: B023 - called at once
+            for offset, length in extents.plan_compact(found):
+                seen = overlapping(found, offset, offset + length)
+                done = await self._rewrite(file, seen, offset, length) and done
             # Whoever waits for something else goes first: rest in proportion to the work.
             await trio.sleep(TRANQUILITY * (trio.current_time() - began))
         return done
+
+    async def _calm(self) -> None:
+        """Wait for a while in which nobody syncs: a program that does waits for the same disks.
+
+        Not for long, since what is cut to pieces takes memory; but the more pieces are joined at a
+        time, the less is written.
+        """
+        give_up = trio.current_time() + HURRY
+        while True:
+            left = CALM - self._session.calm
+            if left <= 0 or trio.current_time() >= give_up:
+                return
+            await trio.sleep(left)
+
+    async def _rewrite(
+        self, file: File, seen: list[extents.Extent], offset: int, length: int
+    ) -> bool:
+        """Make one extent of those seen in a range; False if they were changed meanwhile."""
+        pieces = await self._reader.gather(extents.plan_read(seen, offset, length))
+        chunk_id = await self._chunks.put(pieces, durable=True)
+        oldest = await self._chunks.sync()
+        new = [extents.in_chunk(offset, length, chunk_id, 0, length)]
+        ino = file.ino
+        if not await self._session.transact(
+            lambda txn: self._contents.replace(txn, ino, seen, new), oldest=oldest
+        ):
+            return False
+        file.span = None
+        self.saved += len(seen) - 1
+        return True

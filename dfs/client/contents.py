@@ -9,11 +9,16 @@ from dfs.client.namespace import Namespace
 from dfs.client.writebuffer import Segment, Upload
 from dfs.volume import effects as fx
 from dfs.volume import extents, items
+from dfs.volume.floor import last_before
 from dfs.volume.items import DIR, REG, Inode
 from dfs.volume.view import Txn
 
 INLINE = 4 << 10  # bytes up to which a commit needs no chunk
 CROWDED = 32  # extents in 4 MiB of a file that call for compaction
+# Inline extents that count as one: they are read from memory, not from a chunk each, and joining
+# many of them at once writes little more than they hold, above all where a file grows by them.
+INLINE_SHARE = 8
+SHORT = 128  # bytes of an item beyond which it is an inline extent
 NEAR = 16 << 20  # bytes between extents that are still looked up together
 
 
@@ -29,22 +34,30 @@ class Contents:
         self._clear_privileges = clear_privileges
 
     def publish(
-        self, txn: Txn, ino: int, new: Sequence[extents.Extent], now: int
+        self, txn: Txn, ino: int, new: Sequence[extents.Extent], now: int, *, look: bool = True
     ) -> tuple[int, bool]:
         """Put extents over what the file held; returns (its size, whether to compact it).
 
         `now`: the time at which this changes the file; 0 leaves its times alone.  The volume's
-        quota was asked when the writes were accepted.
+        quota was asked when the writes were accepted.  `look`: whether to find out how many extents
+        there are; without, no more of them are looked up than matter, which nobody may have to
+        judge: only under the delegation.
         """
         inode = get_inode(txn, ino)
         size = max(inode.size, new[-1].end)
         few = all(e.data is not None for e in new)
         crowded = False
         for run in neighbours(new):
-            old, seen = touched(txn, ino, run[0].offset, run[-1].end + 1)
-            windows = 1 + (run[-1].end - run[0].offset) // items.MAX_EXTENT
-            # The look at what is there reaches a window back: hence the one more.
-            crowded = crowded or seen > CROWDED * (windows + 1)
+            start, end = run[0].offset, run[-1].end
+            if look:
+                old, seen = touched(txn, ino, start, end + 1)
+                windows = 1 + (end - start) // items.MAX_EXTENT
+                # The look at what is there reaches a window back: hence the one more.
+                crowded = crowded or seen > CROWDED * (windows + 1)
+            elif start >= inode.size and (not few or end - start >= INLINE):
+                old = []  # nothing is beyond the end, and nothing will be joined with what is
+            else:
+                old = reaching(txn, ino, start, end + 1)
             txn.extend(extents.plan_write(ino, old, merge_inline(old, run) if few else run))
         self._changed(txn, ino, inode, size, now, admitted=True)
         return size, crowded
@@ -99,18 +112,51 @@ def scan_extents(txn: Txn, ino: int, start: int, end: int) -> list[extents.Exten
 def touched(txn: Txn, ino: int, start: int, end: int) -> tuple[list[extents.Extent], int]:
     """Committed extents that may overlap a range of a file, in order, and how many were looked at.
 
+    Of inline extents a few count as one; the number is rounded up.
     Extents do not overlap each other, so of those that begin before the range only the last one may
     reach into it.  The others need no decoding: an append looks at a window full of small ones.
     """
     found = txn.scan_range(*extents.bounds(ino, start, end))
     key = items.extent_key(ino, start)
     first = max(0, bisect_left(found, (key,)) - 1)
-    return extents.decode(found[first:]), len(found)
+    inline = sum(len(value) > SHORT for _, value in found)
+    return extents.decode(found[first:]), len(found) - inline + -(-inline // INLINE_SHARE)
+
+
+def reaching(txn: Txn, ino: int, start: int, end: int) -> list[extents.Extent]:
+    """Committed extents that may overlap a range of a file, in order, and no others.
+
+    The transaction must have changed none that reach there, and does not record that it looked.
+    """
+    low, _ = extents.bounds(ino, start, start)
+    key = items.extent_key(ino, start)
+    before = last_before(txn.view, low, key)
+    found = txn.scan_range(key, items.extent_key(ino, end))
+    return extents.decode(found if before is None else [before, *found])
 
 
 def overlapping(found: Sequence[extents.Extent], start: int, end: int) -> list[extents.Extent]:
     """Those of the extents that overlap a range."""
     return [e for e in found if e.offset < end and e.end > start]
+
+
+def extents_of(segments: Sequence[Segment]) -> list[extents.Extent]:
+    """The extents that stored or short segments become; short neighbours become one."""
+    if len(segments) == 1 or any(isinstance(s.source, Upload) for s in segments):
+        return [extent_of(s) for s in segments]
+    found: list[extents.Extent] = []
+    parts: list[memoryview] = []
+    start = end = 0
+    for s in segments:
+        if parts and s.start != end:
+            found.append(extents.inline(start, b"".join(parts)))
+            parts.clear()
+        if not parts:
+            start = s.start
+        parts += s.read(s.start, s.length)
+        end = s.end
+    found.append(extents.inline(start, b"".join(parts)))
+    return found
 
 
 def extent_of(s: Segment) -> extents.Extent:

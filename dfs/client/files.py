@@ -34,7 +34,7 @@ import trio
 from dfs.client.attributes import Attr, fs_error
 from dfs.client.cache import BUDGET, ChunkCache
 from dfs.client.compaction import Compactor
-from dfs.client.contents import INLINE, Contents, extent_of
+from dfs.client.contents import INLINE, Contents, extents_of
 from dfs.client.handles import FileHandle
 from dfs.client.namespace import Namespace
 from dfs.client.openfile import File
@@ -55,6 +55,7 @@ UPLOADS = 4  # chunks on their way at once
 PARALLEL = 64  # files that the write-back commits at once
 AGE = 1.0  # seconds after which dirty data is committed without being asked
 MAX_SIZE = items.MAX_OFFSET
+LOOK = 32  # commits of a file, of which one looks whether it is cut to pieces
 INLINE_HERE = 16 << 10  # bytes that need no chunk under the delegation: many share one entry
 
 
@@ -315,7 +316,9 @@ class Files:
             return False
         segments = list(buffer)
         try:
-            done = self._session.transact_here(self._publication(file, segments), settling=settling)
+            done = self._session.transact_here(
+                self._publication(file, segments, here=True), settling=settling
+            )
         except FsError:
             return False  # whoever waits for it will meet this again, and can handle it
         if done is None:
@@ -454,16 +457,22 @@ class Files:
             self._send(upload, durable=durable)
 
     def _publication(
-        self, file: File, segments: list[Segment]
+        self, file: File, segments: list[Segment], *, here: bool = False
     ) -> Callable[[Txn], tuple[int, bool]]:
-        """The transaction with the extents of stored segments, the size and the times."""
+        """The transaction with the extents of stored segments, the size and the times.
+
+        `here`: it is committed under the delegation; then only one of `LOOK` commits counts the
+        extents that are there.
+        """
         ino, mtime, buffer = file.ino, file.mtime, file.buffer
-        new = [extent_of(s) for s in segments]
+        new = extents_of(segments)
+        file.looks += 1
+        look = not here or file.looks % LOOK == 0
 
         def publish(txn: Txn) -> tuple[int, bool]:
             if file.buffer is not buffer:  # a transaction may wait for another session
                 raise _Dropped("what was written is given up", errno.EIO)
-            return self._contents.publish(txn, ino, new, mtime)
+            return self._contents.publish(txn, ino, new, mtime, look=look)
 
         return publish
 

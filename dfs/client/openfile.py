@@ -16,7 +16,7 @@ class File:
 
     __slots__ = (
         "buffer", "compacting", "dirty_since", "error", "handles", "held", "ino",
-        "lock", "lost", "mtime", "orphan", "size", "span",
+        "lock", "looks", "lost", "mtime", "orphan", "size", "span",
     )  # fmt: skip
 
     def __init__(self, ino: int) -> None:
@@ -30,6 +30,7 @@ class File:
         self.mtime = 0  # of the newest write that is not committed
         self.dirty_since = 0.0
         self.compacting = False
+        self.looks = 0  # commits so far
         self.orphan = False  # the last name is gone: purge at the last close
         self.size = -1  # committed size; -1 = ask the view
         self.held = 0  # bytes of the volume's quota for what is not committed

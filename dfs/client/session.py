@@ -319,6 +319,11 @@ class Session:
         """Wait until a majority holds all that was committed here; raises `FsError` EIO."""
         await self._committer.settle()
 
+    @property
+    def calm(self) -> float:
+        """Seconds since somebody last waited for stable storage."""
+        return self._clock.monotonic() - self._committer.settled_at
+
     async def refresh(self) -> None:
         """Wait until the view holds everything that was committed before this call."""
         if self._delegation.sole and self._freshness.now:

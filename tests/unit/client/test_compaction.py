@@ -6,14 +6,16 @@ import pytest
 import trio
 
 from dfs.client import compaction, contents
-from dfs.client.contents import overlapping, scan_extents, touched
+from dfs.client.contents import overlapping, reaching, scan_extents, touched
 from dfs.volume import extents, items
 from tests.unit.client.support import filesystem, new_home, read_file
 
 PAGE = 4096
 
 
-async def test_a_file_that_grows_by_small_appends_is_not_written_again_and_again():
+@pytest.mark.parametrize(("share", "limit"), [(1, 2.5), (contents.INLINE_SHARE, 1.0)])
+async def test_small_appends_are_not_written_again_and_again(monkeypatch, share, limit):
+    monkeypatch.setattr(contents, "INLINE_SHARE", share)
     home = new_home()
     async with filesystem(home) as fs:
         data = random.Random(1).randbytes(700 * PAGE)
@@ -25,9 +27,9 @@ async def test_a_file_that_grows_by_small_appends_is_not_written_again_and_again
         await trio.sleep(5)
         assert fs.files.statistics()["compacted"] > 400
         written = sum(len(chunk) for chunk in home.chunks.stored.values())
-        assert written < 2.5 * len(data)
-        found = await fs.session.read(lambda t: scan_extents(t, attr.ino, 0, len(data)))
-        assert len(found) < 2 * contents.CROWDED * 2
+        assert written < limit * len(data)
+        _, seen = await fs.session.read(lambda t: touched(t, attr.ino, 0, len(data)))
+        assert seen < 2 * contents.CROWDED * 2
         assert await read_file(fs, attr.ino) == data
         await fs.release(fh)
 
@@ -35,7 +37,7 @@ async def test_a_file_that_grows_by_small_appends_is_not_written_again_and_again
 async def test_that_test_sees_a_compaction_that_joins_everything(monkeypatch):
     monkeypatch.setattr(compaction, "LARGE", 1 << 40)
     with pytest.raises(BaseExceptionGroup) as caught:
-        await test_a_file_that_grows_by_small_appends_is_not_written_again_and_again()
+        await test_small_appends_are_not_written_again_and_again(monkeypatch, 1, 2.5)
     assert caught.group_contains(AssertionError, depth=None)
 
 
@@ -60,4 +62,32 @@ async def test_what_a_range_touches_is_found_among_many():
             found, seen = touched(txn, attr.ino, start, end)
             assert overlapping(found, start, end) == overlapping(placed, start, end)
             assert len(found) <= len(overlapping(placed, start, end)) + 1
-            assert seen == len(scan_extents(txn, attr.ino, start, end))
+            looked = scan_extents(txn, attr.ino, start, end)
+            short = sum(e.data is None or e.length < contents.SHORT - 8 for e in looked)
+            assert seen == short - (-(len(looked) - short) // contents.INLINE_SHARE)
+            found = reaching(txn, attr.ino, start, end)
+            assert overlapping(found, start, end) == overlapping(placed, start, end)
+            assert len(found) <= len(overlapping(placed, start, end)) + 1
+
+
+async def test_who_syncs_all_the_time_is_not_disturbed_for_long():
+    home = new_home()
+    home.delegates = True
+    async with filesystem(home, delegate=True) as fs:
+        while not fs.session.here:
+            await fs.mkdir(1, b"%d" % trio.current_time(), 0o755)
+            await trio.sleep(1)
+        data = random.Random(3).randbytes(1000 * PAGE)
+        attr, fh = await fs.create(1, b"log", 0o644)
+        began = first = trio.current_time()
+        for at in range(0, len(data), PAGE):
+            await fs.write(fh, at, data[at : at + PAGE])
+            await fs.fsync(fh)
+            await trio.sleep(0.01)
+            if fs.files.statistics()["compacted"] and first == began:
+                first = trio.current_time()
+        crowded_at = began + 0.01 * 2 * contents.CROWDED * contents.INLINE_SHARE
+        assert first > crowded_at + compaction.HURRY
+        await trio.sleep(compaction.HURRY + 1)
+        assert await read_file(fs, attr.ino) == data
+        await fs.release(fh)
