@@ -1,9 +1,11 @@
-"""Mounts the in-memory cluster: `python fakemount.py MOUNTPOINT [quota] [xattrs]`.
+"""Mounts the in-memory cluster: `python fakemount.py MOUNTPOINT [quota] [xattrs] [few] [deaf]`.
 
 The process holds the fake cluster, the mounted client and a second client of the same volume that
-obeys commands on standard input, one a line, one answer line each; see `obey`.
+obeys commands on standard input, one a line, one answer line each; see `obey`.  `few`: the mount's
+table of inodes has a budget for some hundreds; `deaf`: the kernel does not know FUSE_NOTIFY_PRUNE.
 """
 
+import errno
 import logging
 import sys
 
@@ -15,9 +17,24 @@ from dfs.client.registry import make_root
 from dfs.client.session import Session
 from dfs.errors import DfsError
 from dfs.testing.fakehome import FakeHome
+from fuse import invalidate, operations
+from fuse.inodes import InodeTable
 from fuse.mount import MountOptions, serve
 
 VOLUME = b"v" * 16
+FEW = 48 << 10  # bytes
+tables = []
+
+
+def few(prune):
+    """A table of inodes with a small budget, to be asked about later."""
+    tables.append((InodeTable(FEW, prune), prune.__self__))
+    return tables[-1][0]
+
+
+def deaf(_device, _inos):
+    """What older kernels say to FUSE_NOTIFY_PRUNE."""
+    raise OSError(errno.EINVAL, "Invalid argument")
 
 
 async def client(home, nursery, seed, **options):
@@ -54,6 +71,9 @@ async def obey(line, home, mounted, other):
         mounted.rpc.down = {1, 2, 3}
     elif command == "join":
         mounted.rpc.down = set()
+    elif command == "held":
+        table, invalidator = tables[0]
+        return f"{table.used} {table.budget} {invalidator.statistics()['pruned']}"
     elif command == "boom":
         mounted.readlink = None  # a bug: calling it raises TypeError
     return "ok"
@@ -74,6 +94,10 @@ async def main(mountpoint, *flags):
     params = {"salt": b"s" * 16, "class": "strict"}
     if "quota" in flags:
         params["quota_bytes"] = 1 << 20
+    if "few" in flags:
+        operations.InodeTable = few
+    if "deaf" in flags:
+        invalidate.Invalidator.__init__.__kwdefaults__["prune"] = deaf
     home.create(VOLUME, params)
     async with trio.open_nursery() as nursery:
         mounted = await client(home, nursery, 0, clear_privileges=False)
