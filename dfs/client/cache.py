@@ -3,7 +3,8 @@
 Chunks are immutable, so nothing in this cache can ever be stale; it needs no invalidation.  A part
 is 1 MiB of a chunk (what streaming readers want) or, for scattered small reads, one 64 KiB block.
 Concurrent readers of a part share one fetch, which runs in the mount's nursery so that it survives
-the reader that started it.
+the reader that started it.  What is read ahead is fetched several parts at a time: a thread, a task
+and a wake-up for each take longer than its bytes.
 """
 
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from dfs.codec import Buffer
 from dfs.errors import DfsError
 
 LARGE, SMALL = 1 << 20, 64 << 10  # bytes of a part
+TOGETHER = 4  # parts that are read ahead in one piece, at most
 BUDGET = 64 << 20
 
 Key = tuple[bytes, int, int]  # (chunk id, part size, part number)
@@ -102,10 +104,17 @@ class ChunkCache:
 
     def prefetch(self, chunk_id: bytes, offset: int, length: int, chunk_length: int) -> None:
         """Start fetching what of a range is neither cached nor on its way."""
+        run: list[Key] = []
         for number in range(offset // LARGE, -(-(offset + length) // LARGE)):
             key = (chunk_id, LARGE, number)
-            if key not in self._parts and key not in self._fetches:
-                self._start(key, chunk_length)
+            absent = key not in self._parts and key not in self._fetches
+            if absent:
+                run.append(key)
+            if run and (not absent or len(run) == TOGETHER):
+                self._start_run(run, chunk_length)
+                run = []
+        if run:
+            self._start_run(run, chunk_length)
 
     def _find(self, chunk_id: bytes, offset: int, small: bool) -> tuple[Key, memoryview | None]:
         parts = self._parts
@@ -133,6 +142,35 @@ class ChunkCache:
         fetch = self._fetches[key] = _Fetch()
         self._nursery.start_soon(self._run, key, chunk_length, fetch)
         return fetch
+
+    def _start_run(self, run: list[Key], chunk_length: int) -> None:
+        """Start one fetch of adjacent parts."""
+        if len(run) == 1:
+            self._start(run[0], chunk_length)
+            return
+        for key in run:
+            self._fetches[key] = _Fetch()
+        self._nursery.start_soon(self._run_together, run, chunk_length)
+
+    async def _run_together(self, run: list[Key], chunk_length: int) -> None:
+        chunk_id, size, first = run[0]
+        offset = size * first
+        length = min(size * len(run), chunk_length - offset)
+        try:
+            data = memoryview(await self._chunks.read(chunk_id, offset, length))
+        except DfsError:  # perhaps no server has all of it: what each of them has may do
+            for key in run:
+                self._nursery.start_soon(self._run, key, chunk_length, self._fetches[key])
+            return
+        except BaseException:  # the end of the mount
+            for key in run:
+                self._fetches.pop(key).done.set()
+            raise
+        for at, key in enumerate(run):
+            fetch = self._fetches.pop(key)
+            fetch.data = data[at * size : (at + 1) * size]
+            self._add(key, fetch.data)
+            fetch.done.set()
 
     async def _run(self, key: Key, chunk_length: int, fetch: _Fetch) -> None:
         chunk_id, size, number = key

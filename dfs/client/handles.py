@@ -8,7 +8,7 @@ from dfs.client.attributes import fs_error
 if TYPE_CHECKING:
     from dfs.client.openfile import File
 
-READAHEAD_MIN, READAHEAD_MAX = 1 << 20, 8 << 20
+READAHEAD_MIN, READAHEAD_MAX = 1 << 20, 16 << 20
 SLACK = 2 << 20  # bytes by which the kernel's own read-ahead may deliver reads out of order
 
 

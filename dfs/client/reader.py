@@ -16,7 +16,7 @@ from dfs.errors import DfsError, FsError
 from dfs.volume import extents
 from dfs.volume.view import Txn
 
-SPAN = 16 << 20  # bytes of a file, beyond what is asked for, whose extents are looked up at once
+SPAN = 32 << 20  # bytes of a file, beyond what is asked for, whose extents are looked up at once
 WIDE = 2 << 30  # bytes of a file of which all extents may be kept
 MANY = 1024  # extents that a file whose extents are all kept may have, judged by those seen
 FEW = 16  # extents that need no search
