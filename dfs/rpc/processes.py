@@ -1,9 +1,11 @@
 """Worker processes: `dfs.env.Processes` on persistent children, spoken to over pipes.
 
 A child starts when the first job needs it and stays; each runs one job at a time, jobs beyond wait
-their turn.  A child that dies fails its job and is replaced for the next one.  Cancelling a job
-kills its child, since Python code cannot be stopped otherwise.  Children never outlive this
-process: they end when their input ends, and the kernel kills them when their parent dies.
+their turn.  A child that a job has made large is ended after it: Python gives little of its memory
+back, and the next such job may be hours away.  A child that dies fails its job and is replaced.
+Cancelling a job kills its child, since Python code cannot be stopped otherwise.  Children never
+outlive this process: they end when their input ends, and the kernel kills them when their parent
+dies.
 
 Children run at nice 10: what they do must not delay the loop.  They import from the same `sys.path`
 whatever the working directory is.
@@ -20,6 +22,8 @@ import trio
 from dfs.codec import MAX_SIZE, pack, unpack
 from dfs.errors import DfsError, InvalidArgument, from_wire
 from dfs.rpc.worker import LENGTH
+
+LARGE = 96 << 20  # bytes of memory that a child may keep
 
 
 class WorkerProcesses:
@@ -54,7 +58,10 @@ class WorkerProcesses:
             except BaseException:
                 await self._discard(child)
                 raise
-            self._idle.append(child)
+            if child.resident() > LARGE:
+                await self._discard(child)
+            else:
+                self._idle.append(child)
         if not ok:
             raise from_wire(*value)
         return value
@@ -116,6 +123,14 @@ class _Child:
 
     def dead(self) -> bool:
         return self._process.poll() is not None
+
+    def resident(self) -> int:
+        """Bytes of memory that it has; 0 when it is dead."""
+        try:
+            pages = Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]
+        except (OSError, IndexError):
+            return 0
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
     async def call(self, job: bytes) -> bytes:
         await self._stdin.send_all(LENGTH.pack(len(job)))

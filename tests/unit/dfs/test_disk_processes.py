@@ -28,6 +28,7 @@ def make_module(tmp_path, monkeypatch):
         "def hang():\n    time.sleep(1000)\n"
         "def nice():\n    return os.nice(0)\n"
         "def size(data):\n    return len(data)\n"
+        "def keep(count):\n    sys.kept = bytearray(b'x') * count\n    return os.getpid()\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -67,6 +68,18 @@ async def test_jobs(tmp_path, monkeypatch):
         assert processes.statistics()["started"] == 4
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+@pytest.mark.realtime
+async def test_a_child_that_has_become_large_is_not_kept(tmp_path, monkeypatch):
+    make_module(tmp_path, monkeypatch)
+    async with WorkerProcesses(count=1) as processes:
+        small = await processes.run("jobs_for_test:keep", 1 << 20)
+        large = await processes.run("jobs_for_test:keep", 100 << 20)
+        assert large == small
+        assert not os.path.exists(f"/proc/{large}")  # noqa: ASYNC240 - no disk
+        assert await processes.run("jobs_for_test:keep", 1) != large
+        assert processes.statistics() == {"jobs": 3, "started": 2, "idle": 1}
 
 
 def test_children_die_with_their_parent(tmp_path, monkeypatch):
