@@ -53,6 +53,8 @@ EXPIRY_LOOK = 10.0  # seconds between looks for sessions that are silent
 CHECKPOINT_BYTES = 16 << 20  # of journal, or a hundredth of the tree if that is more
 CHECKPOINT_AGE = 300.0  # seconds, if there is anything to fold
 CHECKPOINT_RETRY = 30.0  # seconds after a failure
+REST_AFTER = 5.0  # seconds without any session: who opens the volume next wants a short journal
+REST_BYTES = 256 << 10  # of journal that are worth that
 FOLD_BYTES = 32 << 20  # of entries in one fold, at most: it takes some eight times that in memory
 READ_BYTES = 1 << 20  # of entries read without giving others a turn
 WINDOW_NAMES = 500_000  # keys and groups in the conflict window: fold to shorten it
@@ -106,6 +108,7 @@ class VolumeHome:
         self._covered = 0  # by the newest checkpoint seen here
         self._checkpoint_at = 0.0  # time of the last one, or of the last attempt
         self._folding = False
+        self._in_use_at = 0.0  # when there was a session last
         self._look_at = 0.0  # when to look for silent sessions
         self._configuring = False
         journal.subscribe(self._chosen, self._reset)
@@ -121,23 +124,30 @@ class VolumeHome:
     def _chosen(self, seq: int, entry: bytes) -> None:
         """A journal entry was chosen; called by the journal, in order."""
         core = self.core
+        own = 0
         try:
             if core is not None:
                 self._tail.append(seq, entry)
                 epoch = core.epoch
-                for request, answer in core.absorb(seq, entry):
+                answers = core.absorb(seq, entry)
+                if core.holder and answers and all(_of(core.holder, r) for r, _ in answers):
+                    own = core.holder
+                for request, answer in answers:
                     request.token.set(answer)
                 if core.epoch != epoch:
                     self._recall.changed()
-            if kind_of(entry) == entries.CHECKPOINT:
+            kind = kind_of(entry)
+            if kind == entries.CHECKPOINT:
                 self._checkpointed(entries.decode(entry).body[0])
+            elif kind != entries.DATA:  # somebody came or went
+                self._in_use_at = self._clock.monotonic()
         except DfsError as e:
             # Whoever takes over meets the same entry and says so to the clients.
             log.exception("volume %s: entry %d", self.volume.hex(), seq)
             if core is not None:
                 self._drop(core, str(e))
         if self._watchers:
-            self._news()
+            self._news(own)
 
     def _reset(self, base: int) -> None:
         """This replica was so far behind that it got a snapshot: entries up to `base` are gone."""
@@ -146,11 +156,14 @@ class VolumeHome:
         self._tail = Tail()
         self._news()
 
-    def _news(self) -> None:
-        """Answer every watch."""
+    def _news(self, own: SessionId = 0) -> None:
+        """Answer every watch, but not those of session `own`, whose commit is the news."""
         watchers, self._watchers = self._watchers, {}
-        for waiter in watchers:
-            waiter.set(True)
+        for waiter, sid in watchers.items():
+            if own and sid == own:
+                self._watchers[waiter] = sid
+            else:
+                waiter.set(True)
 
     def _alert(self, sid: SessionId) -> None:
         """Answer the watches of one session."""
@@ -224,7 +237,7 @@ class VolumeHome:
                 self._recall = Recall(
                     core, self._clock, self._nursery, partial(self._run, core), self._alert
                 )
-                self._checkpoint_at = self._clock.monotonic()
+                self._checkpoint_at = self._in_use_at = self._clock.monotonic()
                 self._go(core)
         except DfsError as e:
             attempt.error = e
@@ -402,6 +415,8 @@ class VolumeHome:
             self._look_at = now + EXPIRY_LOOK
             if self._recall.standing.expired(core.sessions, SESSION_TTL, now):
                 self._nursery.start_soon(self._expire, core)
+        if core.sessions:
+            self._in_use_at = now
         if not self._folding and self._due(core, now):
             self._folding = True
             self._nursery.start_soon(self._checkpoint, core)
@@ -426,6 +441,7 @@ class VolumeHome:
             age >= CHECKPOINT_AGE
             or tail.loose_bytes >= _fold_bytes(core)
             or core.window_names > WINDOW_NAMES
+            or (now - self._in_use_at >= REST_AFTER and tail.loose_bytes >= REST_BYTES)
         )
 
     async def _to_fold(self, core: HomeCore) -> tuple[int, list[bytes]]:

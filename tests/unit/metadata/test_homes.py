@@ -77,6 +77,9 @@ class Session:
         have = self.seq if have is None else have
         return await self.client.ask("vol.watch", VOLUME, self.sid, have, wait)
 
+    async def close(self):
+        await self.client.ask("vol.close", VOLUME, self.sid)
+
 
 async def opened(cluster, name="c", mode="rw"):
     return await Session(cluster, name).open(mode)
@@ -442,6 +445,30 @@ async def test_a_checkpoint_is_due_after_five_minutes_and_an_idle_volume_rests()
         assert len(await journal_checkpoints(c)) == 1
         await trio.sleep(1000)
         assert len(await journal_checkpoints(c)) == 1
+
+
+async def test_a_volume_that_nobody_has_open_is_folded_soon_if_it_is_worth_it(monkeypatch):
+    monkeypatch.setattr(volumehome, "REST_BYTES", 2000)
+    async with cluster() as c:
+        a = await opened(c, "a")
+        await a.commit(txn([put(5)]))
+        await a.close()
+        await trio.sleep(20)
+        assert await journal_checkpoints(c) == []  # a few bytes are not
+        b = await opened(c, "b")
+        await b.commit(txn([put(10 + i) for i in range(100)]))
+        await trio.sleep(20)
+        assert await journal_checkpoints(c) == []  # it is in use
+        await b.close()
+        await trio.sleep(volumehome.REST_AFTER - 1)
+        await (await opened(c, "again")).close()
+        await trio.sleep(volumehome.REST_AFTER - 1)
+        assert await journal_checkpoints(c) == []  # it was, just now
+        await trio.sleep(3)
+        (checkpoint,) = await journal_checkpoints(c)
+        late = HomeClient(c, "late")
+        _, seq, covered, *_ = await late.ask("vol.open", VOLUME, "rw", nonce("late"), "late")
+        assert covered == checkpoint.body[0] >= seq - 3
 
 
 async def test_a_fold_that_fails_is_tried_again(monkeypatch):
