@@ -7,18 +7,20 @@ from operator import attrgetter
 
 from dfs.client.attributes import get_inode
 from dfs.client.cache import ChunkCache, join
-from dfs.client.contents import scan_extents
+from dfs.client.contents import reaching, scan_extents
 from dfs.client.handles import READAHEAD_MAX, FileHandle
 from dfs.client.openfile import File
 from dfs.client.session import Session
 from dfs.codec import Buffer
 from dfs.errors import DfsError, FsError
 from dfs.volume import extents
+from dfs.volume.items import extent_key
 from dfs.volume.view import Txn
 
 SPAN = 32 << 20  # bytes of a file, beyond what is asked for, whose extents are looked up at once
 WIDE = 2 << 30  # bytes of a file of which all extents may be kept
 MANY = 1024  # extents that a file whose extents are all kept may have, judged by those seen
+GLANCE = 32  # extents beyond what is asked for that a scattered reader looks up at first
 FEW = 16  # extents that need no search
 SMALL_READ = 128 << 10  # longest read of a scattered reader that fetches blocks, not megabytes
 
@@ -44,14 +46,20 @@ class Reader:
             dirty = file.buffer.overlapping(offset, offset + length)
             if len(dirty) == 1 and dirty[0].start <= offset and dirty[0].end >= offset + length:
                 return join(dirty[0].read(offset, length), length)
-        size, committed = await self.committed(file, offset, offset + length)
+        small = not handle.run and length <= SMALL_READ
+        ahead = handle.advance(offset, length)
+        size, committed = await self.committed(
+            file,
+            offset,
+            offset + length,
+            reach=offset + length if ahead is None else ahead[1],
+            scattered=ahead is None and not handle.run,
+        )
         # From here to the fetch nothing awaits: buffer and extents belong together.
         length = min(length, max(size, file.buffer.end) - offset)
         if length <= 0:
             return b""
         dirty = file.buffer.overlapping(offset, offset + length)
-        small = not handle.run and length <= SMALL_READ
-        ahead = handle.advance(offset, length)
         if ahead is not None and ahead[0] < size:
             start, end = ahead[0], min(ahead[1], size)
             self._prefetch(extents.plan_read(committed, start, end - start))
@@ -64,10 +72,14 @@ class Reader:
             whole[begin - offset : end - offset] = b"".join(s.read(begin, end - begin))
         return whole
 
-    async def committed(self, file: File, start: int, end: int) -> tuple[int, list[extents.Extent]]:
+    async def committed(
+        self, file: File, start: int, end: int, *, reach: int, scattered: bool
+    ) -> tuple[int, list[extents.Extent]]:
         """Committed size, and the extents of a range and of what may be read ahead after it.
 
-        Cached in the file until somebody changes it.
+        Cached in the file until somebody changes it.  `reach`: the end of what will be read ahead.
+        `scattered`: the reader jumps about; in a file of many extents it will miss what was looked
+        up for it, so no more is looked up, and kept, than is of use.
         """
         if not self._session.fresh:
             await self._session.read(lambda _: None)
@@ -76,15 +88,20 @@ class Reader:
             span is None
             or file.size < 0
             or start < span[0]
-            or min(end + READAHEAD_MAX, max(end, file.size)) > span[1]
+            or min(reach, max(end, file.size)) > span[1]
         ):
             ino = file.ino
-            first, stop = self._widen(file, start, end)
+            first, stop, limit = self._widen(file, start, end, scattered=scattered)
 
-            def op(txn: Txn) -> tuple[int, list[extents.Extent]]:
-                return get_inode(txn, ino).size, scan_extents(txn, ino, first, stop)
+            def op(txn: Txn) -> tuple[int, list[extents.Extent], int]:
+                size = get_inode(txn, ino).size
+                if not limit:
+                    return size, scan_extents(txn, ino, first, stop), stop
+                return size, *glance(txn, ino, first, end, stop, limit)
 
-            file.size, found = await self._session.read(op)
+            file.size, found, stop = await self._session.read(op)
+            if stop == end:
+                return file.size, found
             file.span = span = (first, stop, found)
         found = span[2]
         if len(found) <= FEW:
@@ -94,20 +111,22 @@ class Reader:
         j = bisect_left(found, end + READAHEAD_MAX, lo=i, key=_offset)
         return file.size, found[i:j]
 
-    def _widen(self, file: File, start: int, end: int) -> tuple[int, int]:
-        """The part of a file whose extents are looked up now.
+    def _widen(self, file: File, start: int, end: int, *, scattered: bool) -> tuple[int, int, int]:
+        """The part of a file whose extents are looked up now, and how many of them; 0 is all.
 
         A reader that jumps about in a file of few extents misses what was looked up last again and
-        again: each time four times as much is looked up, until it is all of it.
+        again: each time four times as much is looked up, until it is all of it.  In a file of many
+        it is only what is asked for.
         """
         span = file.span
-        if span is None or not 0 <= file.size <= WIDE:
-            return start, end + SPAN
+        if span is None:
+            return start, end + SPAN, GLANCE if scattered else 0
         width = span[1] - span[0]
-        if len(span[2]) * file.size > MANY * width:
-            return start, end + SPAN
+        if not 0 <= file.size <= WIDE or len(span[2]) * file.size > MANY * width:
+            return (start, end, GLANCE) if scattered else (start, end + SPAN, 0)
         width *= 4
-        return start // width * width, max(-(-end // width) * width, end + SPAN)
+        stop = max(-(-end // width) * width, end + SPAN)
+        return start // width * width, stop, MANY if scattered else 0
 
     async def gather(
         self, plan: Sequence[extents.Piece], *, small: bool = False
@@ -140,3 +159,17 @@ class Reader:
                 self._cache.prefetch(
                     piece.chunk_id, piece.chunk_offset, piece.length, piece.chunk_length
                 )
+
+
+def glance(
+    txn: Txn, ino: int, start: int, end: int, stop: int, limit: int
+) -> tuple[list[extents.Extent], int]:
+    """Extents of [start, end) and at most `limit` after it, before `stop`; and where they end."""
+    found = reaching(txn, ino, start, end)
+    if stop > end:
+        keys = extent_key(ino, end), extent_key(ino, stop)
+        more = extents.decode(txn.scan_range(*keys, limit))
+        if len(more) == limit:
+            stop = more[-1].end
+        found += more
+    return found, stop

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from dfs.client import reader
+from dfs.client import contents, reader
+from dfs.volume import extents
 from tests.unit.client.support import filesystem, new_home
 
 MIB = 1 << 20
@@ -81,3 +82,40 @@ async def test_reading_in_order_finds_everything(monkeypatch):
             data = bytes(await fs.read(handle, at, MIB))
             assert data == content[at : at + MIB]
             at += len(data)
+
+
+async def test_a_scattered_read_of_a_crowded_file_decodes_few_extents(monkeypatch):
+    """4096 extents, all within reach of any lookup: a read must not pay for the others."""
+    async with filesystem(new_home()) as fs:
+        monkeypatch.setattr(contents, "CROWDED", 1 << 30)  # no compaction
+        size = 16 * MIB
+        _, handle = await fs.create(1, b"f", 0o644)
+        rng = random.Random(3)
+        content = bytearray(size)
+        spots = list(range(0, size, 4096))
+        rng.shuffle(spots)
+        for number, at in enumerate(spots):
+            piece = at.to_bytes(8, "big") * 512
+            await fs.write(handle, at, piece)
+            content[at : at + 4096] = piece
+            if number % 64 == 63:
+                await fs.flush(handle)
+        await fs.flush(handle)
+        decoded = []
+        original = extents.decode
+
+        def decode(items):
+            found = original(items)
+            decoded.append(len(found))
+            return found
+
+        monkeypatch.setattr(extents, "decode", decode)
+        scattered = fs.handles.file(handle)
+        for at in spots[:400]:
+            where = at + rng.randrange(-3000, 3000) if at else 0
+            length = rng.choice((1, 4096, 20_000, 131_072))
+            want = bytes(content[where : where + length])
+            assert bytes(await fs.read(handle, where, length)) == want
+            scattered.next = 1 << 40  # the next read is a jump, wherever it goes
+        assert len(decoded) > 390
+        assert max(decoded) <= 64
