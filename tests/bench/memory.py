@@ -14,7 +14,7 @@ forget    the kernel gives back what it holds of our inodes
 again     walk once more in that mount
 failover  kill -9 the node that sequences the volume; restart it
 remove    `rm -r` of the tree
-flat      the same number of files in one directory: create, list, unlink, `rm -r` of as many again
+flat      the same number of files in one directory: create, list, unlink, `rm -r` of the rest
 
 While files are made and removed a thread looks at a name, creates it and removes it all the time; its longest
 silence is shown, with the checkpoints that fell into it.  A node is its metadata daemon and the processes that it
@@ -33,6 +33,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -40,6 +41,7 @@ from localcluster import LocalCluster, wait_until
 
 MIB = 1 << 20
 PHASES = ("tree", "walk", "forget", "again", "failover", "remove", "flat")
+SOAK_SIZES = (0, 100, 4096, 4096, 4096, 4096, 20_000)  # bytes; and now and then 5 MB
 TICK = 1000 // os.sysconf("SC_CLK_TCK")  # ms
 
 
@@ -70,6 +72,15 @@ def children(pid):
     return found
 
 
+def sync_directory(path):
+    """Have all that was done so far synced."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 class Watched:
     """The processes of a cluster and its mount; samples their memory in a thread."""
 
@@ -82,6 +93,8 @@ class Watched:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.began = time.monotonic()
         self.progress = 0
+        self.folding = []  # (since, until) in which processes of metadata daemons worked
+        self._worked = 0
 
     def pids(self):
         run = self.cluster.dir / "run"
@@ -100,6 +113,23 @@ class Watched:
             if name.endswith("-metadata"):
                 sizes[name + " workers"] = sum(map(status, children(pid)))
         return sizes
+
+    def _look_at_workers(self):
+        """Checkpoints are made by processes of the daemons; merges of tables are, too."""
+        now = time.monotonic()
+        worked = sum(
+            cpu_ms(child)
+            for name, pid in self.pids().items()
+            if name.endswith("-metadata")
+            for child in children(pid)
+        )
+        if worked > self._worked + 50:
+            last = self.folding[-1] if self.folding else (0, 0)
+            if now - last[1] < 2.5:
+                self.folding[-1] = (last[0], now)
+            else:
+                self.folding.append((now - 1, now))
+        self._worked = worked
 
     def sample(self):
         sizes = self.sizes()
@@ -121,6 +151,7 @@ class Watched:
         shown = time.monotonic()
         while not self._stop.wait(1.0):
             sizes = self.sample()
+            self._look_at_workers()
             if time.monotonic() - shown >= self._every:
                 shown = time.monotonic()
                 self.show(f"... {self.progress:,}", sizes)
@@ -138,10 +169,14 @@ class Watched:
 
 
 class Canary:
-    """Looks at a name, creates it, removes it, in a thread; knows its longest silences."""
+    """Looks at a name, creates it, removes it, in a thread; knows its longest silences.
 
-    def __init__(self, directory):
+    `sync`: has the directory synced too, which needs the cluster; without, the mount answers alone.
+    """
+
+    def __init__(self, directory, sync=False):
         self.directory = Path(directory)
+        self.sync = sync
         self.gaps = []  # (seconds, since, what)
         self.count = 0
         self.errors = {}
@@ -157,6 +192,7 @@ class Canary:
             for what, step in (
                 ("stat", lambda p: os.path.exists(p)),
                 ("create", lambda p: os.close(os.open(p, os.O_CREAT | os.O_EXCL | os.O_WRONLY))),
+                ("fsync", lambda _: self.sync and sync_directory(self.directory)),
                 ("unlink", os.unlink),
             ):
                 began = time.monotonic()
@@ -180,11 +216,22 @@ class Canary:
         self._stop.set()
         self._thread.join(60)
 
+    def during(self, spans):
+        """The longest silence that fell into one of the spans of time, and their lengths."""
+        worst = max(
+            (took for took, at, _ in self.gaps for a, b in spans if at < b and at + took > a),
+            default=0.0,
+        )
+        lengths = ", ".join(f"{b - a:.0f}" for a, b in spans) or "none"
+        return (
+            f"checkpoints and merges took, in s: {lengths}; longest silence in them {worst:.2f} s"
+        )
+
     def text(self):
         worst = sorted(self.gaps, reverse=True)[:3]
         shown = ", ".join(f"{took:.2f} s ({what})" for took, _, what in worst) or "under 0.05 s"
         errors = f", errors {self.errors}" if self.errors else ""
-        return f"longest silence of a second client of the mount: {shown}; {self.count:,} operations{errors}"
+        return f"longest silences of a second program: {shown}; {self.count:,} operations{errors}"
 
 
 class Bench:
@@ -218,6 +265,7 @@ class Bench:
         """Time and processor time of a phase, and what the mount and the nodes take after it."""
         self.watched.progress = 0
         self.watched.peak = {}
+        self.watched.folding = []
         cpu, began = self.watched.cpu(), time.monotonic()
         yield
         took = time.monotonic() - began
@@ -261,10 +309,9 @@ class Bench:
         with self.phase("create", files), Canary(self.mnt) as canary:
             for n in range(0, files, per):
                 self.make(top / f"d{n // per:06d}", min(per, files - n))
-            fd = os.open(top, os.O_RDONLY)
-            os.fsync(fd)
-            os.close(fd)
+            sync_directory(top)
         self.note("create silence", canary.gaps, canary.text())
+        self.note("create folds", 0, canary.during(self.watched.folding))
         self.note("checkpoint", self.checkpoints(), f"checkpoint, journal: {self.checkpoints()}")
 
     def scan(self, top):
@@ -318,7 +365,7 @@ class Bench:
     def failover(self):
         volume = next(v for v in self.cluster.status()["volumes"] if v.get("name") == "many")
         owner = f"node{volume['owner']}"
-        with Canary(self.mnt) as canary:
+        with Canary(self.mnt, sync=True) as canary:
             time.sleep(1)
             killed = time.monotonic()
             self.cluster.kill(owner, ["metadata"])
@@ -337,20 +384,16 @@ class Bench:
     def remove(self):
         with self.phase("rm -r", self.options.files), Canary(self.mnt) as canary:
             subprocess.run(["rm", "-r", self.mnt / "tree"], check=True)
-            self.settle()
+            sync_directory(self.mnt)
         self.note("rm silence", canary.gaps, canary.text())
-
-    def settle(self):
-        fd = os.open(self.mnt, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+        self.note("rm folds", 0, canary.during(self.watched.folding))
 
     def flat(self):
         files = self.options.files
         top = self.mnt / "flat"
         with self.phase("create in one directory", files):
             self.make(top, files)
-            self.settle()
+            sync_directory(self.mnt)
         self.remount()
         with self.phase("list", files):
             names = os.listdir(top)
@@ -368,11 +411,11 @@ class Bench:
             os.close(at)
         with self.phase("rm -r the rest", files - files // 2):
             subprocess.run(["rm", "-r", top], check=True)
-            self.settle()
+            sync_directory(self.mnt)
 
     def soak(self, seconds):
         """Write, read and delete for so long; then judge the slope of each process's memory."""
-        seed = random.Random(1)
+        rng = random.Random(1)
         top = self.mnt / "soak"
         os.mkdir(top)
         began = last = time.monotonic()
@@ -380,19 +423,21 @@ class Bench:
         while (now := time.monotonic()) - began < seconds:
             directory = top / f"d{rounds}"
             os.mkdir(directory)
+            sums = {}
             for n in range(100):
-                size = seed.choice((0, 100, 4096, 4096, 20_000, 300_000))
-                data = seed.randbytes(size)
+                size = 5_000_000 if rounds % 20 == n == 0 else rng.choice(SOAK_SIZES)
+                data = rng.randbytes(size)
+                sums[f"f{n}"] = zlib.crc32(data)
                 (directory / f"f{n}").write_bytes(data)
                 if (directory / f"f{n}").read_bytes() != data:
                     raise SystemExit(f"{directory}/f{n} does not read back")
             os.rename(directory, directory := top / f"r{rounds}")
-            live.append(directory)
-            for old in list(live[:-5]):
-                if any(path.read_bytes() is None for path in old.iterdir()):
-                    raise SystemExit("unreachable")
+            live.append((directory, sums))
+            if len(live) > 5:
+                old, sums = live.pop(0)
+                if {p.name: zlib.crc32(p.read_bytes()) for p in old.iterdir()} != sums:
+                    raise SystemExit(f"{old} is not what was written")
                 subprocess.run(["rm", "-r", old], check=True)
-                live.remove(old)
             rounds += 1
             self.watched.progress = rounds * 100
             if now - last >= 60:
