@@ -382,6 +382,8 @@ class ChunkNode:
             "disk_total": total,
             "disk_free": free,
             "disk_level": store.room.level().label,
+            "disk_room": store.room.room(),
+            "disk_path": self._env.disk.path(),
             "used": store.index.stored_bytes,
             "errors": tuple(errors),
             "metrics": self.metrics_address,

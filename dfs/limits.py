@@ -79,6 +79,11 @@ class Limits:
                 return level
         return Level.OK
 
+    def room(self, total: int, free: int) -> int:
+        """Bytes that clients may write before the disk is `full`."""
+        kept = max(self.floor, int(total * (100.0 - self.full) / 100.0))
+        return max(0, free - kept)
+
 
 class DiskWatch:
     """The level of one disk, and the refusals that follow from it."""
@@ -111,6 +116,11 @@ class DiskWatch:
         if level is not Level.OK:
             self._unseen = self._unseen_writes = 0
         return level
+
+    def room(self) -> int:
+        """Bytes that clients may still write; none while the disk counts as full."""
+        total, free = self._usage()
+        return 0 if self.level() is Level.FULL else self.limits.room(total, free)
 
     def check_write(self, size: int = 0) -> None:
         """Raise `DiskFull` if a client's `size` bytes must not be written any more."""

@@ -115,6 +115,7 @@ async def mount(arguments: argparse.Namespace, ready: Ready) -> None:
             warm=True,
             capacity=watch.capacity,
         ) as fs:
+            watch.tell(info.volume_id, fs.refuse)
             await serve(fs, options, lambda: ready.tell("ready"))
             log.info("unmounted %s", options.mountpoint)
         nursery.cancel_scope.cancel()

@@ -287,6 +287,8 @@ class MetadataNode:
                 "workers": lines(self.workers),
                 "metrics": self.metrics_address,
                 "disk_level": self._room.level().label,
+                "disk_room": self._room.room(),
+                "disk_path": self._env.disk.path(),
                 "volumes": tuple(self.homes.status()),
                 "store": statistics,
                 "kv": self.kv.statistics(),

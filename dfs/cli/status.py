@@ -13,6 +13,7 @@ from dfs.cli.context import run as run_async
 from dfs.cli.diagnosis import grouped, reason
 from dfs.cli.members import missing, transition_words
 from dfs.cli.network import partitions_without_quorum, reach, statuses
+from dfs.client.capacity import is_full
 from dfs.client.connect import Cluster
 from dfs.client.registry import CREATED
 from dfs.cluster.map import METADATA, ROLES, ClusterMap
@@ -95,7 +96,7 @@ def summarise(cluster: ClusterMap, answers: Answers) -> dict[str, Any]:
                 entry["error"] = reason(answer, node.address(role))
             else:
                 entry.update(_numbers(answer))
-                entry["full"] = answer.get("disk_level") == Level.FULL.label
+                entry["full"] = is_full(role, answer)
                 if answer.get("map_epoch", cluster.epoch) != cluster.epoch:
                     text = f"has the map of epoch {answer['map_epoch']}, not {cluster.epoch}"
                     errors.append(_error(node.name, role, text, 1))
@@ -144,6 +145,8 @@ def _numbers(answer: dict[str, Any]) -> dict[str, Any]:
         "quarantined",
         "workers",
         "disk_level",
+        "disk_room",
+        "disk_path",
         "to_move",
         "incomplete",
         "metrics",
@@ -259,6 +262,14 @@ def print_table(rows: list[list[str]]) -> None:
         click.echo("  ".join(cells).rstrip())
 
 
+def _full_disk(name: str, role: dict[str, Any]) -> str:
+    """A server, its directory, and how full the disk is."""
+    path = f" {role['disk_path']}" if role.get("disk_path") else ""
+    return (
+        f"{name}{path} ({human_size(role['disk_free'])} of {human_size(role['disk_total'])} free)"
+    )
+
+
 def _problems(report: dict[str, Any]) -> list[str]:
     """What is wrong, and what to do about it, one line each."""
     lines = []
@@ -274,14 +285,15 @@ def _problems(report: dict[str, Any]) -> list[str]:
     if down:
         lines.append(f"down: {grouped(down)}; `dfs cluster up` starts nodes of this machine")
     full = [
-        node["name"]
+        _full_disk(f"{node['name']} {program}", role)
         for node in report["nodes"]
-        if any(role.get("full") for role in node["roles"].values())
+        for program, role in node["roles"].items()
+        if role.get("full")
     ]
     if full:
         lines.append(
-            f"disk full: {', '.join(full)} take no new data; other nodes do instead, if there are "
-            "any: delete data or add capacity"
+            f"disk full: {', '.join(full)} take no new data, only what gives space back; other "
+            "nodes do instead, if there are any: delete data or add capacity"
         )
     for level, text in (
         (Level.NEAR, "warning: disk nearly full"),

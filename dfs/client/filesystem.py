@@ -97,6 +97,10 @@ class FileSystem:
         self._capacity = capacity
         self._time_ns = session.cluster.clock.time_ns
 
+    def refuse(self, full: str, full_of_data: str) -> None:
+        """See `dfs.client.quota.Quota.refuse`; the cluster is full or is not any more."""
+        self.namespace.quota.refuse(full, full_of_data)
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Background work (write-back, read-ahead, orphans); until cancelled."""
         async with trio.open_nursery() as nursery:
@@ -181,8 +185,10 @@ class FileSystem:
         if limits[0]:
             room = max(0, limits[0] - used - quota.held)
             total, free = limits[0], min(free, room) if total else room
-        limit = limits[1] or 1 << 40
-        return FsStats(total, free, used, inodes, max(0, limit - inodes))
+        free_inodes = max(0, (limits[1] or 1 << 40) - inodes)
+        if quota.full or quota.full_of_data:
+            total, free = total or used, 0
+        return FsStats(total, free, used, inodes, 0 if quota.full else free_inodes)
 
     async def getxattr(self, ino: int, name: bytes) -> bytes:
         """Value of an extended attribute; raises ENODATA."""

@@ -13,6 +13,8 @@ A write is acknowledged before it is committed, so the bytes by which it makes i
 was accepted never is.  So the bytes are exact where one client writes, and several may exceed the
 limit together by what they have accepted and not committed: `files.MAX_DIRTY` and a second of
 writing each, at most.  Inodes are exact up to what is on its way to the home at one moment.
+
+A cluster that runs full (`dfs.client.capacity`) is met at the same places, with ENOSPC.
 """
 
 import errno
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 Get = Callable[[bytes], bytes | None]
 
 NO_LIMIT = (0, 0)
+SMALL = 4 << 10  # bytes of a file that need no chunkserver, see `dfs.client.contents`
 
 
 class Quota:
@@ -41,7 +44,7 @@ class Quota:
     It is true as well while nobody looked since the limits may have changed.
     """
 
-    __slots__ = ("_params", "_session", "held", "limited")
+    __slots__ = ("_params", "_session", "full", "full_of_data", "held", "limited")
 
     def __init__(self, params: dict[str, Any], session: "Session | None" = None) -> None:
         """Of a volume with these genesis parameters; follows the session's view."""
@@ -49,6 +52,8 @@ class Quota:
         self._session = session
         self.held = 0  # bytes accepted and not committed, of all files
         self.limited = True
+        self.full = ""  # why nothing may be added to the volume,
+        self.full_of_data = ""  # and why no file data that does not fit into an inode
         if session is not None:
             session.on_change(self._on_change)
 
@@ -59,12 +64,22 @@ class Quota:
     def limits(self, get: Get) -> tuple[int, int]:
         """(bytes, inodes) as items say, 0 = no limit.  May raise `Missing`, as `get` does."""
         limits = limits_of(self._params, get(items.QUOTA_KEY))
-        self.limited = limits != NO_LIMIT
+        self.limited = limits != NO_LIMIT or bool(self.full or self.full_of_data)
         return limits
 
+    def refuse(self, full: str, full_of_data: str) -> None:
+        """From now on nothing may be added, or no file data; "": it may.
+
+        What was accepted before is committed all the same, or that fails by itself.
+        """
+        self.full, self.full_of_data = full, full_of_data
+        self.limited = True
+
     def admit(self, get: Get, size: int, inodes: int) -> None:
-        """Raise EDQUOT where so many bytes and inodes more would be too many."""
+        """Raise EDQUOT or ENOSPC where so many bytes and inodes more would be too many."""
         limits = self.limits(get)
+        if self.full:
+            raise fs_error(errno.ENOSPC, self.full)
         if limits == NO_LIMIT:
             return
         value = get(items.USAGE_KEY)
@@ -77,9 +92,11 @@ class Quota:
     # ------------------------------------------------------------------ writes not committed yet
 
     async def hold(self, file: "File", end: int) -> None:
-        """Take what a write up to `end` makes the file longer; raises EDQUOT."""
+        """Take what a write up to `end` makes the file longer; raises EDQUOT, ENOSPC."""
         if self._session is None:
             raise RuntimeError("a quota without a session holds nothing")
+        if self.full or (self.full_of_data and end > SMALL):
+            raise fs_error(errno.ENOSPC, self.full or self.full_of_data)
         while True:
             try:
                 self._hold(file, end, self._session.view.get)

@@ -212,3 +212,37 @@ async def test_a_quota_that_holds_nothing_is_found(monkeypatch):
     monkeypatch.setattr("dfs.client.filesystem.Quota", Forgetful)
     with pytest.raises(BaseExceptionGroup, match="Exceptions from"):
         await test_what_other_files_hold_counts()
+
+
+async def test_a_full_cluster_is_met_like_a_quota_and_what_was_accepted_is_committed():
+    async with filesystem(new_home()) as fs:
+        attr, fh = await fs.create(1, b"a", 0o644)
+        await fs.write(fh, 0, b"x" * 10 * KIB)
+        fs.refuse("", "3 disks are full")
+        for call in (fs.write(fh, 10 * KIB, b"y"), fs.write(fh, 0, b"y" * 8 * KIB)):
+            with pytest.raises(FsError, match="3 disks are full") as caught:
+                await call
+            assert caught.value.errno == errno.ENOSPC
+        await fs.fsync(fh)
+        await write_file(fs, 1, b"small", b"needs no chunkserver")
+        assert (await fs.statfs()).free == 0
+        fs.refuse("metadata is full", "")
+        for call in (
+            fs.write(fh, 0, b"y"),
+            fs.mkdir(1, b"d", 0o755),
+            fs.create(1, b"b", 0o644),
+            fs.setattr(attr.ino, size=20 * KIB),
+        ):
+            with pytest.raises(FsError, match="metadata is full") as caught:
+                await call
+            assert caught.value.errno == errno.ENOSPC
+        assert (await fs.statfs()).free_inodes == 0
+        await fs.rename(1, b"a", 1, b"b")
+        await fs.setattr(attr.ino, size=KIB, mode=0o600)
+        assert await read_file(fs, attr.ino) == b"x" * KIB
+        await fs.unlink(1, b"small")
+        fs.refuse("", "")
+        await fs.write(fh, KIB, b"z")
+        await fs.release(fh)
+        assert await read_file(fs, attr.ino) == b"x" * KIB + b"z"
+        assert not fs.namespace.quota.limited

@@ -123,6 +123,20 @@ def test_what_a_watch_refuses():
     assert watch.level() == Level.BACKFILL
 
 
+def test_room_is_what_clients_may_write():
+    disk = Disk(1000 * G)
+    watch = DiskWatch(Limits(), disk.usage, "/data")
+    disk.used(90)
+    assert watch.room() == 50 * G
+    watch.check_write(watch.room() - G)
+    with pytest.raises(DiskFull):
+        watch.check_write(watch.room() + G)
+    disk.used(96)
+    assert watch.room() == 0
+    small = DiskWatch(Limits(floor=256 << 20), lambda: (300 << 20, 257 << 20), "/data")
+    assert small.room() == 1 << 20
+
+
 def test_while_there_is_room_not_every_write_looks():
     disk = Disk(1000 * G)
     looks = []

@@ -1,0 +1,242 @@
+"""Full disks under a mount: ENOSPC in time, nothing acknowledged lost, everything else goes on.
+
+The chunk and metadata directories of three nodes lie on small tmpfs disks of their own, which a file
+that is no business of dfs fills and leaves.
+"""
+
+import errno
+import os
+import random
+import shutil
+import subprocess
+import time
+
+import pytest
+from localcluster import LocalCluster, wait_until
+
+from tests.mount.differential import content
+
+pytestmark = pytest.mark.mount
+MIB = 1 << 20
+DISK = 400 * MIB
+FLOOR = 256 * MIB  # what servers keep free of a small disk
+
+
+class SmallDisks:
+    """A cluster whose nodes have a tmpfs for their chunks and one for their metadata."""
+
+    def __init__(self, base):
+        self.cluster = LocalCluster(base).init()
+        self.disks = {}
+        for node in self.cluster.nodes:
+            for role in ("chunks", "metadata"):
+                where = self.cluster.dir / node / role
+                kept = where.with_suffix(".kept")
+                where.rename(kept)
+                where.mkdir()
+                options = f"size={DISK},mode=0700"
+                subprocess.run(
+                    ["mount", "-t", "tmpfs", "-o", options, "dfs-test", where], check=True
+                )
+                self.disks[node, role] = where
+                shutil.copytree(kept, where, dirs_exist_ok=True)
+        self.cluster.up()
+
+    def fill(self, role, room, nodes=None):
+        """Leave so many bytes free on the disks of a role."""
+        for (node, which), where in self.disks.items():
+            if which == role and node in (nodes or self.cluster.nodes):
+                s = os.statvfs(where)
+                fd = os.open(where / "ballast", os.O_CREAT | os.O_WRONLY)
+                os.posix_fallocate(fd, 0, s.f_bavail * s.f_frsize - room)
+                os.close(fd)
+
+    def leave(self):
+        """Take what was filled away."""
+        for where in self.disks.values():
+            (where / "ballast").unlink(missing_ok=True)
+
+    def close(self):
+        self.cluster.destroy()
+        for where in self.disks.values():
+            subprocess.run(["umount", "-l", where], check=False)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    s = SmallDisks(tmp_path_factory.mktemp("full"))
+    try:
+        yield s
+    finally:
+        s.close()
+
+
+@pytest.fixture
+def mounted(small, tmp_path, request):
+    """A new volume and where it is mounted."""
+    name = request.node.name.replace("test_", "")[:40]
+    small.cluster.dfs("volume", "create", name)
+    where = small.cluster.mount(name, tmp_path / "m")
+    yield name, where
+    small.leave()
+    if os.path.ismount(where):
+        small.cluster.umount(where)
+    small.cluster.mounts.remove(where)
+
+
+def remount(small, name, where):
+    small.cluster.umount(where)
+    small.cluster.mount(name, where)
+
+
+def errno_of(fn, *args):
+    try:
+        fn(*args)
+    except OSError as e:
+        return e.errno
+    return 0
+
+
+def write_synced(path, data):
+    """0 once the data is acknowledged as durable, else the first errno."""
+    try:
+        fd = os.open(path, os.O_CREAT | os.O_WRONLY)
+    except OSError as e:
+        return e.errno
+    try:
+        at = 0
+        while at < len(data):
+            at += os.write(fd, data[at:])
+        os.fsync(fd)
+    except OSError as e:
+        return e.errno
+    finally:
+        closed = errno_of(os.close, fd)
+        assert closed in (0, errno.ENOSPC)
+    return closed
+
+
+def write_until_refused(where, size, seconds, rnd):
+    """(what was acknowledged: name -> content, the errno that ended it)."""
+    accepted = {}
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        path, data = where / f"f{len(accepted)}", rnd.randbytes(size)
+        code = write_synced(path, data)
+        if code:
+            return accepted, code
+        accepted[path] = data
+    raise AssertionError(f"nothing was refused in {seconds} s, {len(accepted)} files")
+
+
+def intact(accepted):
+    return all(content(path) == data for path, data in accepted.items())
+
+
+def works_again(where):
+    wait_until(lambda: write_synced(where / "again", b"again" * 10_000) == 0, 10, "writing again")
+    assert content(where / "again") == b"again" * 10_000
+
+
+def test_chunk_disks_run_full(small, mounted, tmp_path):
+    name, where = mounted
+    small.fill("chunks", FLOOR + 24 * MIB)
+    assert os.statvfs(where).f_bavail > 0
+    accepted, code = write_until_refused(where, MIB, 60, random.Random(1))
+    assert code == errno.ENOSPC
+    assert 10 <= len(accepted) <= 24
+    wait_until(lambda: os.statvfs(where).f_bavail == 0, 5, "df shows that it is full")
+    began = time.monotonic()
+    assert write_synced(where / "more", b"x" * MIB) == errno.ENOSPC
+    assert intact(accepted)
+    assert write_synced(where / "small", b"needs no chunkserver") == 0
+    os.mkdir(where / "d")
+    gone = list(accepted)[:3]
+    for path in gone:
+        os.unlink(path)
+        del accepted[path]
+    os.rename(where / "f5", where / "d" / "f5")
+    accepted[where / "d" / "f5"] = accepted.pop(where / "f5")
+    assert time.monotonic() - began < 10
+
+    status = small.cluster.dfs("cluster", "status", check=False).stdout
+    for node in small.cluster.nodes:
+        assert f"{node} chunkserver {small.disks[node, 'chunks']}" in status
+    assert "delete data or add capacity" in status
+    (tmp_path / "big").write_bytes(random.Random(2).randbytes(40 * MIB))
+    refused = small.cluster.refused("put", tmp_path / "big", f"{name}:/big")
+    assert "no space left: too few chunkservers have room" in refused
+    assert "`dfs cluster status` shows the disks" in refused
+
+    remount(small, name, where)
+    assert intact(accepted)
+    assert content(where / "small") == b"needs no chunkserver"
+    assert not any(path.exists() for path in gone)
+    small.leave()
+    works_again(where)
+    assert intact(accepted)
+    assert small.cluster.dfs("fsck", name).returncode == 0
+
+
+def test_one_full_chunk_disk_is_no_reason_to_stop(small, mounted):
+    _, where = mounted
+    small.fill("chunks", FLOOR - MIB, ["node2"])
+    wait_until(lambda: "disk full: node2" in small.cluster.dfs("cluster", "status").stdout, 10, "")
+    for i in range(10):
+        assert write_synced(where / f"f{i}", b"x" * MIB) == 0
+    assert os.statvfs(where).f_bavail > 0
+
+
+def test_metadata_disks_reach_their_limit(small, mounted):
+    """What gives space back goes on with what is kept for it; nothing is added."""
+    name, where = mounted
+    small.fill("metadata", FLOOR + MIB)
+    accepted, code = write_until_refused(where, 3000, 60, random.Random(3))
+    assert code == errno.ENOSPC
+    assert accepted
+    began = time.monotonic()
+    assert errno_of(os.mkdir, where / "d") == errno.ENOSPC
+    assert write_synced(where / "f0", b"over what is there") == errno.ENOSPC
+    assert intact(accepted)
+    path = where / "f0"
+    os.rename(path, where / "renamed")
+    accepted[where / "renamed"] = accepted.pop(path)
+    os.chmod(where / "renamed", 0o600)
+    gone = list(accepted)[: len(accepted) // 2]
+    for path in gone:
+        os.unlink(path)
+        del accepted[path]
+    fd = os.open(where, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+    assert os.statvfs(where).f_ffree == 0
+    assert time.monotonic() - began < 10
+    status = small.cluster.dfs("cluster", "status", check=False).stdout
+    assert f"node1 metadata {small.disks['node1', 'metadata']}" in status
+
+    remount(small, name, where)
+    assert intact(accepted)
+    assert not any(path.exists() for path in gone)
+    wait_until(
+        lambda: errno_of(os.mkdir, where / "d") == errno.ENOSPC or os.rmdir(where / "d"), 10, ""
+    )
+    small.leave()
+    works_again(where)
+    assert intact(accepted)
+    assert small.cluster.dfs("fsck", name).returncode == 0
+
+
+def test_metadata_disks_with_not_a_byte_left(small, mounted):
+    """Somebody else took all of it: no answer is wrong, none takes for ever."""
+    name, where = mounted
+    assert write_synced(where / "before", b"before") == 0
+    small.fill("metadata", 0)
+    accepted, code = write_until_refused(where, 3000, 60, random.Random(4))
+    assert code in (errno.ENOSPC, errno.EIO)
+    assert content(where / "before") == b"before"
+    small.leave()
+    works_again(where)
+    remount(small, name, where)
+    assert intact(accepted)
+    assert content(where / "before") == b"before"
+    assert small.cluster.dfs("fsck", name).returncode == 0
