@@ -35,6 +35,7 @@ class Listener:
         self._holder: trio.lowlevel.Task | None = None
         self._resting: list[trio.lowlevel.Task] = []
         self._closed = False
+        self.answered: Callable[[], None] | None = None  # called by who has answered a request
         self._streak = self._at_once = self._waited = self._passed_on = 0
 
     def statistics(self) -> dict[str, int]:
@@ -48,6 +49,8 @@ class Listener:
 
     async def wait(self) -> bool:
         """Wait until a request can be read; False when no more will come."""
+        if self.answered is not None:
+            self.answered()
         me = trio.lowlevel.current_task()
         if self._holder is not me:
             if self._holder is not None and not self._closed:

@@ -161,6 +161,7 @@ async def mounted(fs: FileSystem, options: MountOptions) -> AsyncIterator[Listen
     invalidator.device = device
     listener = Listener(device)
     operations.waits = listener.pass_on
+    listener.answered = fs.files.begin_expected
     uninstall = install(listener)
     try:
         async with trio.open_nursery() as nursery:

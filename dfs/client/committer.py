@@ -166,6 +166,11 @@ class Committer:
 
     # ------------------------------------------------------------------ without the task
 
+    def hasten(self) -> None:
+        """Send the oldest batch if nothing is on its way, or see that it is sent in time."""
+        if not self._launch():
+            self._work.unpark_all()
+
     def _launch(self) -> bool:
         """Send the oldest batch unless one is on its way; False: that is for the task to do.
 
@@ -201,7 +206,8 @@ class Committer:
             _, seq, verdicts, received, owner, state = answer
             ours = batch is self._sent  # else its entry came by a watch
             at = session.view.seq
-            if verdicts == (True,) and not received and (at == seq - 1 if ours else at >= seq):
+            alone = all(other == seq for other, _ in received)  # no entry came in between
+            if verdicts == (True,) and alone and (at == seq - 1 if ours else at >= seq):
                 if ours:
                     self._confirm(batch, seq)
                 self.counts["commits"] += 1

@@ -35,6 +35,7 @@ from dfs.client.attributes import Attr, fs_error
 from dfs.client.cache import BUDGET, ChunkCache
 from dfs.client.compaction import Compactor
 from dfs.client.contents import INLINE, Contents, extents_of
+from dfs.client.foresight import Foresight
 from dfs.client.handles import FileHandle
 from dfs.client.namespace import Namespace
 from dfs.client.openfile import File
@@ -91,6 +92,7 @@ class Files:
         self._uploads: dict[Upload, trio.Event] = {}
         self._slots = trio.Semaphore(UPLOADS)
         self._wake = trio.Event()  # something became dirty
+        self._foresight = Foresight()
         self._nursery: trio.Nursery | None = None
         self._cache: ChunkCache | None = None
         self._reader: Reader | None = None
@@ -129,6 +131,7 @@ class Files:
         file = self._files.get(ino)
         if file is None:
             file = self._files[ino] = File(ino)
+            self._foresight.made(file)
         file.handles += 1
         return file
 
@@ -151,6 +154,7 @@ class Files:
         file.handles -= 1
         if file.handles:
             return
+        self._foresight.closed(file)
         if file.orphan:
             self._drop_dirty(file)
             try:
@@ -237,6 +241,7 @@ class Files:
         before = buffer.size
         buffer.write(offset, data)
         self._uncommitted += buffer.size - before
+        self._foresight.wrote(file)
         if not self._kernel_times:
             file.mtime = self._clock.time_ns()
         if buffer.size >= WINDOW:
@@ -325,6 +330,21 @@ class Files:
             return False
         self._committed(file, segments, 0.0, *done[0])
         return True
+
+    def begin_expected(self) -> None:
+        """Begin the commits that somebody is about to wait for; see `dfs.client.foresight`.
+
+        To be called when what was written is answered.
+        """
+        due = self._foresight.due
+        while due:
+            file = due.popleft()
+            if file.buffer and self.flush_here(file, settling=True):
+                self._session.hasten()
+
+    def synced(self, file: File) -> None:
+        """Somebody waits for what was written to the file: more may come in the same way."""
+        self._foresight.synced(file)
 
     def raise_loss(self, ino: int) -> None:
         """Raise, once, that changes of a directory or a closed file went with a lost session."""
@@ -534,3 +554,10 @@ class Files:
         if self._reader is None:
             raise RuntimeError("Files.run is not running")
         return await self._reader.read(handle, offset, length)
+
+    def whole_nowait(self, handle: FileHandle, limit: int) -> Buffer | None:
+        """All of a small file whose only handle this is, if it is at hand and committed."""
+        file = handle.file
+        if file.handles != 1 or self._reader is None:
+            return None
+        return self._reader.whole_nowait(file, limit)

@@ -403,6 +403,7 @@ class FileSystem:
     async def fsync(self, handle: int) -> None:
         """Commit what was written; on return it is on stable storage of a majority."""
         file = self.handles.file(handle).file
+        self.files.synced(file)
         if not self.files.flush_here(file, settling=True):
             await self.files.flush(file)
         await self._settle(file.ino)

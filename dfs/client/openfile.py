@@ -15,8 +15,8 @@ class File:
     """State of one file; owned by `dfs.client.files`, read by `dfs.client.reader`."""
 
     __slots__ = (
-        "buffer", "compacting", "dirty_since", "error", "handles", "held", "ino",
-        "lock", "looks", "lost", "mtime", "orphan", "size", "span",
+        "before", "buffer", "compacting", "dirty_since", "error", "handles", "held", "ino",
+        "lock", "looks", "lost", "mtime", "orphan", "rhythm", "size", "span", "writes",
     )  # fmt: skip
 
     def __init__(self, ino: int) -> None:
@@ -31,6 +31,9 @@ class File:
         self.dirty_since = 0.0
         self.compacting = False
         self.looks = 0  # commits so far
+        self.writes = 0  # since the last sync; see `dfs.client.foresight`
+        self.before = 0  # writes before the last sync, 0 = there was none
+        self.rhythm = 0  # writes after which a sync is expected, 0 = who knows
         self.orphan = False  # the last name is gone: purge at the last close
         self.size = -1  # committed size; -1 = ask the view
         self.held = 0  # bytes of the volume's quota for what is not committed

@@ -319,6 +319,10 @@ class Session:
         """Wait until a majority holds all that was committed here; raises `FsError` EIO."""
         await self._committer.settle()
 
+    def hasten(self) -> None:
+        """Somebody is about to `settle`: send what was done here, if nothing is on its way."""
+        self._committer.hasten()
+
     @property
     def calm(self) -> float:
         """Seconds since somebody last waited for stable storage."""

@@ -224,3 +224,19 @@ def test_devices_are_those_of_fuse():
         assert devices() - before == {fd}
     finally:
         os.close(fd)
+
+
+async def test_something_may_be_done_between_an_answer_and_the_next_request(pipe):
+    seen = []
+
+    async def at_once(request):
+        seen.append(request)
+
+    pipe.listener.answered = lambda: seen.append("answered")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pipe.work, "a", at_once)
+        await settle()
+        pipe.send(b"12")
+        await settle()
+        assert seen == ["answered", b"1", "answered", b"2", "answered"]
+        nursery.cancel_scope.cancel()
