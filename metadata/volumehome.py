@@ -102,6 +102,7 @@ class VolumeHome:
         self._folder = folder
         self._tail = Tail()
         self._watchers: dict[Waiter, SessionId] = {}
+        self._holder_has = (0, 0)  # (session that held the delegation last, entries it has)
         self._taking: _Attempt | None = None
         self._recall: Recall  # there is one whenever there is a core
         self._backlog = 0
@@ -130,7 +131,11 @@ class VolumeHome:
                 self._tail.append(seq, entry)
                 epoch = core.epoch
                 answers = core.absorb(seq, entry)
-                if core.holder and answers and all(_of(core.holder, r) for r, _ in answers):
+                if (
+                    core.holder
+                    and answers
+                    and all(type(r) is Commit and r.sid == core.holder for r, _ in answers)
+                ):
                     own = core.holder
                 for request, answer in answers:
                     request.token.set(answer)

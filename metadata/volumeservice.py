@@ -128,6 +128,8 @@ class VolumeService(VolumeHome):
             return False
         sid, size, mark = request.sid, request.size, core.launched
         recall.heard(sid)
+        if request.epoch:
+            self._holder_has = (sid, have)
         self._backlog += size
 
         def decided(outcome: Answer) -> None:
@@ -181,6 +183,8 @@ class VolumeService(VolumeHome):
         if sid not in core.sessions:
             raise Fenced(f"session {sid} is over or never was: open the volume again")
         recall.heard(sid)
+        if self._holder_has[0] == sid:  # most of what it lacked when it asked is its own work
+            have = max(have, self._holder_has[1])
         found = self.entries_after(have, core.seq)
         if found is not None:
             return core.seq, found, None, self._number, recall.state(sid)

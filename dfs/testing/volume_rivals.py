@@ -149,11 +149,14 @@ class Rival:
         elif kind == "unlink":
             what = (random.choice(("unlink", "rmdir")), name)
             remove = fs.unlink if what[0] == "unlink" else fs.rmdir
-            do = lambda: remove(arena, name)  # noqa: E731 - one of several bodies of one call
+
+            async def do() -> None:
+                await remove(arena, name)
+
         elif kind == "rename":
             flags = random.choice((0, 0, NOREPLACE, EXCHANGE))
             what = (kind, name, other, flags)
-            do = lambda: fs.rename(arena, name, arena, other, flags)  # noqa: E731 - see above
+            do = lambda: fs.rename(arena, name, arena, other, flags)  # noqa: E731 - a body of many
         else:
             do = lambda: token_of(fs, arena, name)  # noqa: E731 - see above
         await self.arena.run(fs, self.client, what, do)
