@@ -49,6 +49,12 @@ class Contents:
         crowded = False
         for run in neighbours(new):
             start, end = run[0].offset, run[-1].end
+            if not inode.dataver:  # nothing was ever written, and whoever does so now conflicts
+                txn.reads(items.group(ino, items.EXTENT))
+                for extent in run:
+                    _, key, value = extent.put(ino)
+                    txn.put(key, value)
+                continue
             if look:
                 old, seen = touched(txn, ino, start, end + 1)
                 windows = 1 + (end - start) // items.MAX_EXTENT

@@ -172,6 +172,12 @@ class WriteBuffer:
 
     def forget(self, committed: Sequence[Segment]) -> None:
         """Drop what was committed, except where it was written over since."""
+        if self._segments == committed:  # the very same: nothing was written since
+            self._starts.clear()
+            self._segments.clear()
+            self.loose.clear()
+            self.size = 0
+            return
         for segment in committed:
             origin = segment.start - segment.at
             for now in self.overlapping(segment.start, segment.end):
