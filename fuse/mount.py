@@ -161,6 +161,8 @@ async def mounted(fs: FileSystem, options: MountOptions) -> AsyncIterator[Listen
     invalidator.device = device
     listener = Listener(device)
     operations.waits = listener.pass_on
+    if not fs.session.exclusive:  # there the kernel may have newer pages than we
+        operations.push.store = pyfuse3.notify_store
     listener.answered = fs.files.begin_expected
     uninstall = install(listener)
     try:

@@ -29,6 +29,7 @@ from fuse.handles import OpenInodes
 from fuse.inodes import InodeTable
 from fuse.invalidate import Invalidator
 from fuse.listen import first_wait
+from fuse.push import Push
 from fuse.removed import Removed
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ class Operations(pyfuse3.Operations):
         self.open_inodes = OpenInodes()
         self._page = PAGE_FIRST  # entries that fit in the kernel's buffer, as seen last
         self._removed = Removed()
+        self.push = Push(fs)
         self._time_ns = fs.session.cluster.clock.time_ns
         if not self._alone:
             fs.session.on_change(self._changed_elsewhere)
@@ -148,6 +150,7 @@ class Operations(pyfuse3.Operations):
                 invalidator.entry(parent, name)
             for ino in inodes.all():
                 invalidator.inode(ino)
+            self.push.forget_all()
             return
         for key in keys:
             ino, kind, _ = items.split_key(key)
@@ -156,6 +159,7 @@ class Operations(pyfuse3.Operations):
                     invalidator.entry(ino, name)
             elif kind in (items.INODE, items.EXTENT) and ino in inodes:
                 invalidator.inode(ino)
+                self.push.forget(ino)
 
     # ------------------------------------------------------------------ names
 
@@ -168,6 +172,7 @@ class Operations(pyfuse3.Operations):
         for ino, count in forgotten:
             if self.inodes.forget(ino, count):
                 self._removed.forget(ino)
+                self.push.forget(ino)
 
     async def mknod(
         self, parent: int, name: bytes, mode: int, rdev: int, ctx: Any
@@ -337,6 +342,8 @@ class Operations(pyfuse3.Operations):
         if self._atimes is not None and mode == os.O_RDONLY and not flags & os.O_NOATIME:
             # Reads of pages that the kernel has do not arrive here, so this counts as one.
             self._atimes.accessed(await self._fs.getattr(ino))
+        if mode == os.O_RDONLY:
+            self.push.opened(ino, handle)
         return pyfuse3.FileInfo(fh=handle, keep_cache=True)
 
     async def _clear_privileges(self, ino: int) -> None:

@@ -381,6 +381,13 @@ class FileSystem:
             raise fs_error(errno.EBADF, "not open for reading")
         return await self.files.read(h, offset, length)
 
+    def whole_nowait(self, handle: int, limit: int) -> Buffer | None:
+        """All of a file of up to `limit` bytes, without a wait; None where it is not as simple.
+
+        Which is: nobody else has it open here, all is committed, and all of it is at hand.
+        """
+        return self.files.whole_nowait(self.handles.file(handle), limit)
+
     async def write(self, handle: int, offset: int, data: Buffer) -> int:
         """Write all of `data`, which must not be changed afterwards; returns its length.
 

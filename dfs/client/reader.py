@@ -15,7 +15,7 @@ from dfs.codec import Buffer
 from dfs.errors import DfsError, FsError
 from dfs.volume import extents
 from dfs.volume.items import extent_key
-from dfs.volume.view import Txn
+from dfs.volume.view import Missing, Txn
 
 SPAN = 32 << 20  # bytes of a file, beyond what is asked for, whose extents are looked up at once
 WIDE = 2 << 30  # bytes of a file of which all extents may be kept
@@ -71,6 +71,26 @@ class Reader:
             begin, end = max(s.start, offset), min(s.end, offset + length)
             whole[begin - offset : end - offset] = b"".join(s.read(begin, end - begin))
         return whole
+
+    def whole_nowait(self, file: File, limit: int) -> Buffer | None:
+        """All of a file of up to `limit` bytes, if it is at hand and all of it is committed."""
+        if file.buffer or not self._session.fresh:
+            return None
+        txn = self._session.view.begin()
+        try:
+            size = get_inode(txn, file.ino).size
+            if not 0 < size <= limit:
+                return None
+            found = scan_extents(txn, file.ino, 0, SPAN)
+        except (Missing, DfsError):  # whoever reads will fetch it, or be told
+            return None
+        file.size, file.span = size, (0, SPAN, found)
+        pieces: list[Buffer] = []
+        for piece in extents.plan_read(found, 0, size):
+            if piece.kind == extents.CHUNK:
+                return None
+            pieces.append(piece.data if piece.kind == extents.INLINE else bytes(piece.length))
+        return join(pieces, size)
 
     async def committed(
         self, file: File, start: int, end: int, *, reach: int, scattered: bool

@@ -207,6 +207,51 @@ def test_another_client_is_seen(mount):
         time.sleep(0.02)
 
 
+def test_a_small_file_that_is_written_all_the_time_is_never_read_as_it_was_before(mount):
+    """What is pushed to the kernel at an open is not older than what the kernel has."""
+    m = mount()
+    paths = [m.path / f"f{i}" for i in range(4)]
+    done = dict.fromkeys(paths, 0)
+    stop, wrong, reads = threading.Event(), [], []
+
+    def write(path):
+        n = 0
+        while not stop.is_set():
+            n += 1
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT)
+            os.pwrite(fd, b"%06d" % n * 500, 0)
+            os.close(fd)
+            done[path] = n
+
+    def read():
+        while not stop.is_set():
+            for path in paths:
+                least = done[path]
+                with path.open("rb", buffering=0) as f:
+                    content = f.read(8192)
+                reads.append(path)
+                if content[:6] * 500 != content or int(content[:6]) < least:
+                    wrong.append((path, least, content[:20]))
+            if len(reads) % 40 == 0:  # the kernel forgets pages and inodes: they are pushed again
+                Path("/proc/sys/vm/drop_caches").write_text("3\n")
+
+    for path in paths:
+        path.write_bytes(b"%06d" % 0 * 500)
+    threads = [threading.Thread(target=write, args=(path,)) for path in paths[:3]]
+    threads += [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(4)
+    stop.set()
+    for thread in threads:
+        thread.join(20)
+    assert wrong == []
+    assert len(reads) > 100
+    for path in paths:
+        assert m.other("read", path.name) == f"{done[path]:06d}" * 500
+        assert path.read_text() == f"{done[path]:06d}" * 500
+
+
 def test_a_file_replaced_elsewhere_is_found_by_its_name(mount):
     m = mount()
     (m.path / "f").write_text("one")
