@@ -140,11 +140,11 @@ def works_again(where):
 
 def test_chunk_disks_run_full(small, mounted, tmp_path):
     name, where = mounted
-    small.fill("chunks", FLOOR + 24 * MIB)
+    small.fill("chunks", FLOOR + 12 * MIB)
     assert os.statvfs(where).f_bavail > 0
     accepted, code = write_until_refused(where, MIB, 60, random.Random(1))
     assert code == errno.ENOSPC
-    assert 10 <= len(accepted) <= 24
+    assert 6 <= len(accepted) <= 12
     wait_until(lambda: os.statvfs(where).f_bavail == 0, 5, "df shows that it is full")
     began = time.monotonic()
     assert write_synced(where / "more", b"x" * MIB) == errno.ENOSPC
@@ -163,7 +163,7 @@ def test_chunk_disks_run_full(small, mounted, tmp_path):
     for node in small.cluster.nodes:
         assert f"{node} chunkserver {small.disks[node, 'chunks']}" in status
     assert "delete data or add capacity" in status
-    (tmp_path / "big").write_bytes(random.Random(2).randbytes(40 * MIB))
+    (tmp_path / "big").write_bytes(random.Random(2).randbytes(20 * MIB))
     refused = small.cluster.refused("put", tmp_path / "big", f"{name}:/big")
     assert "no space left: too few chunkservers have room" in refused
     assert "`dfs cluster status` shows the disks" in refused
@@ -190,15 +190,18 @@ def test_one_full_chunk_disk_is_no_reason_to_stop(small, mounted):
 def test_metadata_disks_reach_their_limit(small, mounted):
     """What gives space back goes on with what is kept for it; nothing is added."""
     name, where = mounted
-    small.fill("metadata", FLOOR + MIB)
-    accepted, code = write_until_refused(where, 3000, 60, random.Random(3))
+    rnd = random.Random(3)
+    accepted = {where / f"before{i}": rnd.randbytes(3000) for i in range(10)}
+    assert [write_synced(path, data) for path, data in accepted.items()] == [0] * 10
+    small.fill("metadata", FLOOR - 1)
+    more, code = write_until_refused(where, 3000, 30, rnd)
     assert code == errno.ENOSPC
-    assert accepted
+    accepted |= more
     began = time.monotonic()
     assert errno_of(os.mkdir, where / "d") == errno.ENOSPC
-    assert write_synced(where / "f0", b"over what is there") == errno.ENOSPC
+    assert write_synced(where / "before0", b"over what is there") == errno.ENOSPC
     assert intact(accepted)
-    path = where / "f0"
+    path = where / "before0"
     os.rename(path, where / "renamed")
     accepted[where / "renamed"] = accepted.pop(path)
     os.chmod(where / "renamed", 0o600)

@@ -146,6 +146,24 @@ def test_two_mounts_keep_to_one_quota(sides, limited):
         sides.cluster.mounts.remove(other)
 
 
+def test_on_an_exclusive_mount_fsync_tells(sides):
+    """There the kernel accepts writes before they come here; what it cannot write is not kept."""
+    sides.cluster.dfs("volume", "create", "--quota-bytes", "1MiB", "q7")
+    m = sides.cluster.mount("q7", sides.base / "quota-q7", "--exclusive")
+    try:
+        create(m / "fits", bytes(500_000))
+        fd = os.open(m / "f", os.O_CREAT | os.O_WRONLY)
+        os.write(fd, bytes(MIB))
+        assert errno_of(os.fsync, fd) == errno.EDQUOT
+        os.close(fd)
+        os.unlink(m / "f")
+        create(m / "again", bytes(500_000))
+        assert content(m / "fits") == content(m / "again") == bytes(500_000)
+    finally:
+        sides.cluster.umount(m)
+        sides.cluster.mounts.remove(m)
+
+
 def test_the_command_line_explains(sides):
     bad = sides.cluster.dfs("volume", "create", "--quota-bytes", "lots", "q6", check=False)
     assert (bad.returncode, "500M or 10GiB" in bad.stderr) == (2, True)
