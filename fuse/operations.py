@@ -69,6 +69,8 @@ def _short(args: Sequence[Any]) -> tuple[Any, ...]:
 
 
 _ENOSYS = pyfuse3.FUSEError(errno.ENOSYS)
+_ABSENT = pyfuse3.EntryAttributes()  # to the kernel inode 0 means ENOENT; that is not cached
+_ABSENT.entry_timeout = _ABSENT.attr_timeout = 0.0
 
 
 class Operations(pyfuse3.Operations):
@@ -165,7 +167,8 @@ class Operations(pyfuse3.Operations):
 
     async def lookup(self, parent: int, name: bytes, _ctx: Any) -> pyfuse3.EntryAttributes:
         """LOOKUP."""
-        return self._entry(parent, name, await self._fs.lookup(parent, name))
+        attr = await self._fs.find(parent, name)
+        return self._entry(parent, name, attr) if attr is not None else _ABSENT
 
     async def forget(self, forgotten: Sequence[tuple[int, int]]) -> None:
         """FORGET and BATCH_FORGET; must not fail."""

@@ -215,7 +215,14 @@ class FileSystem:
     # ------------------------------------------------------------------ names
 
     async def lookup(self, parent: int, name: bytes) -> Attr:
-        """What a name stands for; raises ENOENT, ENOTDIR.
+        """What a name stands for; raises ENOENT, ENOTDIR."""
+        attr = await self.find(parent, name)
+        if attr is None:
+            raise fs_error(errno.ENOENT, repr(name))
+        return attr
+
+    async def find(self, parent: int, name: bytes) -> Attr | None:
+        """What a name stands for, None if nothing; raises ENOENT, ENOTDIR for the directory.
 
         Where others write, a name is only absent after a look at the newest state: who has been
         told that a file is there must find it.
@@ -226,9 +233,11 @@ class FileSystem:
         except FsError as e:
             if e.errno != errno.ENOENT or session.alone:
                 raise
+            attr = None
+        if attr is None and not session.alone:
             await session.refresh()
             attr = await session.read(lambda txn: lookup(txn, parent, name))
-        return self.files.overlay(attr)
+        return self.files.overlay(attr) if attr is not None else None
 
     async def readlink(self, ino: int) -> bytes:
         """Target of a symbolic link."""

@@ -100,8 +100,8 @@ class Namespace:
         value = txn.get(key)
         return key, items.decode_entries(value) if value is not None else ()
 
-    def lookup(self, txn: Txn, parent: int, name: bytes) -> Attr:
-        """The inode that a name stands for; raises ENOENT, ENOTDIR."""
+    def lookup(self, txn: Txn, parent: int, name: bytes) -> Attr | None:
+        """The inode of a name, None if there is none; raises ENOENT, ENOTDIR for the directory."""
         if name in (b".", b".."):
             inode = self.directory(txn, parent)
             if name == b"." or parent == ROOT_INO:
@@ -111,7 +111,7 @@ class Namespace:
         record = self.find(txn, parent, name)
         if record is None:
             self._require_directory(txn, parent)
-            raise fs_error(errno.ENOENT, repr(name))
+            return None
         return get_attr(txn, record[1])
 
     def directory(self, txn: Txn, ino: int) -> Inode:

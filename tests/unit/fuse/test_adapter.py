@@ -103,6 +103,21 @@ async def test_changes_of_others_are_invalidated_and_our_own_are_not():
         assert (1, b"f") in told.entries
 
 
+async def test_a_name_that_is_absent_is_inode_0_and_not_cached():
+    home = new_home()
+    async with filesystem(home) as fs:
+        operations = Operations(fs, Told())
+        ino = await write_file(fs, 1, b"f", b"x")
+        entry = await operations.lookup(1, b"none", None)
+        assert (entry.st_ino, entry.entry_timeout, entry.attr_timeout) == (0, 0, 0)
+        assert ino not in operations.inodes
+        with pytest.raises(pyfuse3.FUSEError) as caught:
+            await operations.lookup(ino, b"none", None)
+        assert caught.value.errno == errno.ENOTDIR
+        with pytest.raises(FsError, match="No such file"):
+            await fs.lookup(1, b"none")
+
+
 @pytest.mark.realtime
 async def test_an_open_waits_until_the_kernel_dropped_what_changed():
     home = new_home()
