@@ -5,15 +5,15 @@ A function reads through the transaction, buffers effects in it and returns the 
 argument).  What makes the concurrency right is what each function *reads*:
 
 - creating reads the directory's INODE (so it conflicts with the directory's removal) and the one
-bucket
-  of the name (so it conflicts with the same name), never the whole directory;
+  bucket of the name (so it conflicts with the same name), never the whole directory;
 - the directory's times, size and link count are changed by LAST and ADD, which conflict with
-nobody;
+  nobody;
 - a file's link count is SET, because "was that the last name?" must be decided by one of two
-unlinks;
+  unlinks;
 - rmdir reads the directory's whole ENTRY group; renaming a directory reads the INODEs of all
-ancestors
-  of its new place, so that two renames cannot make a loop.
+  ancestors of its new place, so that two renames cannot make a loop.
+
+The module is longer than most so that all rules of names stand in one place.
 
 A directory's `size` is its number of entries, its link count 2 + its subdirectories.
 `Inode.parent` is the directory of the inode's primary name; further names of a file are recorded as
@@ -132,11 +132,15 @@ class Namespace:
         if items.decode(value, items.INODE_FIELDS)[items.F_KIND] != DIR:
             raise fs_error(errno.ENOTDIR)
 
-    def _existing(self, txn: Txn, parent: int, name: bytes) -> EntryRecord:
-        record = self.find(txn, parent, name)
+    def _existing(
+        self, txn: Txn, parent: int, name: bytes
+    ) -> tuple[bytes, tuple[EntryRecord, ...], EntryRecord]:
+        """(key of its bucket, entries of that, entry) of a name; raises ENOENT."""
+        key, bucket = self._bucket(txn, parent, name)
+        record = _named(bucket, name)
         if record is None:
             raise fs_error(errno.ENOENT, repr(name))
-        return record
+        return key, bucket, record
 
     # ------------------------------------------------------------------ creating
 
@@ -216,10 +220,7 @@ class Namespace:
         """
         check_name(name)
         self._require_directory(txn, parent)
-        key, bucket = self._bucket(txn, parent, name)
-        record = _named(bucket, name)
-        if record is None:
-            raise fs_error(errno.ENOENT, repr(name))
+        key, bucket, record = self._existing(txn, parent, name)
         if record[2] == DIR:
             raise fs_error(errno.EISDIR, repr(name))
         _take_out(txn, key, bucket, record)
@@ -234,10 +235,7 @@ class Namespace:
             raise fs_error(errno.ENOTEMPTY, "rmdir of ..")
         check_name(name)
         self._require_directory(txn, parent)
-        key, bucket = self._bucket(txn, parent, name)
-        record = _named(bucket, name)
-        if record is None:
-            raise fs_error(errno.ENOENT, repr(name))
+        key, bucket, record = self._existing(txn, parent, name)
         if record[2] != DIR:
             raise fs_error(errno.ENOTDIR, repr(name))
         self._require_empty(txn, record)
@@ -287,8 +285,9 @@ class Namespace:
         self._require_directory(txn, parent)
         if new_parent != parent:
             self._require_directory(txn, new_parent)
-        source = self._existing(txn, parent, name)
-        victim = self.find(txn, new_parent, new_name)
+        key, bucket, source = self._existing(txn, parent, name)
+        new_key, new_bucket = self._bucket(txn, new_parent, new_name)
+        victim = _named(new_bucket, new_name)
         if victim is not None and flags & RENAME_NOREPLACE:
             raise fs_error(errno.EEXIST, repr(new_name))
         if victim is None and flags & RENAME_EXCHANGE:
@@ -300,13 +299,18 @@ class Namespace:
             raise fs_error(errno.EINVAL if exchange else errno.ENOTEMPTY, repr(new_name))
         if victim is not None and victim[1] == source[1]:
             return source[1], 0  # two names of one file: POSIX says do nothing
-        if victim is not None and not exchange:
-            self._replace(txn, source, new_parent, victim, now, is_open)
-        self._remove_entry(txn, parent, source)
-        if exchange and victim is not None:
-            self._remove_entry(txn, new_parent, victim)
-            self._move(txn, victim, new_parent, parent, name, now)
-        self._move(txn, source, parent, new_parent, new_name, now)
+        if victim is None and key != new_key:
+            _take_out(txn, key, bucket, source)
+            txn.put(new_key, items.encode_entries((*new_bucket, (new_name, *source[1:]))))
+            self._follow(txn, source, parent, new_parent, new_name, now)
+        else:  # some of what was read changes on the way
+            if victim is not None and not exchange:
+                self._replace(txn, source, new_parent, victim, now, is_open)
+            self._remove_entry(txn, parent, source)
+            if exchange and victim is not None:
+                self._remove_entry(txn, new_parent, victim)
+                self._move(txn, victim, new_parent, parent, name, now)
+            self._move(txn, source, parent, new_parent, new_name, now)
         gone = victim is not None and not exchange
         came_dir = source[2] == DIR
         went_dir = victim is not None and victim[2] == DIR
@@ -352,8 +356,14 @@ class Namespace:
         self, txn: Txn, record: EntryRecord, parent: int, new_parent: int, new_name: bytes, now: int
     ) -> None:
         """Add the new name of an entry whose old one was removed, and follow it in the inode."""
+        self._add_entry(txn, new_parent, (new_name, *record[1:]))
+        self._follow(txn, record, parent, new_parent, new_name, now)
+
+    def _follow(
+        self, txn: Txn, record: EntryRecord, parent: int, new_parent: int, new_name: bytes, now: int
+    ) -> None:
+        """Have the inode follow its entry to another name."""
         name, ino, kind = record
-        self._add_entry(txn, new_parent, (new_name, ino, kind))
         inode = get_inode(txn, ino)
         changes: list[fx.Change] = [(items.F_CTIME, fx.LAST, now)]
         if inode.nlink > 1 and kind != DIR and self._remove_backlink(txn, ino, parent, name):
