@@ -3,8 +3,10 @@
 Twice a view has next to nothing of its tree at hand, and whoever reads next would wait for it node
 by node.  A view that was just opened has an empty cache: the tree is fetched from the root down,
 the newest leaves first, as far as half of the cache goes.  And a checkpoint moves to the tree what
-the view had as journal entries, in memory: the view stays with the tree that it has until the
-nodes that hold those items are here, then moves over.  Nothing but speed depends on either.
+the view had as journal entries, in memory: the view stays with the tree that it has until nobody
+changes anything for a moment and the nodes that hold those items are here, then moves over.  While
+the volume is changed all the time there is no time for that, and it moves over without.  Nothing
+but speed depends on either.
 """
 
 import logging
@@ -22,6 +24,7 @@ log = logging.getLogger(__name__)
 BATCH = 64  # nodes fetched at once, about half a MiB: others wait 2 ms for the loop meanwhile
 SHARE = 2  # the part of the cache that one warm-up may fill
 SLICE = 1000  # keys that are looked up without giving others a turn
+LULL = 0.5  # seconds without an entry
 PATIENCE = 10.0  # seconds that the view stays with its old tree for the sake of the new one
 
 
@@ -48,6 +51,8 @@ class Warmup:
     def move(self, view: View, root: bytes, seq: int) -> None:
         """A checkpoint holds everything up to `seq`: have the view move over, soon."""
         if self._running:
+            if self._next is not None:  # what the view holds in memory is of two trees at most
+                view.rebase(*self._next)
             self._next = (root, seq)
             self._work.unpark_all()
         else:
@@ -80,6 +85,10 @@ class Warmup:
 
     async def _move_over(self, view: View, target: tuple[bytes, int]) -> None:
         with trio.move_on_after(PATIENCE):
+            seq = -1
+            while seq != view.seq and self._next is target:
+                seq = view.seq
+                await trio.sleep(LULL)
             await self._quietly(self._fetch_changed(view, target))
         if self._next is target:  # no later checkpoint, no other session
             self._next = None

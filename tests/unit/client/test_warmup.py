@@ -117,6 +117,27 @@ async def test_a_view_moves_over_at_last_when_the_new_nodes_cannot_be_had():
         assert await session.read(sizes(1000)) == {4}
 
 
+async def test_a_volume_that_changes_all_the_time_is_not_held_up():
+    home = await filled()
+    async with opened(home) as session:
+        roots = []
+        for n in range(round(PATIENCE / 0.2) + 5):
+            await session.transact(fill(1000 + n, count=1, size=4))
+            if n in (0, 10):
+                home.checkpoint(VOLUME)
+                roots.append(home.volumes[VOLUME].root)
+            await trio.sleep(0.2)
+            assert session.statistics()["warmed"] == session.statistics()["fetched"]
+            if n == 9:
+                assert session.view.root not in roots
+            if n == 12:
+                assert session.view.root == roots[0]  # what came next found it waiting
+                before = session.statistics()["warmed"]
+        assert session.statistics()["warmed"] == before
+        await trio.sleep(5)
+        assert session.view.root == roots[1]
+
+
 async def test_nodes_that_are_lost_end_the_warm_up_not_the_session():
     home = await filled()
     lost = dict(home.blobs.stored)
