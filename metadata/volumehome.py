@@ -444,7 +444,7 @@ class VolumeHome:
             return False
         return (
             age >= CHECKPOINT_AGE
-            or tail.loose_bytes >= _fold_bytes(core)
+            or tail.loose_bytes >= fold_bytes(core)
             or core.window_names > WINDOW_NAMES
             or (now - self._in_use_at >= REST_AFTER and tail.loose_bytes >= REST_BYTES)
         )
@@ -452,7 +452,7 @@ class VolumeHome:
     async def _to_fold(self, core: HomeCore) -> tuple[int, list[bytes]]:
         """The oldest entries after the last checkpoint: (seq of the last one, the DATA entries)."""
         upto, size, data = core.covered, 0, []
-        most = _fold_bytes(core)
+        most = fold_bytes(core)
         while upto < core.seq and size < most:
             for seq, entry in self.journal.entries(upto, READ_BYTES):
                 upto = seq
@@ -478,6 +478,6 @@ class VolumeHome:
             self._folding = False
 
 
-def _fold_bytes(core: HomeCore) -> int:
+def fold_bytes(core: HomeCore) -> int:
     """Bytes of entries that are worth a fold, and that go into one."""
     return min(max(CHECKPOINT_BYTES, core.tree_bytes // 100), FOLD_BYTES)

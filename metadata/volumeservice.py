@@ -18,7 +18,7 @@ from metadata.delegation import SILENCE, Delegated
 from metadata.exclusion import Excluded, in_use, rivals
 from metadata.recall import RECALL_WAIT
 from metadata.requests import Close, Commit, Delegate, Open, Return, parse_commit
-from metadata.volumehome import VolumeHome
+from metadata.volumehome import VolumeHome, fold_bytes
 from metadata.volumes import HomeCore
 from metadata.waiter import Told, Waiter
 
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 MAX_WATCH = 0.5  # seconds that a watch waits
 MAX_BACKLOG = 64 << 20  # bytes of effects that wait
+BEHIND = 3  # folds' worth of journal since the last checkpoint from which on commits are slowed
+SLOWED = 1.0  # seconds that each of them waits then, at most
 
 
 class VolumeService(VolumeHome):
@@ -80,6 +82,7 @@ class VolumeService(VolumeHome):
 
     async def commit(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Judge and commit transactions; the answer of `vol.commit`."""
+        await self._slow_down()
         core, recall = self._current(), self._recall
         request, have = parse_commit(args, system=self.volume == SYSTEM_VOLUME)
         if self._backlog > MAX_BACKLOG:
@@ -94,6 +97,21 @@ class VolumeService(VolumeHome):
             if self.core is core:
                 self._backlog -= request.size
         return await self._tell(core, request, have, mark, seq, verdicts)
+
+    async def _slow_down(self) -> None:
+        """Let checkpoints catch up, for a while.
+
+        Whatever is in no checkpoint yet is kept in memory, here and by every session.  A fold runs
+        at a low priority: on a busy machine commits could outrun it for ever.
+        """
+        for _ in range(20):
+            if not self._behind():
+                return
+            await trio.sleep(SLOWED / 20)
+
+    def _behind(self) -> bool:
+        core = self.core
+        return core is not None and self._tail.loose_bytes > BEHIND * fold_bytes(core)
 
     async def _tell(
         self, core: HomeCore, request: Commit, have: int, mark: int, seq: int, verdicts: Verdicts
@@ -124,7 +142,7 @@ class VolumeService(VolumeHome):
         """
         core, recall = self._current(), self._recall
         request, have = parse_commit(args, system=self.volume == SYSTEM_VOLUME)
-        if not request.writing or self._backlog > MAX_BACKLOG:
+        if not request.writing or self._backlog > MAX_BACKLOG or self._behind():
             return False
         sid, size, mark = request.sid, request.size, core.launched
         recall.heard(sid)

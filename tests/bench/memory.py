@@ -36,8 +36,16 @@ import time
 import zlib
 from pathlib import Path
 
+import trio
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from localcluster import LocalCluster, wait_until
+
+from dfs.client.connect import ClusterRef, connect
+from dfs.client.filesystem import open_filesystem
+from dfs.client.registry import open_volume_by_name
+from fuse.__main__ import chunk_client
 
 MIB = 1 << 20
 PHASES = ("tree", "walk", "forget", "again", "failover", "remove", "flat")
@@ -234,6 +242,25 @@ class Canary:
         return f"longest silences of a second program: {shown}; {self.count:,} operations{errors}"
 
 
+def populate(cluster_file, volume, name, count, progress):
+    """Make a directory of empty files with the client library: no kernel, no FUSE."""
+
+    async def work():
+        async with connect(ClusterRef.load(cluster_file), name="populate") as cluster:
+            info = await open_volume_by_name(cluster, volume)
+            async with open_filesystem(
+                cluster, info.volume_id, lambda session: chunk_client(cluster, session)
+            ) as fs:
+                top = (await fs.mkdir(1, name, 0o755)).ino
+                for n in range(count):
+                    await fs.mknod(top, b"f%07d" % n, 0o100644)
+                    if n % 50 == 0:
+                        progress(n)
+                        await trio.lowlevel.checkpoint()
+
+    trio.run(work)
+
+
 class Bench:
     """The phases."""
 
@@ -391,9 +418,21 @@ class Bench:
     def flat(self):
         files = self.options.files
         top = self.mnt / "flat"
-        with self.phase("create in one directory", files):
-            self.make(top, files)
-            sync_directory(self.mnt)
+        if self.options.library:
+            self.cluster.umount(self.mnt)
+            with self.phase("create in one directory, by the library", files):
+                populate(
+                    self.cluster.dir / "cluster.json",
+                    "many",
+                    b"flat",
+                    files,
+                    lambda n: setattr(self.watched, "progress", n),
+                )
+            self.cluster.mount("many", self.mnt)
+        else:
+            with self.phase("create in one directory", files):
+                self.make(top, files)
+                sync_directory(self.mnt)
         self.remount()
         with self.phase("list", files):
             names = os.listdir(top)
@@ -477,6 +516,9 @@ def main():
     ap.add_argument("--per-dir", type=int, default=1000)
     ap.add_argument("--size", type=int, default=0, help="bytes of each file")
     ap.add_argument("--only", default=",".join(PHASES), help="phases, of: " + ",".join(PHASES))
+    ap.add_argument(
+        "--library", action="store_true", help="flat: create with the client library, not a mount"
+    )
     ap.add_argument("--soak", type=float, default=0, metavar="SECONDS")
     ap.add_argument("--pause", type=float, default=0.2, help="seconds between rounds of the soak")
     ap.add_argument("--slope", type=float, default=10.0, help="MiB an hour that count as growth")

@@ -24,7 +24,7 @@ from dfs.testing.network import SimNetwork
 from dfs.volume import entries, tree
 from dfs.volume.effects import ADD, PATCH, PUT, SET
 from dfs.volume.items import DIR, F_MODE, F_NLINK, Inode, group, inode_key
-from metadata import volumehome, volumes
+from metadata import volumehome, volumes, volumeservice
 
 VOLUME = b"v" * 16
 
@@ -487,6 +487,35 @@ async def test_a_fold_that_fails_is_tried_again(monkeypatch):
         assert await journal_checkpoints(c) == []
         await trio.sleep(60)
         assert [e.body[1] for e in await journal_checkpoints(c)] == [b"r" * 32]
+
+
+@pytest.mark.parametrize("mutant", [False, True], ids=["right", "mutant"])
+async def test_commits_that_outrun_checkpoints_are_slowed(monkeypatch, mutant):
+    monkeypatch.setattr(volumehome, "CHECKPOINT_BYTES", 2000)
+    if mutant:  # nothing slows them
+        monkeypatch.setattr(volumeservice, "BEHIND", 1 << 30)
+    may_fold = trio.Event()
+
+    async def folder(root, salt, data):
+        await may_fold.wait()
+        return b"r" * 32, 1
+
+    async with cluster(folder=folder) as c:
+        s = await opened(c)
+
+        async def commits(count):
+            began = trio.current_time()
+            for n in range(count):
+                await s.commit(txn([put(5 + n)]))
+            return (trio.current_time() - began) / count
+
+        assert await commits(20) < 0.1
+        await commits(150)  # some 60 bytes each: more than three times 2000
+        took = await commits(5)
+        assert (1 <= took < 1.5) == (not mutant), took  # slowed, not stopped
+        may_fold.set()
+        await trio.sleep(2)
+        assert await commits(5) < 0.1
 
 
 async def test_a_client_far_behind_gets_entries_in_portions(monkeypatch):
