@@ -289,3 +289,38 @@ def big(rnd):
     state.update((k, items.encode_backlinks(v)) for k, v in backlinks.items())
     state[items.USAGE_KEY] = items.encode_usage(size, len(inodes))
     return state
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_repair_that_was_interrupted_has_lost_nothing_and_is_taken_up(seed):
+    rnd = random.Random(seed)
+    state = big(rnd)
+    for key in rnd.sample(sorted(state), rnd.randrange(1, 12)):
+        if key[8] not in (items.EXTENT, items.SYMLINK):
+            del state[key]
+    mint = itertools.count(1000)
+    first = plan(sorted(state.items()), SALT, NOW, lambda: next(mint))
+    for part in (rnd.randrange(len(first.effects) + 1), len(first.effects)):
+        after, _ = repaired(applied(state, first.effects[:part]))
+        assert check(sorted(after.items()), SALT).problems == []
+        for kind in (items.EXTENT, items.SYMLINK):
+            assert all(after.get(k) == v for k, v in state.items() if k[8] == kind)
+
+
+@pytest.mark.parametrize("broken", ["_attach", "_choose_primary", "count", "revive"])
+def test_a_repair_that_leaves_a_step_out_is_found(monkeypatch, broken):
+    def skip(self, *_args):
+        return None
+
+    monkeypatch.setattr(f"dfs.volume.repair._Repair.{broken}", skip)
+    found = 0
+    for _, damage in DAMAGES.values():
+        state = sound()
+        damage(state)
+        try:
+            after, _ = repaired(state)
+        except (KeyError, IndexError, AssertionError):
+            found += 1
+            continue
+        found += bool(check(sorted(after.items()), SALT).problems)
+    assert found > len(FOR_PEOPLE)
