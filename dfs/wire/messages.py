@@ -75,7 +75,8 @@ answers; one that does not own the ballot forwards to the owner.
         held; entries then start after checkpoint_seq and the caller diffs trees.
         delegation = (epoch, holder or 0, wanted): of the volume's delegation as of this answer;
         wanted: the holder shall commit what it has and `vol.return` it.  A watch of the holder that
-        waits is answered at once when that becomes so.
+        waits is answered at once when that becomes so; its own commits do not wake it, and what it
+        said in a commit that it has is not in the answer.
     vol.delegate(volume, sid)            -> (epoch, seq, wait, owner)
         The volume is delegated to its only active session: it may then answer and acknowledge from
         its view, once that is at `seq`, until 12 s after it *sent* its last `vol.watch`, `vol.commit`

@@ -251,6 +251,44 @@ async def test_watch_is_woken_by_other_sessions_and_beats_without_news():
         assert when - done < 0.01
 
 
+async def test_a_holders_watch_sleeps_through_its_own_commits():
+    async with cluster() as c:
+        a = await opened(c, "a")
+        epoch = 0
+        while not epoch:
+            epoch, seq, wait, _ = await a.client.ask("vol.delegate", VOLUME, a.sid)
+            await trio.sleep(wait)
+        got = []
+
+        async def watch(have):
+            start = trio.current_time()
+            at, news, _, _, state = await a.watch(have=have)
+            got.append((at, [n for n, _ in news], state, trio.current_time() - start))
+
+        async def commit(no, have):
+            part = (txn([put(10 + no)]),)
+            args = (VOLUME, a.sid, no, have, have, part, 0, epoch)
+            return (await a.client.ask("vol.commit", *args))[1:3]
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch, seq)
+            await trio.sleep(0.1)
+            assert await commit(1, seq) == (seq + 1, (True,))
+            assert await commit(2, seq + 1) == (seq + 2, (True,))
+            await trio.sleep(0.1)
+            assert not got
+        # It has said that it has the first: only the second is news.
+        assert got[0][:3] == (seq + 2, [seq + 2], (epoch, a.sid, False))
+        assert got[0][3] >= 0.5
+        with trio.move_on_after(0.2):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(watch, seq + 2)
+                await trio.sleep(0.05)
+                nursery.start_soon(opened, c, "b")
+        assert got[1][2] == (epoch, a.sid, True)
+        assert got[1][3] < 0.1
+
+
 async def test_commits_that_wait_share_entries():
     async with cluster() as c:
         sessions = [await opened(c, f"c{i}") for i in range(20)]
