@@ -165,9 +165,19 @@ class Digests:
                 yield from self._load_damaged(table)
 
     def _load_damaged(self, table: int) -> Generator[int, None, None]:
+        """Sum up the partitions one by one; what is left of a damaged one does not count.
+
+        Its total means nothing until it is rebuilt, and reading a million sums one by one, as they
+        may all be in one bad block, would keep a node from starting for half a minute.
+        """
         for partition in range(PARTITIONS):
-            self._totals[table][partition] = sum(self.buckets(table, partition)) & _MASK
-            yield BUCKETS
+            try:
+                rows = self._view.scan(bucket_row(table, partition, 0)[:-1], b"", BUCKETS)
+            except Corrupt:
+                self.damaged[table, partition] = None
+                rows = []
+            self._totals[table][partition] = sum(_sums(rows)) & _MASK
+            yield 1 + len(rows)
 
     def total(self, table: int, partition: int) -> int:
         """The digest of a partition."""
@@ -274,17 +284,22 @@ class Digests:
         The partition's digests are wrong from here on, until `recompute` of a newer snapshot and
         `correct`.  The contract of `ops` holds.
         """
-        result: list[Op] = []
-        total = 0
+        base = table << 20 | partition << 8
         for bucket in range(BUCKETS):
-            row = bucket_row(table, partition, bucket)
-            self._cache.pop(table << 20 | partition << 8 | bucket, None)
-            try:
-                total += int.from_bytes(self._view.get(row) or b"", "big")
-            except Corrupt:
-                result.append((row, None))
+            self._cache.pop(base | bucket, None)
+        rows = [bucket_row(table, partition, bucket) for bucket in range(BUCKETS)]
+        result: list[Op] = []
+        try:
+            sums = _sums(self._view.scan(rows[0][:-1], b"", BUCKETS))
+        except Corrupt:
+            sums = []
+            for row in rows:
+                try:
+                    sums.append(int.from_bytes(self._view.get(row) or b"", "big"))
+                except Corrupt:
+                    result.append((row, None))
         self.damaged[table, partition] = None
-        self._totals[table][partition] = total & _MASK
+        self._totals[table][partition] = sum(sums) & _MASK
         return result
 
     def correct(self, table: int, partition: int, errors: dict[int, int]) -> list[Op]:

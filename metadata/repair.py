@@ -28,8 +28,9 @@ from metadata.merkle import (
 )
 from metadata.rejoin import PullFirst
 from metadata.steps import Accept, Correct, Rest, Steps, Write
-from metadata.store.losses import Loss, without
+from metadata.store.losses import Loss
 
+OWN = b"ns"  # first bytes of the rows that nobody else has; the store's option of this name
 ROW = b"nrebuild"
 _FORMAT = 1
 
@@ -118,33 +119,27 @@ def repair_lost(
     *,
     lost_registers: Callable[[], Steps[None]],
 ) -> Steps[bool]:
-    """Begin the repair of ranges that storage damage hides; returns whether there were any of ours.
+    """Begin the repair of ranges that storage damage hides; returns whether there were any.
 
     `lost_registers` makes this node mint under other names from now on; it runs before anything
     that was lost reads as absent.  Then the partitions are marked as waiting, and their digests as
     to be rebuilt, durably, and the loss is accepted.  What follows is up to the caller, also after
     a restart: rebuild what `Digests.damaged` has, then pull.
 
-    A damaged block hides all keys up to the next block's first one, also those of kinds that no row
-    has: nothing is missing there, and the loss is accepted.  Ranges of rows that have no replicas
-    (the node's own state) stay lost, for an operator to see.
+    A damaged block hides all keys up to the next block's first one, so a loss may be of kinds that
+    no row has, and of the node's own rows, which the store keeps elsewhere (`OWN`).  Nothing is
+    missing there, and the whole loss is accepted.
     """
-    ours = tuple(losses)
-    for prefix in _OWN:
-        ours = without(ours, prefix, bytes([prefix[0] + 1]))
-    if not ours:
+    if not losses:
         return False
-    registers = affected(ours, REGISTERS)
+    registers = affected(losses, REGISTERS)
     if registers:
         yield from lost_registers()
     for table in TABLES:
-        for partition in registers if table == REGISTERS else affected(ours, BLOBS):
+        for partition in registers if table == REGISTERS else affected(losses, BLOBS):
             node.digests.damaged[table, partition] = None
     begin = pull_first.begin(registers) if registers else []
     yield Write([*begin, *remember(node.digests)])
-    for first, last, _ in ours:
+    for first, last, _ in losses:
         yield Accept(first, last)
     return True
-
-
-_OWN = (b"n", b"s")  # first bytes of the rows that nobody else has; others have the rest, or hints

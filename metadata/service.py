@@ -32,6 +32,7 @@ from metadata.loops import life_loops, loops
 from metadata.metrics import measure
 from metadata.nodelife import NodeLife
 from metadata.presence import Presence
+from metadata.repair import OWN
 from metadata.scrub import StoreScrub
 from metadata.steps import Steps, Write
 from metadata.store.engine import Store
@@ -209,14 +210,15 @@ class MetadataNode:
     def _options(self) -> StoreOptions:
         """A reserve as large as the store, up to what a merge can need; small nodes need little."""
         if not self._reserve:
-            return StoreOptions()
+            return StoreOptions(own=OWN)
         disk = self._env.disk
         held = 0
         for name in disk.listdir("lsm"):
             file = disk.open(f"lsm/{name}")
             held += file.size()
             file.close()
-        return StoreOptions(reserve_bytes=min(self._reserve, max(LEAST_RESERVE, held)))
+        reserve = min(self._reserve, max(LEAST_RESERVE, held))
+        return StoreOptions(own=OWN, reserve_bytes=reserve)
 
     def _admit(self, size: int) -> None:
         """Raise `DiskFull` or `Busy` when a client's value of that size is not taken now."""

@@ -156,7 +156,8 @@ class Synchroniser:
         }
 
     def _holds(self, partition: int) -> bool:
-        return bool(self.digests.total(REGISTERS, partition))
+        digests = self.digests
+        return (REGISTERS, partition) in digests.damaged or digests.total(REGISTERS, partition) != 0
 
     def now(self) -> int:
         """Wall time in microseconds."""

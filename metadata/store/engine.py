@@ -15,11 +15,10 @@ from typing import Any, Self
 import trio
 
 from dfs.env import Env
-from dfs.errors import DiskFull
+from dfs.errors import Corrupt, DiskFull
 from metadata.store import expiry, recovery, report
 from metadata.store.losses import Loss, clip, union
 from metadata.store.maintenance import Maintenance
-from metadata.store.memtable import Memtable
 from metadata.store.ops import Op, measure
 from metadata.store.options import StoreOptions
 from metadata.store.snapshot import SCAN_LIMIT, Item, Snapshot, bounds
@@ -50,6 +49,14 @@ class Store:
         state = State(env, prefix, options, loaded)
         state.memtable.segments.append(await state.log.rotate())
         await state.reserve.restore()
+        if options.own:
+            try:
+                state.keep_own()
+            except DiskFull:
+                if not await state.reserve.release():
+                    raise
+                state.keep_own()
+            await state.log.sync()
         return cls(state, loaded.cut)
 
     async def run(self) -> None:
@@ -82,7 +89,7 @@ class Store:
                 f"{state.env.disk.path(state.prefix)}: the disk is nearly full, only deletes are "
                 "taken; delete data or add capacity"
             )
-        if state.memtable.bytes >= state.options.memtable_bytes:
+        if state.memtable.bytes >= state.limit:
             await self._retried(self._make_room)
         if pairs:
             payload = pack_batch(pairs)
@@ -122,30 +129,37 @@ class Store:
     async def _make_room(self) -> None:
         s = self._state
         async with self._rotating:
-            while s.memtable.bytes >= s.options.memtable_bytes:
+            while s.memtable.bytes >= s.limit:
                 if len(s.frozen) >= s.options.max_frozen:
                     await self._maintenance.flush_oldest()
-                elif s.options.background and len(s.runs) >= s.options.max_runs:
-                    await self._maintenance.step()
-                else:
-                    await self._freeze()
+                elif not await self._merged():
+                    await s.freeze()
 
-    async def _freeze(self) -> None:
+    async def _merged(self) -> bool:
+        """Merge some of too many runs; whether that changed anything.
+
+        Damage that this meets is told of, and salvaged by the next step: no reason to refuse a
+        batch.  Many runs of different levels may leave nothing to merge.
+        """
         s = self._state
-        number = await s.log.rotate()  # switches segments just before it returns: no await between
-        s.memtable.end = s.log.written
-        s.frozen.insert(0, s.memtable)
-        s.memtable = Memtable([number])
-        s.refresh()
+        if not s.options.background or len(s.runs) < s.options.max_runs:
+            return False
+        try:
+            return await self._maintenance.step()
+        except Corrupt:
+            if not s.damaged:
+                raise
+            return True
 
     async def flush(self) -> None:
         """Put everything that is in memory into tables."""
         await self._retried(self._flush)
 
     async def _flush(self) -> None:
+        s = self._state
         async with self._rotating:
-            if self._state.memtable.data:
-                await self._freeze()
+            if s.memtable.data and s.log.written != s.begun:
+                await s.freeze()
         while await self._maintenance.flush_oldest():
             pass
 

@@ -119,11 +119,17 @@ class Maintenance:
             meta = await self._write(memtable, drop=not s.runs)
             segments = [f"{n:08d}.wal" for n in memtable.segments]
             new = [] if meta is None else [Run(0, [self._open(meta)], ())]
+            await self.rule_own_durable()
             with self._or_remove(meta):
                 await s.commit(lambda runs: [*new, *runs], flushed=memtable)
             self.flushes += 1
             await s.remove(segments)
             return True
+
+    async def rule_own_durable(self) -> None:
+        """The next segment has all own rows, and is durable before those of a memtable go."""
+        if self._s.own:
+            await self._s.log.sync()
 
     async def _write(self, memtable: Memtable, *, drop: bool) -> Meta | None:
         s = self._s

@@ -27,10 +27,13 @@ class StoreOptions:
     )
     expiry_grace: int = 3600  # seconds after its expiry before a merge may destroy a value
     compression: int = 1  # zstd level; 0 stores blocks plain
+    own: bytes = b""  # first bytes of keys that damaged tables must not hide, see `own`
     background: bool = True  # False: `run` only flushes and repairs, nothing is merged
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
+        if b"\xff" in self.own:
+            raise ConfigError("no key that begins with 255 can be an own one")
         if self.fanout < 2 or self.max_frozen < 1 or self.max_runs <= self.fanout:
             raise ConfigError(f"store options out of range: {self}")
 

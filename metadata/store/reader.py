@@ -23,6 +23,7 @@ from metadata.store.iterate import CHUNK, Item
 from metadata.store.losses import Loss
 from metadata.store.manifest import RunMeta
 from metadata.store.memtable import Memtable
+from metadata.store.own import is_own
 from metadata.store.table import MISSING, Table
 
 
@@ -90,7 +91,7 @@ class IndexBudget:
 class Reader:
     """Point reads and scans over sources, newest first."""
 
-    __slots__ = ("_cache", "_damaged", "_now", "memtables", "runs")
+    __slots__ = ("_cache", "_damaged", "_now", "_own", "memtables", "runs")
 
     def __init__(
         self,
@@ -99,16 +100,19 @@ class Reader:
         cache: BlockCache,
         damaged: OnDamage,
         now: Callable[[], int],
+        own: bytes = b"",
     ) -> None:
         """`damaged` is told of every bad block before the read raises; `now` decides what expired.
 
         `now` returns seconds since the epoch and is asked only when there is an expiry to judge.
+        Rows whose keys begin with a byte of `own` are all in the memtables.
         """
         self.memtables = tuple(memtables)
         self.runs = tuple(runs)
         self._cache = cache
         self._damaged = damaged
         self._now = now
+        self._own = own
 
     def get(self, key: bytes) -> bytes | None:
         """The value, None if absent or deleted; raises `Corrupt` when it is lost."""
@@ -117,6 +121,8 @@ class Reader:
             if key in data:
                 value = data[key]
                 return self._alive(value) if isinstance(value, tuple) else value
+        if self._own and key[:1] in self._own:
+            return None
         hashed: list[KeyHash] = []
         for run in self.runs:
             i = bisect_right(run.first_keys, key) - 1
@@ -173,7 +179,7 @@ class Reader:
         """Like `scan` without a limit, piece by piece; `keep`: the blocks go to the cache."""
         return iterate.stretches(
             self.memtables,
-            self.runs,
+            () if is_own(self._own, start, end) else self.runs,
             start,
             end,
             fetch=(iterate.caching if keep else iterate.passing)(self._cache),

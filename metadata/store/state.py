@@ -9,9 +9,10 @@ from weakref import WeakSet, ref
 import trio
 
 from dfs.env import Env
-from dfs.errors import Busy, Corrupt, StoreFailed
+from dfs.errors import Busy, Corrupt, DiskFull, StoreFailed
 from metadata.store import expiry
 from metadata.store import manifest as manifests
+from metadata.store import own as own_rows
 from metadata.store.cache import BlockCache
 from metadata.store.losses import Loss
 from metadata.store.manifest import Manifest
@@ -21,7 +22,7 @@ from metadata.store.reader import IndexBudget, Reader, Run
 from metadata.store.recovery import Loaded
 from metadata.store.reserve import Reserve
 from metadata.store.table import FilterReads, Table
-from metadata.store.wal import Log
+from metadata.store.wal import Log, pack_batch
 
 MAX_ERRORS = 100  # texts kept
 
@@ -42,6 +43,9 @@ class State:
         self.memtable, *frozen = loaded.memtables
         self.frozen: list[Memtable] = frozen  # newest first
         self.runs: list[Run] = loaded.runs  # newest first
+        self.own = b""  # first bytes of the keys whose rows are all in `memtable`; `keep_own`
+        self.limit = options.memtable_bytes  # bytes at which the memtable is frozen
+        self.begun = -1  # log position at which the memtable had nothing but own rows
         self.next_table = loaded.manifest.next_table
         self.first_segment = loaded.manifest.first_segment
         self.first_base = loaded.manifest.first_base
@@ -68,7 +72,7 @@ class State:
 
     def _reader(self) -> Reader:
         memtables = (self.memtable, *self.frozen)
-        return Reader(memtables, self.runs, self.cache, self.on_damage, self.now)
+        return Reader(memtables, self.runs, self.cache, self.on_damage, self.now, self.own)
 
     def _count(self) -> None:
         """Let tables count their reads for the level they are in, and their indexes here."""
@@ -96,7 +100,57 @@ class State:
             )
         memtables = (self._copied(), *self.frozen)
         now = self.now()
-        return Reader(memtables, self.runs, self.cache, self.on_damage, lambda: now)
+        return Reader(memtables, self.runs, self.cache, self.on_damage, lambda: now, self.own)
+
+    # -- own rows and the memtable
+
+    def keep_own(self) -> None:
+        """Have all own rows in the memtable from now on; of an older store they are in tables.
+
+        Raises `Corrupt` when those are damaged, and what appending to the log raises.
+        """
+        own = self.options.own
+        found = own_rows.gather((self.memtable, *self.frozen), own)
+        if found is None:
+            found = [own_rows.mark(own)]
+            for first in own:
+                found += self.reader.scan(bytes((first,)), bytes((first + 1,)), 1 << 62)
+        missing = [item for item in found if item[0] not in self.memtable.data]
+        empty = not self.memtable.data
+        if missing:
+            self._restate(missing)
+        if empty:
+            self.begun = self.log.written
+        self.own = own
+        self.limit = self.options.memtable_bytes + own_rows.size(found)
+        self.refresh()
+
+    def _restate(self, rows: Sequence[own_rows.Pair]) -> None:
+        self.log.append(pack_batch(rows))
+        self.memtable.apply(rows)
+
+    async def freeze(self) -> None:
+        """Put the memtable aside for a flush; the next one begins with the own rows.
+
+        Raises `DiskFull` when there is no room for these; then nothing has changed.
+        """
+        number = await self.log.rotate()  # switches segments just before it returns: no await here
+        memtable = self.memtable
+        end = self.log.written
+        kept = own_rows.rows_of(memtable, self.own) if self.own else []
+        if kept:
+            try:
+                self.log.append(pack_batch(kept))
+            except DiskFull:
+                memtable.segments.append(number)
+                raise
+        memtable.end = end
+        self.frozen.insert(0, memtable)
+        self.memtable = Memtable([number])
+        self.memtable.apply(kept)
+        self.limit = self.options.memtable_bytes + self.memtable.bytes
+        self.begun = self.log.written
+        self.refresh()
 
     def _copied(self) -> Memtable:
         """A copy of the memtable, the last one if nothing was written since."""

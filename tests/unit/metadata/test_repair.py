@@ -15,6 +15,7 @@ from metadata.merkle import REGISTERS, Digests, partition_of_row
 from metadata.pull import pull_partition
 from metadata.registers import RAW
 from metadata.repair import ROW, recall, remember, repair_lost
+from metadata.store.options import StoreOptions
 from metadata.syncworkers import AFTER_ERROR, PULL_AGAIN, StorageRepair
 
 
@@ -166,6 +167,8 @@ async def all_kinds(cluster):
         row, register = await one.put(b"hinted %d" % i, Random(i).randbytes(9000))
         await one.writer.write([(RAW, one.sync.hints.add(row, register, 2, NOW, NOW))])
     await one.sync.blobs.put([Random(i).randbytes(9000) for i in range(30)])
+    await one.store.batch([(b"nboot/%d" % i, Random(i).randbytes(9000)) for i in range(3)])
+    await one.store.batch([(b"s/sid", b"7")])
     await trio.sleep(60)
     await one.antientropy.run_once()
     await one.store.flush()
@@ -176,13 +179,15 @@ async def all_kinds(cluster):
     return one, name, blocks
 
 
-@pytest.mark.parametrize("mutant", [None, OnlyRows])
-@pytest.mark.parametrize("kind", [b"H", b"b", b"h"])
+@pytest.mark.parametrize(
+    ("kind", "mutant"),
+    [*((bytes([c]), None) for c in b"Hbhmnr"), (b"h", OnlyRows)],
+)
 async def test_a_block_at_the_border_of_two_kinds_of_rows_is_repaired_as_any(kind, mutant):
     """It hides all keys up to the next block's, also those of kinds that there are none of."""
     async with trio.open_nursery() as nursery:
         one, name, blocks = await all_kinds(Cluster(nursery))
-        before = one.rows()
+        before, own = one.rows(), one.own()
         at, keys = [block for block in blocks if block[1][0][:1] == kind][-1]
         one.crash()
         one.disk.flip(f"lsm/{name}", at + 20)
@@ -194,6 +199,7 @@ async def test_a_block_at_the_border_of_two_kinds_of_rows_is_repaired_as_any(kin
         ((first, last, _),) = one.store.lost()
         assert first == keys[0]
         assert last[:1] != kind
+        assert own.items() <= one.own().items()
         await trio.sleep(300)
         assert bool(one.store.lost()) == bool(mutant)
         if not mutant:
@@ -201,6 +207,23 @@ async def test_a_block_at_the_border_of_two_kinds_of_rows_is_repaired_as_any(kin
             assert one.sync.pull_first.partitions() == []
             assert one.rows() == before
             assert one.sync.digests.drift == 0
+            one.crash()
+            await nursery.start(one.start)
+            assert own.keys() <= one.own().keys()
+        nursery.cancel_scope.cancel()
+
+
+async def test_without_rows_of_its_own_kept_apart_a_node_is_stopped_by_such_a_block():
+    """A mutant: a store that keeps them where all others are."""
+    async with trio.open_nursery() as nursery:
+        cluster = Cluster(nursery)
+        cluster.options = StoreOptions()
+        one, name, blocks = await all_kinds(cluster)
+        at, _ = next(block for block in blocks if b"nactors" in block[1])
+        one.crash()
+        one.disk.flip(f"lsm/{name}", at + 20)
+        with pytest.raises(Corrupt), trio.fail_after(60):
+            await one.start()
         nursery.cancel_scope.cancel()
 
 

@@ -267,3 +267,25 @@ async def test_any_flipped_bit(seed):
     for key in model:
         await store.batch([(key, b"repaired")])
     assert audit(store, dict.fromkeys(model, b"repaired")) == set()
+
+
+async def test_a_writer_that_must_merge_first_is_not_refused_for_damage():
+    """It does what the background is too slow for, and meets what it would have met."""
+    env = make_env()
+    options = StoreOptions(memtable_bytes=3000, block_bytes=500, fanout=3, max_runs=4, max_frozen=1)
+    store = await Store.open(env, options=options)  # and no background
+    model = {}
+
+    async def write(first, count):
+        for i in range(first, first + count):
+            model[b"%04d" % i] = value = env.random.randbytes(60)
+            await store.batch([(b"%04d" % i, value)])
+
+    await write(0, 60)
+    damaged = tables(env.disk)
+    for name in damaged:
+        env.disk.flip(f"lsm/{name}", 700)
+    await write(60, 300)
+    assert store.statistics()["merges"]
+    assert set(store.quarantined) == set(damaged)
+    assert 0 < len(audit(store, model)) < 40
