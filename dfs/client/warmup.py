@@ -10,6 +10,7 @@ but speed depends on either.
 """
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 
 import trio
@@ -25,6 +26,7 @@ BATCH = 64  # nodes fetched at once, about half a MiB: others wait 2 ms for the 
 SHARE = 2  # the part of the cache that one warm-up may fill
 SLICE = 1000  # keys that are looked up without giving others a turn
 LULL = 0.5  # seconds without an entry
+UNSEEN = 300.0  # seconds after which nodes that nobody has looked at are dropped
 PATIENCE = 10.0  # seconds that the view stays with its old tree for the sake of the new one
 
 
@@ -64,19 +66,24 @@ class Warmup:
 
     async def run(self) -> None:
         """Until cancelled."""
-        self._running = True
+        self._running, kept = True, False
         try:
             while True:
                 view = self._view
                 if view is not None and self._next is not None:
+                    kept = True
                     await self._move_over(view, self._next)
                 elif view is not None and self._cold:
-                    self._cold = False
+                    self._cold, kept = False, True
                     with trio.move_on_after(PATIENCE):
                         await self._quietly(self._fetch_tree(view, view.root))
                     self._warm.set()
                 else:
-                    await self._work.park()
+                    with trio.move_on_after(UNSEEN if kept else math.inf) as unused:
+                        await self._work.park()
+                    if unused.cancelled_caught and view is not None:
+                        view.nodes.drop_unseen()
+                        kept = False
         finally:
             self._running = False
             if self._view is not None and self._next is not None:

@@ -77,6 +77,15 @@ class NodeCache:
         self.used += node.cost
         return node
 
+    def drop_unseen(self) -> None:
+        """Drop what was kept and never looked at."""
+        nodes = self._nodes
+        for name, node in list(nodes.items()):
+            if isinstance(node, bytes):
+                del nodes[name]
+                self.used -= _cost(node)
+                self.evicted += 1
+
     def __contains__(self, name: object) -> bool:
         """Whether the node is cached."""
         return name in self._nodes

@@ -6,7 +6,7 @@ import pytest
 import trio
 
 from dfs.client.session import Session
-from dfs.client.warmup import PATIENCE, SHARE
+from dfs.client.warmup import PATIENCE, SHARE, UNSEEN
 from dfs.errors import Corrupt, FsError
 from dfs.volume import items
 from dfs.volume.nodecache import NodeCache
@@ -70,6 +70,22 @@ async def test_a_volume_that_was_just_opened_is_read_without_a_wait():
     async with opened(home) as session:
         assert await gets(home, session, sizes(1000)) == ({3}, 0)
         assert session.statistics()["warmed"] == session.statistics()["fetched"]
+
+
+async def test_nodes_that_nobody_looks_at_are_dropped_after_a_while():
+    home = await filled()
+    async with opened(home) as session:
+        await gets(home, session, sizes(1000, 100))
+        held = len(session.nodes)
+        await trio.sleep(UNSEEN + 1)
+        assert 10 < len(session.nodes) < held / 2
+        assert session.nodes.used == sum(
+            session.nodes.get(name).cost for name in home.blobs.stored if name in session.nodes
+        )
+        assert await gets(home, session, sizes(1000, 100)) == ({3}, 0)
+        found, asked = await gets(home, session, sizes(1000))
+        assert found == {3}
+        assert asked > 0
 
 
 async def test_what_there_is_no_room_for_is_fetched_when_it_is_needed():
