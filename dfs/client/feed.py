@@ -14,6 +14,8 @@ from dfs.volume import entries
 from dfs.volume.tree import Missing
 from dfs.volume.view import NodeCache, View
 
+LOOK_AHEAD = 256  # entries
+
 Entries = Iterable[tuple[int, bytes]]
 Note = Callable[[entries.Entry, list[bytes]], None]
 Known = Callable[[entries.Entry, int], bool]
@@ -68,8 +70,19 @@ class Feed:
             if at > seq:
                 self._pending[at] = entry
         while (missing := self._apply_pending()) is not None:
-            await self.fetch(missing.hashes)
+            await self.fetch(list(dict.fromkeys((*missing.hashes, *self._missing_later()))))
         return self.view.seq > seq
+
+    def _missing_later(self) -> tuple[bytes, ...]:
+        """Nodes that the entries after the next one need: one round trip for many of them."""
+        wanted: list[fx.Effect] = []
+        first = self.view.seq + 2
+        for seq in range(first, first + LOOK_AHEAD):
+            entry = self._pending.get(seq)
+            if entry is None:
+                break
+            wanted += fx.of_entry(entries.decode(entry))
+        return self.view.missing_for(wanted) if wanted else ()
 
     def _apply_pending(self) -> Missing | None:
         view, pending = self.view, self._pending

@@ -1,13 +1,16 @@
 """Warm-up: reads after an open and after a checkpoint find their tree nodes at hand."""
 
 import contextlib
+import random
 
 import pytest
 import trio
 
+from dfs.client.attributes import get_inode, patch_inode
 from dfs.client.session import Session
 from dfs.client.warmup import PATIENCE, SHARE, UNSEEN
 from dfs.errors import Corrupt, FsError
+from dfs.volume import effects as fx
 from dfs.volume import items
 from dfs.volume.nodecache import NodeCache
 from tests.unit.client.support import VOLUME, new_home
@@ -39,7 +42,8 @@ async def opened(home, *, warm=True, seed=1, budget=64 << 20):
     async with trio.open_nursery() as nursery:
         session = Session(home.client(seed=seed), VOLUME)
         await nursery.start(session.run)
-        session.nodes = NodeCache(budget)
+        if budget:
+            session.nodes = NodeCache(budget)
         if warm:
             nursery.start_soon(session.keep_warm)
             await session.wait_warm()
@@ -70,6 +74,20 @@ async def test_a_volume_that_was_just_opened_is_read_without_a_wait():
     async with opened(home) as session:
         assert await gets(home, session, sizes(1000)) == ({3}, 0)
         assert session.statistics()["warmed"] == session.statistics()["fetched"]
+
+
+async def test_a_long_journal_is_applied_without_a_round_trip_for_each_entry():
+    home = await filled()
+    rng = random.Random(1)
+    inos = rng.sample(range(1000, 1000 + COUNT), 150)
+    async with opened(home) as session:
+        for ino in inos:
+            await session.transact(lambda txn, ino=ino: patch_inode(txn, ino, (2, fx.SET, 0o600)))
+    before = home.blobs.gets
+    async with opened(home, warm=False, budget=0) as session:
+        assert home.blobs.gets - before < 10
+        found = await session.read(lambda txn: {get_inode(txn, ino).mode for ino in inos})
+        assert found == {0o600}
 
 
 async def test_nodes_that_nobody_looks_at_are_dropped_after_a_while():
