@@ -73,6 +73,14 @@ _ABSENT = pyfuse3.EntryAttributes()  # to the kernel inode 0 means ENOENT; that 
 _ABSENT.entry_timeout = _ABSENT.attr_timeout = 0.0
 
 
+def _blank() -> pyfuse3.EntryAttributes:
+    """An entry with what all of them have in common."""
+    entry = pyfuse3.EntryAttributes()
+    entry.st_blksize = 1 << 17
+    entry.entry_timeout = entry.attr_timeout = TIMEOUT
+    return entry
+
+
 class Operations(pyfuse3.Operations):
     """The handlers of one mount; `xattrs`: whether to serve extended attributes.
 
@@ -119,23 +127,23 @@ class Operations(pyfuse3.Operations):
     # ------------------------------------------------------------------ encoding
 
     def _attributes(self, attr: Attr) -> pyfuse3.EntryAttributes:
+        return self._fill(_blank(), attr)
+
+    def _fill(self, entry: pyfuse3.EntryAttributes, attr: Attr) -> pyfuse3.EntryAttributes:
+        """Put attributes into a `_blank` entry, or one that was filled before."""
         if self._atimes is not None:
             self._atimes.overlay(attr)
-        entry = pyfuse3.EntryAttributes()
         entry.st_ino = attr.ino
         entry.st_mode = attr.kind << 12 | attr.mode
         entry.st_nlink = attr.nlink
         entry.st_uid = attr.uid
         entry.st_gid = attr.gid
         entry.st_rdev = attr.rdev
-        entry.st_size = attr.size
-        entry.st_blocks = (attr.size + 511) >> 9
-        entry.st_blksize = 1 << 17
+        entry.st_size = size = attr.size
+        entry.st_blocks = (size + 511) >> 9
         entry.st_atime_ns = attr.atime
         entry.st_mtime_ns = attr.mtime
         entry.st_ctime_ns = attr.ctime
-        entry.entry_timeout = TIMEOUT
-        entry.attr_timeout = TIMEOUT
         return entry
 
     def _entry(self, parent: int, name: bytes, attr: Attr) -> pyfuse3.EntryAttributes:
@@ -415,14 +423,15 @@ class Operations(pyfuse3.Operations):
                 if not pyfuse3.readdir_reply(token, name, self._attributes(attr), cookie):
                     return
                 start = cookie
-        fs, looked_up, attributes = self._fs, self.inodes.looked_up, self._attributes
+        fs, looked_up, fill = self._fs, self.inodes.looked_up, self._fill
         reply, entry_key = pyfuse3.readdir_reply, items.entry_key
+        blank = _blank()  # one for all: a reply copies it
         limit, total = self._page, 0
         while True:
             entries = await fs.readdir(fh, start, limit)
             taken = len(entries)
             for n, (name, cookie, attr) in enumerate(entries):
-                if not reply(token, name, attributes(attr), cookie):
+                if not reply(token, name, fill(blank, attr), cookie):
                     taken = n
                     break
                 looked_up(attr.ino, entry_key(ino, cookie), name)

@@ -494,13 +494,15 @@ class FileSystem:
             begin = items.entry_key(ino, after) if after > 0 else b""
             found: list[Entry] = []
             absent: list[bytes] = []
+            get_attr, suffix = attributes.get_attr, items.suffix_u64
             for key, value in txn.scan(prefix, begin, limit):
-                at = items.suffix_u64(key)
-                for name, child, _ in sorted(items.decode_entries(value)):
+                at = suffix(key)
+                bucket = items.decode_entries(value)
+                for name, child, _ in bucket if len(bucket) == 1 else sorted(bucket):
                     if at == cookie and name in taken:
                         continue
                     try:  # collect what is missing for all, to fetch it at once
-                        found.append((name, at, attributes.get_attr(txn, child)))
+                        found.append((name, at, get_attr(txn, child)))
                     except Missing as e:
                         absent += e.hashes
             if absent:
