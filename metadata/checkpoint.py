@@ -12,6 +12,7 @@ a large tree the entries touch.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import count
 from random import SystemRandom
 
 import trio
@@ -29,7 +30,8 @@ from dfs.volume.nodecache import NodeCache
 from dfs.volume.slices import settle, slices
 from metadata.volumehome import Folder
 
-CACHE_BYTES = 128 << 20  # of nodes; the fold of a slice needs all it touches at the same time
+CACHE_BYTES = 48 << 20  # of nodes; a slice touches some 30 MiB, and needs them at the same time
+ROUNDS = 16  # of fetching nodes for one slice, after which it gets twice the room
 PUT_BYTES = 8 << 20  # of nodes that are stored at a time
 TIMEOUT = 60.0  # seconds for each exchange of blobs
 SAMPLE = 256  # nodes of a level that an estimate looks at
@@ -49,12 +51,14 @@ async def fold(
     held: dict[bytes, bytes] = {}  # those that the next slice may replace
     wanted = (effect for entry in entries for effect in of_entry(journal.decode(entry)))
     for part, beyond in slices(wanted):
-        while True:
+        for attempt in count(1):
             try:
                 root, nodes = fold_effects(cache.get, root, salt, part)
                 break
             except Missing as e:
                 cache.add(await blobs.get_many(e.hashes, timeout=TIMEOUT))
+            if attempt % ROUNDS == 0:  # what came last drove out what came first
+                cache.budget *= 2
         cache.add(nodes)
         held.update(nodes)
         final, held = settle(held, root, beyond)

@@ -18,7 +18,7 @@ from dfs.volume.items import GROUP_SIZE
 from dfs.volume.node import decode
 from dfs.volume.treeedit import Nodes
 
-SLICE = 4096  # effects of a slice; each may touch a leaf of some 13 KB in memory
+SLICE = 2048  # effects of a slice; each may touch a leaf of some 13 KB in memory
 
 
 def slices(wanted: Iterable[Effect], size: int = SLICE) -> Iterator[tuple[list[Effect], bytes]]:

@@ -25,6 +25,7 @@ from dfs.volume.items import (
     inode_key,
 )
 from dfs.volume.nodecache import NodeCache
+from metadata import checkpoint
 from metadata.checkpoint import estimate, fold, process_folder
 
 SALT = b"salt of a volume"
@@ -48,6 +49,7 @@ class FakeBlobs:
     async def get_many(self, hashes, *, timeout):
         await trio.lowlevel.checkpoint()
         self.gets += 1
+        assert self.gets < 1000, "the same nodes again and again"
         absent = [h for h in hashes if h not in self.stored]
         if absent:
             raise NotFound("absent", *absent)
@@ -114,6 +116,19 @@ async def test_nodes_come_level_by_level():
     root, _ = await fold(blobs, b"", SALT, [data([effect(r) for _ in range(3000)])])
     await fold(blobs, root, SALT, [data([effect(r) for _ in range(200)])])
     assert 1 <= blobs.gets <= 4
+
+
+async def test_a_slice_that_needs_more_room_gets_it(monkeypatch):
+    r, blobs = Random(1), FakeBlobs()
+    effects = [(PUT, extent_key(7, n), encode_inline(bytes(200))) for n in range(3000)]
+    root, _ = await fold(blobs, b"", SALT, [data(effects)])
+    monkeypatch.setattr(checkpoint, "CACHE_BYTES", 100_000)
+    everything = (DELETE_RANGE, group(7, EXTENT), group_end(group(7, EXTENT)))
+    emptied, _ = await fold(blobs, root, SALT, [data([everything, effect(r)])])
+    assert emptied != root
+    monkeypatch.setattr(checkpoint, "ROUNDS", 1 << 30)  # a mutant: it gets none
+    with pytest.raises(AssertionError, match="again and again"):
+        await fold(blobs, root, SALT, [data([everything])])
 
 
 async def test_a_root_is_only_returned_when_its_nodes_are_stored():
