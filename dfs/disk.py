@@ -371,6 +371,13 @@ class RealDisk:
         else:
             await self._pool.run(self._timed, fdatasync)
 
+    def sync_nowait(self, fdatasync: Callable[[], None]) -> bool:
+        """See `Disk.sync_nowait`."""
+        if self._quick:
+            self._timed(fdatasync)
+            return True
+        return False
+
     def _timed(self, fdatasync: Callable[[], None]) -> None:
         start = perf_counter()
         fdatasync()

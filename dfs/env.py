@@ -134,6 +134,10 @@ class Disk(Protocol):
         """
         ...
 
+    def sync_nowait(self, fdatasync: Callable[[], None]) -> bool:
+        """Run a file's `fdatasync` inline while that is quicker; False: it was not run."""
+        ...
+
 
 # -------------------------------------------------------------------------------------- network
 
@@ -247,6 +251,13 @@ class Rpc(Protocol):
         epoch: int = 0,
     ) -> None:
         """Send without an answer, at most once, perhaps never."""
+        ...
+
+    def later(self, fn: Callable[[], None]) -> bool:
+        """Call `fn` once all messages that arrived together are handled and their answers sent.
+
+        False: none is being handled now, and `fn` will not be called.  It must not raise.
+        """
         ...
 
 

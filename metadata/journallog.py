@@ -2,6 +2,8 @@
 
 Records of all journals go, in the order they were made, to the end of the active segment; one
 writer task appends what has gathered, syncs it, and then releases everything that waited for it.
+On a quick medium that is done at the end of the turn of messages that brought the records, and the
+task sleeps on.
 An index per journal finds an entry in its segment.
 
 `metadata.journalformat` holds the format and says what recovery makes of a bad record.
@@ -86,6 +88,8 @@ class JournalLog:
         self._buffer: list[tuple[bytes, Record]] = []
         self._waiting: dict[int, list[tuple[Callable[..., Any], tuple[Any, ...]]]] = {}
         self._parked: trio.lowlevel.Task | None = None
+        self._failure: StoreFailed | None = None  # for the task to raise
+        self.later: Callable[[Callable[[], None]], bool] | None = None  # see `dfs.env.Rpc.later`
         self._synced = 0  # offset in the active segment
         self._marked = 0
         self._idle_since = 0.0
@@ -252,11 +256,15 @@ class JournalLog:
     def append(self, volume: bytes, record: Record) -> int:
         """Add a record to the batch that gathers; the number of that batch."""
         self._buffer.append((volume, record))
+        if self._parked is not None and (self.later is None or not self.later(self._write_now)):
+            self._wake()
+        return self.batch
+
+    def _wake(self) -> None:
         parked = self._parked
         if parked is not None:
             self._parked = None
             trio.lowlevel.reschedule(parked)
-        return self.batch
 
     def when_durable(self, batch: int, fn: Callable[..., Any], *args: Any) -> None:
         """Call `fn(*args)` from the loop once the batch, which is not durable yet, is."""
@@ -275,11 +283,13 @@ class JournalLog:
         while True:
             # Who woke us has sent what was to be sent along; before another batch all have a turn.
             woken = False
-            while not self._buffer:
+            while not self._buffer and self._failure is None:
                 woken = True
                 self._parked = trio.lowlevel.current_task()
                 self._idle_since = trio.current_time()
                 await trio.lowlevel.wait_task_rescheduled(self._unpark)
+            if self._failure is not None:
+                raise self._failure
             try:
                 if self._active.end >= self._limit:
                     await self._rotate()
@@ -292,10 +302,39 @@ class JournalLog:
             batch, end = self.batch, self._active.end
             self.batch = batch + 1
             await self._sync.sync(turn=not woken)
-            self._synced = end
-            self.durable = batch
-            for fn, args in self._waiting.pop(batch, ()):
-                fn(*args)
+            self._tell(batch, end)
+
+    def _tell(self, batch: int, end: int) -> None:
+        """A batch is durable, and with it the active segment up to `end`."""
+        self._synced = end
+        self.durable = batch
+        for fn, args in self._waiting.pop(batch, ()):
+            fn(*args)
+
+    def _write_now(self) -> None:
+        """Write and sync what has gathered if the task waits for it and the medium is quick.
+
+        What is not as simple as that is left to the task.
+        """
+        if self._parked is None or not self._buffer:
+            return
+        try:
+            done = self._active.end < self._limit and self._disk.sync_nowait(self._write_through)
+        except DiskFull:
+            done = False  # the task meets it again
+        except StoreFailed as e:
+            done, self._failure = False, e
+        if not done:
+            self._wake()
+            return
+        batch = self.batch
+        self.batch = batch + 1
+        self._idle_since = trio.current_time()
+        self._tell(batch, self._active.end)
+
+    def _write_through(self) -> None:
+        self._write()
+        self._active.file.fdatasync()
 
     def _unpark(self, _: object) -> trio.lowlevel.Abort:
         self._parked = None

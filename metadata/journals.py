@@ -168,6 +168,7 @@ class JournalHost:
         self.log, states = await JournalLog.open(
             self.env.disk, "journals", segment_bytes=self._segment_bytes
         )
+        self.log.later = self.env.rpc.later
         for text in self.log.cut:
             self.report(text)
         self._journals = {v: self.journal_class(self, v, s) for v, s in states.items()}

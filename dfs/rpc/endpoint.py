@@ -17,6 +17,7 @@ from dfs.rpc.pool import Pool
 from dfs.rpc.server import Server
 from dfs.rpc.timers import Timers
 from dfs.rpc.transport import listening
+from dfs.rpc.turn import Turn
 from dfs.wire.connection import Connection, Role, encode_value
 from dfs.wire.frame import gather
 
@@ -55,6 +56,7 @@ class RpcEndpoint:
         self._secret = secret
         self._insecure = insecure
         self._timers = Timers()
+        self._turn = Turn()
         self._budget = Budget(SERVER_LIMIT)
         self._pool: Pool | None = None
         self._closed = False
@@ -191,6 +193,10 @@ class RpcEndpoint:
         if not self._closed:
             self._submit(to, method, args, data, _CAST_PATIENCE, priority, epoch, None, None)
 
+    def later(self, fn: Callable[[], None]) -> bool:
+        """See `dfs.env.Rpc.later`; requests and casts count, answers do not."""
+        return self._turn.later(fn)
+
     # ----------------------------------------------------------------------------------- serving
 
     async def serve(
@@ -210,6 +216,7 @@ class RpcEndpoint:
                 clock=self._clock,
                 counts=self._counts,
                 methods=self._methods,
+                turn=self._turn,
             )
             started(actual)
             await server.run(listener)

@@ -25,6 +25,7 @@ from dfs.errors import Busy, DfsError, LocalProtocolError, UnknownMethod, to_wir
 from dfs.rpc.budget import Budget, Share
 from dfs.rpc.client import FEW, first_error
 from dfs.rpc.transport import Channel, accept, explain
+from dfs.rpc.turn import Turn
 from dfs.wire.connection import Connection, Event, State, encode_value
 from dfs.wire.frame import ERROR, REPLY, REQUEST
 
@@ -49,6 +50,7 @@ class Server:
         clock: Clock,
         counts: dict[str, int],
         methods: dict[str, list[float]],
+        turn: Turn,
     ) -> None:
         """`greet` makes the server side of a new connection.
 
@@ -60,6 +62,7 @@ class Server:
         self.clock = clock
         self.counts = counts
         self.methods = methods
+        self.turn = turn
 
     async def run(self, listener: socket.socket) -> None:
         """Accept and serve until cancelled."""
@@ -132,6 +135,7 @@ class _Session:
     async def _converse(self, events: list[Event]) -> None:
         channel = self._channel
         connection = channel.connection
+        turn = self._server.turn
         self._handle(events)
         channel.flush()
         while True:
@@ -142,8 +146,12 @@ class _Session:
                 await self._drained.wait()
             events = await channel.receive()
             if events:
-                self._handle(events)
-                channel.flush()
+                turn.begin()
+                try:
+                    self._handle(events)
+                    channel.flush()
+                finally:
+                    turn.end()
 
     def _progress(self) -> None:
         drained = self._drained

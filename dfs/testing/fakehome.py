@@ -392,6 +392,10 @@ class FakeRpc:
         """Not used by clients' sessions."""
         raise NotImplementedError
 
+    def later(self, _fn: Callable[[], None]) -> bool:
+        """A client handles no messages."""
+        return False
+
 
 class FakeChunkStore:
     """All chunks of the fake cluster, with knobs to make it fail."""

@@ -233,6 +233,8 @@ class _Pending:
 class SimEndpoint:
     """One node's end of a `SimNetwork`; implements `dfs.env.Endpoint`."""
 
+    turns = False  # whether messages are handled in turns
+
     def __init__(self, network: SimNetwork, name: str, clock: Clock) -> None:
         """Use `SimNetwork.endpoint`."""
         self.network = network
@@ -318,6 +320,12 @@ class SimEndpoint:
                 self, target, method, target._serve_one,
                 self, 0, to, meta, raw, deadline, priority, epoch,
             )  # fmt: skip
+
+    def later(self, fn: Callable[[], None]) -> bool:
+        """See `dfs.env.Rpc.later`: messages arrive one by one here, so it is the next step."""
+        if self.turns:
+            trio.lowlevel.current_trio_token().run_sync_soon(fn)
+        return self.turns
 
     def _send(
         self,

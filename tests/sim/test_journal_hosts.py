@@ -2,7 +2,9 @@
 
 import pytest
 
+from dfs.testing.disk import SimDisk
 from dfs.testing.journal_mutants import MUTANTS as CORE_MUTANTS
+from dfs.testing.network import SimEndpoint
 from dfs.testing.scenario_journal import MUTANTS, NAME, play, run
 
 
@@ -13,6 +15,15 @@ def test_hosts_agree_under_power_cuts_partitions_and_moves():
     assert sum(w.reads for w in worlds) > 150
     assert sum(w.crashes for w in worlds) > 100
     assert sum(w.changes for w in worlds) > 25
+
+
+def test_hosts_whose_disks_are_quick_agree_too(monkeypatch):
+    monkeypatch.setattr(SimDisk, "quick", True)
+    monkeypatch.setattr(SimEndpoint, "turns", True)
+    worlds = [play(seed) for seed in range(8)]
+    assert [w.violations for w in worlds] == [[]] * len(worlds)
+    assert sum(len(w.results) for w in worlds) > 400
+    assert sum(w.crashes for w in worlds) > 50
 
 
 def test_a_seed_is_a_schedule():

@@ -7,6 +7,7 @@ import pytest
 import trio
 
 from dfs.errors import Corrupt, StoreFailed
+from dfs.rpc.turn import Turn
 from dfs.testing.disk import SimDisk
 from dfs.testing.journal_cores import genesis, operation
 from metadata import journalformat
@@ -303,6 +304,87 @@ async def test_a_failed_sync_ends_the_log():
     log.when_durable(log.append(V, history(1)[0]), done.append, 1)
     with pytest.raises(StoreFailed):
         await log.run()
+    assert not done
+
+
+async def in_turns(disk, nursery, **options):
+    """A log whose task waits, on a quick disk, and the turn in which its records arrive."""
+    disk.quick = True
+    log, _ = await running(disk, **options)
+    turn = Turn()
+    log.later = turn.later
+    nursery.start_soon(log.run)
+    await trio.testing.wait_all_tasks_blocked()
+    return log, turn
+
+
+async def test_records_of_a_turn_are_durable_when_it_ends():
+    disk = SimDisk(random.Random(3))
+    async with trio.open_nursery() as nursery:
+        log, turn = await in_turns(disk, nursery)
+        records, done = history(9), []
+        for some in (records[:2], records[2:3], records[3:8]):
+            batches = log.statistics()["batches"]
+            turn.begin()
+            for record in some:
+                log.when_durable(log.append(V, record), done.append, record[1])
+            assert log.statistics()["batches"] == batches
+            turn.end()  # and nobody else had a turn
+            assert done == [record[1] for record in records[: some[-1][1]]]
+            assert log.statistics()["batches"] == batches + 1
+        # What arrives otherwise is for the task, and what comes in between waits for it.
+        log.append(V, records[8])
+        turn.begin()
+        log.when_durable(log.append(W, records[0]), done.append, "W")
+        turn.end()
+        assert done[-1] == 8
+        await log.sync()
+        assert done[-1] == "W"
+        nursery.cancel_scope.cancel()
+    _, states = await running(disk)
+    assert states[V].chosen == 8
+    assert states[W].pending is not None
+
+
+async def test_a_turn_leaves_to_the_task_what_takes_long():
+    disk = SimDisk(random.Random(3))
+    async with trio.open_nursery() as nursery:
+        log, turn = await in_turns(disk, nursery, segment_bytes=2000)
+        done = []
+        for record in history(60):
+            disk.full = record[1] > 30
+            turn.begin()
+            log.when_durable(log.append(V, record), done.append, record[1])
+            turn.end()
+            if not disk.full:
+                await log.sync()  # a new segment is for the task
+        await trio.sleep(1)
+        assert log.full is not None
+        assert 30 <= len(done) < 60
+        disk.full = False
+        await log.sync()
+        assert len(done) == 60
+        assert log.statistics()["segments"] == 3
+        nursery.cancel_scope.cancel()
+    _, states = await running(disk)
+    assert states[V].chosen == 59
+
+
+async def test_a_sync_that_fails_at_the_end_of_a_turn_ends_the_log():
+    disk = SimDisk(random.Random(3))
+    done = []
+
+    async def fail():
+        async with trio.open_nursery() as nursery:
+            log, turn = await in_turns(disk, nursery)
+            disk.fail_next("sync", "journals")
+            turn.begin()
+            log.when_durable(log.append(V, history(1)[0]), done.append, 1)
+            turn.end()
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await fail()
+    assert caught.group_contains(StoreFailed)
     assert not done
 
 
