@@ -428,8 +428,11 @@ class FileSystem:
     async def _settle(self, ino: int) -> None:
         try:
             await self.session.settle()
-        except FsError:
+        except FsError as e:
             self.files.told(ino)
+            full = self.namespace.quota.full
+            if full and self.session.statistics()["pending"]:  # it is kept, and tried again
+                raise fs_error(errno.ENOSPC, full) from e
             raise
 
     async def release(self, handle: int) -> None:

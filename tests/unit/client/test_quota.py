@@ -246,3 +246,24 @@ async def test_a_full_cluster_is_met_like_a_quota_and_what_was_accepted_is_commi
         await fs.release(fh)
         assert await read_file(fs, attr.ino) == b"x" * KIB + b"z"
         assert not fs.namespace.quota.limited
+
+
+async def test_homes_that_take_nothing_because_they_are_full_are_enospc_to_fsync():
+    home = new_home()
+    home.delegates = True
+    async with filesystem(home, delegate=True, deadline=3.0) as fs:
+        for i in range(4):
+            ino = await write_file(fs, 1, b"%d" % i, b"x")
+        assert fs.session.here
+        fh = await fs.open(ino, writable=True)
+        await fs.write(fh, 0, b"y")
+        fs.rpc.down = {1, 2, 3}
+        for full, code in (("the disks are full", errno.ENOSPC), ("", errno.EIO)):
+            fs.refuse(full, "")
+            with pytest.raises(FsError) as caught:
+                await fs.fsync(fh)
+            assert caught.value.errno == code
+        fs.rpc.down = set()
+        await fs.fsync(fh)
+        await fs.release(fh)
+        assert await read_file(fs, ino) == b"y"
