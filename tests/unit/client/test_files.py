@@ -389,3 +389,22 @@ async def test_that_test_sees_a_compaction_that_does_not_look_again(monkeypatch)
     with pytest.raises(BaseExceptionGroup) as caught:
         await test_compaction_never_undoes_what_was_written_meanwhile()
     assert caught.group_contains(AssertionError, depth=None)
+
+
+async def test_two_first_contents_of_a_file_conflict():
+    """Who puts the first content of a file looks at nothing, but relies on nobody having done so."""
+    home = new_home()
+    async with filesystem(home) as fs:
+        attr, fh = await fs.create(1, b"a", 0o644)
+        await fs.release(fh)
+        content = contents.Contents(fs.namespace, clear_privileges=True)
+
+        def publish(txn, data):
+            content.publish(txn, attr.ino, [extents.inline(0, data)], 1)
+            return txn
+
+        first, second = (publish(fs.session.view.begin(), data) for data in (b"1", b"22"))
+        assert items.group(attr.ino, items.EXTENT) in second.groups
+        await fs.session.transact(lambda txn: publish(txn, b"1"))
+        assert fs.session.view.changed_since(first.base, first.keys, first.groups)
+        assert await extents_of(fs, attr.ino) == [extents.inline(0, b"1")]

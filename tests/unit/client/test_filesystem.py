@@ -6,7 +6,9 @@ import pytest
 import trio
 
 from dfs.client.filesystem import Caller
+from dfs.client.namespace import COOKIES, Namespace
 from dfs.errors import FsError
+from dfs.volume import items
 from tests.unit.client.support import VOLUME, filesystem, names, new_home, read_file, write_file
 
 
@@ -242,3 +244,29 @@ async def test_a_name_that_another_client_made_is_found_at_once():
             made = await a.mkdir(1, b"d%d" % n, 0o755)
             assert (await b.lookup(1, b"d%d" % n)).ino == made.ino
         await fails(errno.ENOENT, b.lookup(1, b"nothing"))
+
+
+def test_hashes_of_names_are_remembered_in_bounds():
+    namespace = Namespace(b"s" * 16)
+    for n in [*range(COOKIES + 10), *range(20)]:
+        name = b"%d" % n
+        assert namespace.cookie(name) == items.name_hash(b"s" * 16, name)
+        assert len(namespace._cookies) <= COOKIES
+    assert len(namespace._cookies) == 30
+
+
+async def test_what_is_removed_is_returned_as_it_was():
+    home = new_home()
+    async with filesystem(home) as fs:
+        ino = await write_file(fs, 1, b"f", b"x" * 10)
+        await fs.link(ino, 1, b"g")
+        attr = await fs.unlink(1, b"f")
+        assert (attr.ino, attr.nlink, attr.size) == (ino, 2, 10)
+        fh = await fs.open(ino, writable=True)
+        await fs.write(fh, 10, b"y")
+        attr = await fs.unlink(1, b"g")
+        assert (attr.ino, attr.nlink, attr.size) == (ino, 1, 11)
+        await fs.release(fh)
+        made = await fs.mkdir(1, b"d", 0o700)
+        attr = await fs.rmdir(1, b"d")
+        assert (attr.ino, attr.mode, attr.nlink) == (made.ino, 0o700, 2)
