@@ -51,6 +51,7 @@ def mount(
     An exclusive mount is refused while another one that writes lives, and others that would write
     while it lives; read-only ones are let in.
     """
+    from dfs.cli.local import environment
     from dfs.cli.mounts import check_mount_point, forget_dead, start_mount
 
     if read_only and exclusive:
@@ -68,8 +69,10 @@ def mount(
     run_async(_find, file, volume)
     if foreground:
         arguments = ["--cluster", str(file), "--volume", volume, "--foreground", *options]
-        os.execv(  # noqa: S606 - our own interpreter and module
-            sys.executable, [sys.executable, "-P", "-m", "fuse", *arguments, str(where)]
+        os.execve(  # noqa: S606 - our own interpreter and module
+            sys.executable,
+            [sys.executable, "-P", "-m", "fuse", *arguments, str(where)],
+            environment("fuse"),
         )
     forget_dead(file)
     start_mount(file, volume, where, options, pid_file and pid_file.absolute())

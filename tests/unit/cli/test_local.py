@@ -8,7 +8,15 @@ import time
 
 import pytest
 
-from dfs.cli.local import ClusterDir, Process, format_data, format_node, spawn, stop
+from dfs.cli.local import (
+    ClusterDir,
+    Process,
+    environment,
+    format_data,
+    format_node,
+    spawn,
+    stop,
+)
 from dfs.cli.spec import local_nodes, read_spec
 from dfs.cluster.map import CHUNK, METADATA, ClusterMap, Params
 from dfs.datadir import MARKER, Marker, read_marker
@@ -211,3 +219,13 @@ def test_local_nodes_use_ports_in_a_row():
     assert [n.zone for n in nodes] == ["zone1", "zone2", "zone3", "zone1", "zone2"]
     with pytest.raises(ConfigError):
         local_nodes(3, 3, 65533)
+
+
+def test_programs_that_move_megabytes_do_it_in_huge_pages(monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    for program, huge in (("fuse", True), ("chunkserver", True), ("metadata", False)):
+        given = environment(program)
+        assert given["PATH"] == os.environ["PATH"]
+        assert ("GLIBC_TUNABLES" in given) is huge
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    assert environment("fuse")["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=0"
