@@ -72,7 +72,7 @@ class _Place:
         self.node = node
         self.spot = spot  # boot, segment, offset, stored and plain length
         self.file = file
-        self.base = 0  # where the first block is, once `_prove` read the header
+        self.base = 0  # where the first block is, once `_prove` read the header; 0 before
         self.header: chunks.Header
 
 
@@ -167,6 +167,8 @@ class Shortcut:
         if place is None or place.file.revoked:
             return None
         self._places[chunk_id] = place
+        if not place.base:
+            return None
         try:
             data = _pull(place, offset, length, os.RWF_NOWAIT)
         except BlockingIOError:
@@ -204,7 +206,9 @@ class Shortcut:
                 break
             place.file.acquire()
             try:
-                if length <= SHORT:
+                if not place.base:
+                    data = await self._pool.run(_prove_and_pull, place, chunk_id, offset, length)
+                elif length <= SHORT:
                     data = await self._pool.run(self._quick.timed, _pull, place, offset, length, 0)
                 else:
                     data = await self._pool.run(_pull, place, offset, length, 0)
@@ -270,18 +274,7 @@ class Shortcut:
         file = await door.get(spot[1])
         if file is None or file.revoked:
             return None
-        place = _Place(node, spot, file)
-        file.acquire()
-        try:
-            await self._pool.run(_prove, place, chunk_id)
-        except OSError:
-            return None
-        except Corrupt:
-            await self._is_bad(chunk_id, place)
-            return None
-        finally:
-            file.release()
-        return place
+        return _Place(node, spot, file)
 
     async def _locate(self, node: int, chunk_id: bytes) -> tuple[int, ...] | None:
         """(boot, segment, offset, stored, plain) of a chunk at a node; None if it is not there."""
@@ -356,6 +349,12 @@ def _prove(place: _Place, chunk_id: bytes) -> None:
         raise Corrupt(f"chunk {chunk_id.hex()[:16]} has another length")
     place.header = header
     place.base = offset + header.size
+
+
+def _prove_and_pull(place: _Place, chunk_id: bytes, offset: int, length: int) -> Buffer | None:
+    """The first read of a place: one errand of a thread for both.  Blocking."""
+    _prove(place, chunk_id)
+    return _pull(place, offset, length, 0)
 
 
 def _pull(place: _Place, offset: int, length: int, flags: int) -> Buffer | None:
