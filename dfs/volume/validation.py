@@ -31,6 +31,9 @@ VOLUME_STATES = ("creating", "created", "deleting")
 # Groups that may be deleted by range.  Directories may not: an ENTRY is read alone, by its key, and
 # whoever read it must find out that it went.
 RANGES = frozenset((items.XATTR, items.BACKLINK, items.EXTENT))
+_ADMIN = items.ADMIN_INO.to_bytes(8, "big")
+_REGISTRY = items.REGISTRY_INO.to_bytes(8, "big")
+_INT = {int}
 _PATCHABLE = {items.INODE: items.INODE_FIELDS, items.USAGE: 3, items.VOLUME: 4}
 
 
@@ -53,18 +56,13 @@ def validate(effects: Any, *, system: bool = False) -> None:
 def _check(effect: Effect, system: bool) -> None:
     if type(effect) is not tuple or not effect:
         raise InvalidArgument(f"effect is no tuple: {repr(effect)[:80]}")
+    op = effect[0]
+    if op == PUT and type(op) is int and len(effect) == 3:  # the most by far
+        _, key, value = effect
+        if type(key) is bytes and type(value) is bytes:
+            _check_put(key, value, system)
+            return
     match effect:
-        case (op, bytes(key), bytes(value)) if op == PUT and type(op) is int:
-            if len(key) + len(value) > items.MAX_ITEM:
-                raise InvalidArgument(f"item of {len(key) + len(value)} bytes, key {key!r}")
-            kind = check_key(key, system)
-            fields = unpack(value)
-            if type(fields) is not tuple or not fields or fields[0] != items.VERSION:
-                raise InvalidArgument(f"value of {key!r} is no version {items.VERSION} tuple")
-            if not _VALUES[kind](key, fields):
-                raise InvalidArgument(f"value of {key!r} is malformed: {repr(fields)[:80]}")
-            if pack(fields) != value:
-                raise InvalidArgument(f"value of {key!r} is not encoded canonically")
         case (op, bytes(key), tuple(changes)) if op == PATCH:
             _check_patch(key, check_key(key, system), changes)
         case (op, bytes(key)) if op == DELETE:
@@ -81,20 +79,32 @@ def _check(effect: Effect, system: bool) -> None:
             raise InvalidArgument(f"unknown effect: {repr(effect)[:80]}")
 
 
+def _check_put(key: bytes, value: bytes, system: bool) -> None:
+    if len(key) + len(value) > items.MAX_ITEM:
+        raise InvalidArgument(f"item of {len(key) + len(value)} bytes, key {key!r}")
+    kind = check_key(key, system)
+    fields = unpack(value)
+    if type(fields) is not tuple or not fields or fields[0] != items.VERSION:
+        raise InvalidArgument(f"value of {key!r} is no version {items.VERSION} tuple")
+    if not _VALUES[kind](key, fields):
+        raise InvalidArgument(f"value of {key!r} is malformed: {repr(fields)[:80]}")
+    if pack(fields) != value:
+        raise InvalidArgument(f"value of {key!r} is not encoded canonically")
+
+
 def check_key(key: bytes, system: bool = False) -> int:
     """Type of a well-formed key; raises `InvalidArgument` for others."""
     if not GROUP_SIZE <= len(key) <= items.MAX_KEY:
         raise InvalidArgument(f"key of {len(key)} bytes")
-    ino, kind, suffix = items.split_key(key)
-    size = len(suffix)
-    if kind in (items.ORPHAN, items.USAGE, items.QUOTA):
-        good = ino == items.ADMIN_INO and size == (8 if kind == items.ORPHAN else 0)
+    kind, size, admin = key[8], len(key) - GROUP_SIZE, key.startswith(_ADMIN)
+    if kind in (items.INODE, items.SYMLINK):
+        good = size == 0 and not admin
+    elif kind in (items.ORPHAN, items.USAGE, items.QUOTA):
+        good = admin and size == (8 if kind == items.ORPHAN else 0)
     elif kind == items.VOLUME:
-        good = system and ino == items.REGISTRY_INO and 0 < size <= items.MAX_NAME
-    elif ino == items.ADMIN_INO:
+        good = system and key.startswith(_REGISTRY) and 0 < size <= items.MAX_NAME
+    elif admin:
         good = False
-    elif kind in (items.INODE, items.SYMLINK):
-        good = size == 0
     elif kind == items.ENTRY:
         good = size == 8 and items.FIRST_HASH <= items.suffix_u64(key) < 1 << items.HASH_BITS
     elif kind == items.EXTENT:
@@ -131,6 +141,11 @@ def _integer(value: Any) -> bool:
     return type(value) is int and INT_MIN <= value <= INT_MAX
 
 
+def _integers(values: Sequence[Any]) -> bool:
+    """Whether all of some values, at least one, are integers of 64 bits."""
+    return {*map(type, values)} == _INT and min(values) >= INT_MIN and max(values) <= INT_MAX
+
+
 def _name(value: Any) -> bool:
     return (
         type(value) is bytes
@@ -142,7 +157,7 @@ def _name(value: Any) -> bool:
 
 
 def _inode(_key: bytes, f: Sequence[Any]) -> bool:
-    return len(f) == items.INODE_FIELDS and all(map(_integer, f)) and f[1] in items.KINDS
+    return len(f) == items.INODE_FIELDS and _integers(f) and f[1] in items.KINDS
 
 
 def _entries(_key: bytes, f: Sequence[Any]) -> bool:
@@ -154,7 +169,7 @@ def _entries(_key: bytes, f: Sequence[Any]) -> bool:
         name, ino, kind = record
         if not _name(name) or not _integer(ino) or ino <= 0 or kind not in items.KINDS:
             return False
-    return len({record[0] for record in f[1]}) == len(f[1])
+    return len(f[1]) == 1 or len({record[0] for record in f[1]}) == len(f[1])
 
 
 def _symlink(_key: bytes, f: Sequence[Any]) -> bool:
@@ -186,11 +201,11 @@ def _orphan(_key: bytes, f: Sequence[Any]) -> bool:
 
 
 def _usage(_key: bytes, f: Sequence[Any]) -> bool:
-    return len(f) == 3 and all(map(_integer, f))
+    return len(f) == 3 and _integers(f)
 
 
 def _quota(_key: bytes, f: Sequence[Any]) -> bool:
-    return len(f) == 3 and all(map(_integer, f)) and min(f) >= 0
+    return len(f) == 3 and _integers(f) and min(f) >= 0
 
 
 def _volume_id(value: Any) -> bool:
