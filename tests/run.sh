@@ -45,7 +45,7 @@ pytest_in_halves() {
 }
 
 start=$SECONDS
-(setup test git rsync sqlite3 tar attr curl iptables ip:iproute2) || exit 1
+(setup test git rsync sqlite3 tar attr curl iptables ip:iproute2 fio stress-ng) || exit 1
 require_fuse
 durations+=("$(printf '%5d s  %s' $((SECONDS - start)) setup)")
 BIN="$VENV/bin"
