@@ -287,13 +287,13 @@ class Digests:
         base = table << 20 | partition << 8
         for bucket in range(BUCKETS):
             self._cache.pop(base | bucket, None)
-        rows = [bucket_row(table, partition, bucket) for bucket in range(BUCKETS)]
         result: list[Op] = []
         try:
-            sums = _sums(self._view.scan(rows[0][:-1], b"", BUCKETS))
+            sums = _sums(self._view.scan(bucket_row(table, partition, 0)[:-1], b"", BUCKETS))
         except Corrupt:
             sums = []
-            for row in rows:
+            for bucket in range(BUCKETS):
+                row = bucket_row(table, partition, bucket)
                 try:
                     sums.append(int.from_bytes(self._view.get(row) or b"", "big"))
                 except Corrupt:

@@ -56,28 +56,35 @@ def recall(view: Table, digests: Digests) -> None:
 
 
 def rebuild(
-    snapshot: Callable[[bool], Table], table: int, partition: int, *, damaged: bool = False
+    snapshot: Callable[[bool], Table],
+    table: int,
+    partition: int,
+    *,
+    damaged: bool = False,
+    prepared: bool = False,
 ) -> Steps[int]:
     """Recompute the digests of a partition and correct them; returns how many were wrong.
 
     `snapshot(fresh)` gives a view of the store, of this moment if `fresh`.  `damaged` says that
-    rows or sums were lost (`Digests.damaged`).  Raises `Corrupt` while rows are.
+    rows or sums were lost (`Digests.damaged`), `prepared` that lost sums were made readable since
+    (`Correct` with None) and that any view of `snapshot` is younger.  Raises `Corrupt` while rows
+    are.
     """
     errors: dict[int, int] | None = None
     fresh = damaged
-    if damaged:
+    if damaged and not prepared:
         yield Correct(table, partition, None)
     while errors is None:
-        steps = recompute(snapshot(fresh), table, partition)
+        steps = recompute(snapshot(fresh and not prepared), table, partition)
         try:
             while True:
                 yield Rest(next(steps))
         except StopIteration as e:
             errors = e.value or {}
         except Corrupt:
-            if fresh:
+            if fresh and not prepared:
                 raise
-            fresh = True
+            fresh, prepared = True, False
             yield Correct(table, partition, None)
     if errors or fresh:
         yield Correct(table, partition, errors)

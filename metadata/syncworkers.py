@@ -10,7 +10,8 @@
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import trio
 
@@ -28,7 +29,7 @@ from metadata.pull import enough, pull_partition
 from metadata.renewals import Loss, renew_once
 from metadata.repair import ROW as REBUILD
 from metadata.repair import rebuild, recall, remember, repair_lost
-from metadata.steps import Steps, Write
+from metadata.steps import Correct, Steps, Write
 from metadata.store.engine import Store
 from metadata.synchronise import Synchroniser
 
@@ -42,6 +43,7 @@ AGAIN = 45.0  # seconds until rows that were too young to compare are compared
 PULL_AGAIN = 3.0  # seconds until partitions that could not be compared yet are tried again
 AFTER_ERROR = 10.0  # seconds until a repair that failed is tried again
 SNAPSHOT_USES = 64  # partitions recomputed on one snapshot
+ACCEPTANCES = 8  # of losses in one round: the first finds more, later ones what reads just met
 
 
 class SyncWorker(Worker):
@@ -58,13 +60,16 @@ class SyncWorker(Worker):
         self.did(0, size)
         await self.rest(size=size, backlog=backlog)
 
-    async def _recompute(self, snapshots: "_Snapshots", table: int, partition: int) -> int:
-        """Rebuild the digests of a partition; returns how many sums were wrong."""
+    async def _recompute(
+        self, snapshots: "_Snapshots", table: int, partition: int, *, prepared: bool = False
+    ) -> int:
+        """Rebuild the digests of a partition (see `rebuild`); returns how many sums were wrong."""
         damaged = self.sync.digests.damaged
         where = table, partition
         was = where in damaged
         try:
-            return await self.sync.run(rebuild(snapshots, *where, damaged=was), self._rest)
+            steps = rebuild(snapshots, *where, damaged=was, prepared=prepared)
+            return await self.sync.run(steps, self._rest)
         except DfsError:
             if was:  # a correction that the store refused does not count
                 damaged[where] = None
@@ -339,30 +344,56 @@ class StorageRepair(SyncWorker):
         return done
 
     async def _accept(self) -> None:
-        """Let go of what the store lost, so that others can give it."""
+        """Let go of what the store lost, so that others can give it.
+
+        The first acceptance reads the damaged tables to their ends, and so finds more: nothing can
+        be rebuilt before all of that is accepted, too.
+        """
         sync = self.sync
-        if losses := sync.store.lost():
+        for _ in range(ACCEPTANCES):
+            losses = sync.store.lost()
+            if not losses:
+                break
             steps = repair_lost(
                 sync.antientropy,
                 sync.pull_first,
                 losses,
-                lost_registers=lambda: self._renew(losses),
+                lost_registers=partial(self._renew, losses),
             )
             await sync.run(steps)
 
     async def _rebuild(self) -> bool:
-        """Rebuild all damaged digests, also what an error left undone; whether none is left."""
+        """Rebuild all damaged digests, also what an error left undone; whether none is left.
+
+        All partitions may be damaged, if one bad block had their sums, and each needs a snapshot
+        that is younger than its preparation, which copies the memtable: so many share one.
+        """
         sync = self.sync
-        snapshots = _Snapshots(sync.store)
-        for table, partition in sorted(sync.digests.damaged):
-            try:
-                await self._recompute(snapshots, table, partition)
-            except DfsError as e:
-                self.last_error = f"partition {partition}: {e}"
+        damaged = sorted(sync.digests.damaged)
+        for i in range(0, len(damaged), SNAPSHOT_USES):
+            self.fraction = i / len(damaged)
+            prepared = [
+                where
+                for where in damaged[i : i + SNAPSHOT_USES]
+                if await self._rebuilt(where[1], sync.run(_prepare(*where)))
+            ]
+            snapshots = _Snapshots(sync.store)
+            for where in prepared:
+                steps = self._recompute(snapshots, *where, prepared=True)
+                await self._rebuilt(where[1], steps)
         ops = remember(sync.digests)
         if sync.store.get(REBUILD) != ops[0][1]:
             await sync.run(_write(ops))
         return not sync.digests.damaged
+
+    async def _rebuilt(self, partition: int, work: Awaitable[object]) -> bool:
+        """Whether a part of a rebuild succeeds; others may fare better."""
+        try:
+            await work
+        except DfsError as e:
+            self.last_error = f"partition {partition}: {e}"
+            return False
+        return True
 
     def _ready(self) -> list[int]:
         """Partitions that wait, and whose digests say what is here.
@@ -440,6 +471,10 @@ class StorageRepair(SyncWorker):
 
     def _renew(self, losses: Sequence[Loss]) -> Steps[None]:
         yield from renew_once(self.sync.store, losses, self._lost_registers)
+
+
+def _prepare(table: int, partition: int) -> Steps[None]:
+    yield Correct(table, partition, None)
 
 
 def _write(ops: Sequence[tuple[bytes, bytes | None]]) -> Steps[None]:

@@ -213,6 +213,31 @@ async def test_a_block_at_the_border_of_two_kinds_of_rows_is_repaired_as_any(kin
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("passes", [syncworkers.ACCEPTANCES, 1])
+async def test_one_round_repairs_all_bad_blocks_of_a_table_of_which_one_was_met(
+    passes, monkeypatch
+):
+    """The salvage finds the others: partitions that have rows in those can not be rebuilt before."""
+    monkeypatch.setattr(syncworkers, "ACCEPTANCES", passes)
+    async with trio.open_nursery() as nursery:
+        one, name, blocks = await all_kinds(Cluster(nursery))
+        before = one.rows()
+        registers = [block for block in blocks if block[1][0][:1] == b"r"]
+        one.crash()
+        for at, _ in registers[5:25:5]:
+            one.disk.flip(f"lsm/{name}", at + 20)
+        await nursery.start(one.start)
+        with pytest.raises(Corrupt):
+            one.store.get(registers[5][1][0])
+        await one.repair.run_once()
+        whole = passes > 1
+        assert (one.store.lost() == []) == whole
+        if whole:
+            assert one.rows() == before
+            assert one.sync.pull_first.partitions() == []
+        nursery.cancel_scope.cancel()
+
+
 async def test_without_rows_of_its_own_kept_apart_a_node_is_stopped_by_such_a_block():
     """A mutant: a store that keeps them where all others are."""
     async with trio.open_nursery() as nursery:
