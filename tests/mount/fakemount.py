@@ -41,6 +41,7 @@ async def client(home, nursery, seed, **options):
     cluster = home.client(seed=seed, name=f"client{seed}")
     session = Session(cluster, VOLUME, name=f"c{seed}", deadline=3.0)
     await nursery.start(session.run)
+    nursery.start_soon(session.keep_warm)
     await session.transact(lambda txn: make_root(txn, 1))
     fs = FileSystem(session, home.chunk_client(), **options)
     fs.rpc = cluster.rpc
