@@ -36,7 +36,11 @@ class NodeCache:
             self._misses += 1
             raise Missing(name)
         if isinstance(node, bytes):
-            node = self._decoded(node)
+            self._nodes[name] = node = self._decoded(node)
+            if self.used > self.budget + (self.budget >> 3):  # decoded it takes twice as much
+                self._evict()
+            self._hits += 1
+            return node
         self._nodes[name] = node
         self._hits += 1
         return node
