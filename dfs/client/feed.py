@@ -15,6 +15,7 @@ from dfs.volume.tree import Missing
 from dfs.volume.view import NodeCache, View
 
 LOOK_AHEAD = 256  # entries
+AT_ONCE = 16  # nodes that whoever misses some waits for; the others follow, and are on their way
 
 Entries = Iterable[tuple[int, bytes]]
 Note = Callable[[entries.Entry, list[bytes]], None]
@@ -108,6 +109,8 @@ class Feed:
 
         `ahead`: perhaps nobody will look at them.
         """
+        if not ahead and len(hashes) > AT_ONCE and self.warmup.follow(hashes[AT_ONCE:]):
+            hashes = hashes[:AT_ONCE]
         wanted = [h for h in hashes if h not in self._fetching]
         others = [self._fetching[h] for h in hashes if h in self._fetching]
         if wanted:

@@ -41,6 +41,7 @@ class Warmup:
         self._cold = False
         self._next: tuple[bytes, int] | None = None  # the tree to move over to, and what it covers
         self._running = False
+        self._nursery: trio.Nursery | None = None
         self._room = 0  # bytes that may still be fetched
         self._work = trio.lowlevel.ParkingLot()
         self._warm = trio.Event()
@@ -60,35 +61,50 @@ class Warmup:
         else:
             view.rebase(root, seq)
 
+    def follow(self, names: Sequence[bytes]) -> bool:
+        """Fetch nodes that somebody will want in a moment; whether that will be done."""
+        nursery, view = self._nursery, self._view
+        if nursery is None or view is None:
+            return False
+        names = [name for name in names if name not in view.nodes]
+        if names:
+            nursery.start_soon(self._quietly, self._fetch(names))
+        return True
+
     async def wait_warm(self) -> None:
         """Until as much of the tree as there is room for was fetched once, or could not be."""
         await self._warm.wait()
 
     async def run(self) -> None:
         """Until cancelled."""
-        self._running, kept = True, False
+        self._running = True
         try:
-            while True:
-                view = self._view
-                if view is not None and self._next is not None:
-                    kept = True
-                    await self._move_over(view, self._next)
-                elif view is not None and self._cold:
-                    self._cold, kept = False, True
-                    with trio.move_on_after(PATIENCE):
-                        await self._quietly(self._fetch_tree(view, view.root))
-                    self._warm.set()
-                else:
-                    with trio.move_on_after(UNSEEN if kept else math.inf) as unused:
-                        await self._work.park()
-                    if unused.cancelled_caught and view is not None:
-                        view.nodes.drop_unseen()
-                        kept = False
+            async with trio.open_nursery() as self._nursery:
+                await self._work_on()
         finally:
-            self._running = False
+            self._running, self._nursery = False, None
             if self._view is not None and self._next is not None:
                 self._view.rebase(*self._next)
                 self._next = None
+
+    async def _work_on(self) -> None:
+        kept = False
+        while True:
+            view = self._view
+            if view is not None and self._next is not None:
+                kept = True
+                await self._move_over(view, self._next)
+            elif view is not None and self._cold:
+                self._cold, kept = False, True
+                with trio.move_on_after(PATIENCE):
+                    await self._quietly(self._fetch_tree(view, view.root))
+                self._warm.set()
+            else:
+                with trio.move_on_after(UNSEEN if kept else math.inf) as unused:
+                    await self._work.park()
+                if unused.cancelled_caught and view is not None:
+                    view.nodes.drop_unseen()
+                    kept = False
 
     async def _move_over(self, view: View, target: tuple[bytes, int]) -> None:
         with trio.move_on_after(PATIENCE):

@@ -106,6 +106,34 @@ async def test_nodes_that_nobody_looks_at_are_dropped_after_a_while():
         assert asked > 0
 
 
+async def test_who_reads_in_order_waits_for_the_next_nodes_only():
+    home = await filled(4 * COUNT)
+    real, asked = home.blobs.get_many, []
+
+    async def slow(hashes, *, timeout=10):
+        asked.extend(hashes)
+        await trio.sleep(0.001 * len(list(hashes)))
+        return await real(hashes)
+
+    took = []
+    for warm in (False, True):
+        async with opened(home, warm=warm) as session:
+            session.nodes.clear()
+            home.blobs.get_many = slow
+            asked.clear()
+            began, latest = trio.current_time(), 0.0
+            for ino in range(1000, 1000 + 4 * COUNT):
+                before = trio.current_time()
+                assert await session.read(sizes(ino, 1)) == {3}
+                latest = max(latest, trio.current_time() - before)
+                await trio.sleep(0.001)  # the reader has something to do, too
+            took.append((trio.current_time() - began, latest))
+            home.blobs.get_many = real
+            assert len(asked) == len(set(asked))  # nothing twice
+    assert took[1][0] < took[0][0] * 0.9
+    assert took[1][1] < took[0][1] / 2
+
+
 async def test_what_there_is_no_room_for_is_fetched_when_it_is_needed():
     home = await filled(4 * COUNT)
     budget = len(b"".join(home.blobs.stored.values())) // 2
