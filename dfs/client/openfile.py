@@ -16,7 +16,8 @@ class File:
 
     __slots__ = (
         "before", "buffer", "compacting", "dirty_since", "error", "handles", "held", "ino",
-        "lock", "looks", "lost", "mtime", "orphan", "rhythm", "size", "span", "writes",
+        "lock", "looks", "lost", "mtime", "orphan", "rhythm", "size", "span", "syncs",
+        "writes",
     )  # fmt: skip
 
     def __init__(self, ino: int) -> None:
@@ -32,6 +33,7 @@ class File:
         self.compacting = False
         self.looks = 0  # commits so far
         self.writes = 0  # since the last sync; see `dfs.client.foresight`
+        self.syncs = 0  # of something written
         self.before = 0  # writes before the last sync, 0 = there was none
         self.rhythm = 0  # writes after which a sync is expected, 0 = who knows
         self.orphan = False  # the last name is gone: purge at the last close

@@ -51,6 +51,26 @@ def test_new_files_are_expected_to_be_like_the_last():
     assert interval(foresight, file, 1) == []
 
 
+def test_new_files_may_have_two_intervals_in_common():
+    foresight = Foresight()
+    seen = []
+    for number in range(FIRST + 2):
+        file = File(number)
+        foresight.made(file)
+        seen.append((interval(foresight, file, 8), interval(foresight, file, 1)))
+        foresight.closed(file)
+    assert seen == [([], [])] * FIRST + [([8], [1])] * 2
+    file = File(100)
+    foresight.made(file)
+    interval(foresight, file, 8)
+    foresight.wrote(file)
+    foresight.closed(file)  # this one did not sync again
+    foresight.due.clear()
+    file = File(101)
+    foresight.made(file)
+    assert (interval(foresight, file, 8), interval(foresight, file, 1)) == ([8], [])
+
+
 async def test_the_commit_is_on_its_way_before_the_sync():
     home = delegating()
     async with holder(home) as fs:
