@@ -10,7 +10,7 @@ removed are marked removed when it comes, those put later are later.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from dfs.volume.items import GROUP_SIZE, group_end
 
@@ -97,14 +97,21 @@ class Overlay:
             self.put(key, item[1])
         self.items = kept  # with the sequence numbers they had
 
-    def renumber(self, keys: Iterable[bytes], groups: Iterable[bytes], old: int, new: int) -> None:
-        """What was changed under the sequence number `old` was changed by `new`."""
+    def renumber(
+        self, keys: Iterable[bytes], ranges: Sequence[tuple[bytes, bytes]], old: int, new: int
+    ) -> None:
+        """What was changed, and removed, under the sequence number `old` was changed by `new`."""
         items = self.items
         for key in keys:
             item = items[key]
             if item[0] == old:
                 items[key] = (new, item[1])
-        for group in groups:
+        for start, end in ranges:
+            for key in self.keys(start, end):  # those that the range removed bear its number
+                item = items[key]
+                if item[0] == old:
+                    items[key] = (new, item[1])
+        for group in dict.fromkeys(start[:GROUP_SIZE] for start, _ in ranges):
             self.ranges[group] = [
                 (start, end, new if seq == old else seq) for start, end, seq in self.ranges[group]
             ]

@@ -135,14 +135,13 @@ class View:
         return self._overlay.items[key][1]
 
     def confirm_local(
-        self, seq: int, keys: Iterable[bytes], ranges: Iterable[tuple[bytes, bytes]], number: int
+        self, seq: int, keys: Iterable[bytes], ranges: Sequence[tuple[bytes, bytes]], number: int
     ) -> None:
         """Entry `seq`, which must be the next, is the batch `number`: nothing changes by it."""
         if seq != self.seq + 1:
             raise ValueError(f"entry {seq} is not the next one after {self.seq}")
         self.seq = seq
-        groups = {start[:GROUP_SIZE] for start, _ in ranges}
-        self._overlay.renumber(keys, groups, LOCAL + number, seq)
+        self._overlay.renumber(keys, ranges, LOCAL + number, seq)
         # What was read before is not compared with these entries: it counts as changed.
         self._window.forget(seq)
 
@@ -159,11 +158,10 @@ class View:
         self._window = Window(seq, WINDOW)
 
     def confirm_covered(
-        self, keys: Iterable[bytes], ranges: Iterable[tuple[bytes, bytes]], number: int
+        self, keys: Iterable[bytes], ranges: Sequence[tuple[bytes, bytes]], number: int
     ) -> None:
         """An entry that the view has jumped over was the batch `number`."""
-        groups = {start[:GROUP_SIZE] for start, _ in ranges}
-        self._overlay.renumber(keys, groups, LOCAL + number, self.root_seq)
+        self._overlay.renumber(keys, ranges, LOCAL + number, self.root_seq)
 
     # ----------------------------------------------------------------------- reading
 

@@ -245,6 +245,11 @@ def test_what_was_done_here_is_a_prefix_in_the_journal(in_tree, operations, data
             waiting.append((here.first(f.view), state))
         confirm()
     assert here.pending == 0
+    # Nothing is ahead of the journal any more: a checkpoint takes the place of all of it.
+    f.view.rebase(f.checkpoint(b"", covered), f.view.seq)
+    assert not f.view._overlay.items
+    assert not f.view._overlay.ranges
+    assert f(lambda: dict(f.view.scan())) == state
     f(f.view.apply_entry, f.view.seq + 1, entry(((fx.PUT, KEYS[0], pack((1, 7))),)))
     assert f(f.view.get, KEYS[0]) == pack((1, 7))
 
