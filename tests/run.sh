@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv and what the tests need from Debian, then runs every check.
 #
-#   tests/run.sh                         everything, in two halves side by side
+#   tests/run.sh                         everything, in two lanes side by side
 #   tests/run.sh PYTEST ARGUMENTS        e.g. tests/run.sh tests/unit -x: one pytest with these
 #
 # DFS_KILL_ROUNDS  how often everything is killed at a random moment (default 20; soak: 50)
@@ -25,19 +25,27 @@ stage() {
     durations+=("$(printf '%5d s  %s' $((SECONDS - start)) "$name")")
 }
 
-# pytest_in_halves: what computes (unit, property, simulations) beside what mostly waits (processes,
-# mounts).  The first half's output is kept and shown when both are done.
-pytest_in_halves() {
-    local real=(tests/integration tests/mount) log computing failed=0
+# pytest_in_lanes: the clusters of tests/integration, which mostly wait, beside what computes (unit,
+# property, simulations) and then the mounts.  The second lane's output is kept and shown at the end.
+pytest_in_lanes() {
+    local log beside failed=0
     local pytest=("$BIN/python" -m pytest --durations=15 -o)
     log=$(mktemp) || return
-    "${pytest[@]}" cache_dir=.pytest_cache/computing tests "${real[@]/#/--ignore=}" >"$log" 2>&1 &
-    computing=$!
+    set -m # a process group of its own, to end it as one
+    {
+        local others=0
+        "${pytest[@]}" cache_dir=.pytest_cache/computing tests \
+            --ignore=tests/integration --ignore=tests/mount || others=1
+        "${pytest[@]}" cache_dir=.pytest_cache/mount tests/mount || others=1
+        exit "$others"
+    } >"$log" 2>&1 &
+    beside=$!
+    set +m
     # shellcheck disable=SC2064 # the names are of this function
-    trap "kill $computing 2>/dev/null; rm -f '$log'" EXIT
-    "${pytest[@]}" cache_dir=.pytest_cache/real "${real[@]}" || failed=1
-    wait "$computing" || failed=1
-    say "pytest: all but ${real[*]}"
+    trap "kill -- -$beside 2>/dev/null; rm -f '$log'" EXIT
+    "${pytest[@]}" cache_dir=.pytest_cache/integration tests/integration || failed=1
+    wait "$beside" || failed=1
+    say "pytest: all but tests/integration"
     cat "$log"
     rm -f "$log"
     trap - EXIT
@@ -57,7 +65,7 @@ stage "import-linter" "$BIN/lint-imports"
 if [ $# -gt 0 ]; then
     stage "pytest" "$BIN/python" -m pytest --durations=15 "$@"
 else
-    stage "pytest" pytest_in_halves
+    stage "pytest" pytest_in_lanes
 fi
 
 printf '\n'
