@@ -42,6 +42,7 @@ CONNECT_TIMEOUT = 3.0  # seconds for connecting and greeting
 QUEUE_LIMIT = 64 << 20  # bytes in the send queue before requests are held back
 HELD_LIMIT = 256 << 20  # bytes held back before requests are refused with `Busy`
 STUCK = 1.0  # seconds without an acknowledged byte below which a lossy network is given time
+_JIFFIES = 0.01  # seconds, how coarse the kernel tells that
 _BACKOFF = (0.05, 1.0)  # seconds: first and longest pause after a failed connect
 
 OnReply = Callable[[tuple[Any, Buffer] | DfsError], None]
@@ -247,27 +248,32 @@ class Link:
         self.forget(pending)
         if pending.timeout >= BRIEF:
             self._breaker.failed(trio.current_time())
-            self._give_up_what_is_stuck(pending)
+        if pending.stream and self._channel is not None:
+            self._give_up_what_is_stuck(pending.deadline - pending.timeout, self._channel)
         pending.finish(
             DeadlineExceeded(
                 f"{pending.method} to {self.address}: no answer within {pending.timeout:g} s{state}"
             )
         )
 
-    def _give_up_what_is_stuck(self, pending: Pending) -> None:
-        """End the connection if the peer's host never acknowledged this request.
+    def _give_up_what_is_stuck(self, since: float, channel: Channel) -> None:
+        """End the connection if the peer's host acknowledged nothing after the time `since`.
 
-        Else the kernel would deliver it when the network heals, long after the caller was told that
-        it failed: a late put without a context then supersedes what others wrote meanwhile.
+        Else the kernel would deliver a request when the network heals, long after the caller was
+        told that it failed: a late put without a context then supersedes what others wrote.
         """
-        channel = self._channel
-        if (
-            channel is not None
-            and pending.stream
-            and unacknowledged(channel.sock) >= max(pending.timeout, STUCK)
-        ):
-            log.info("%s acknowledged nothing for %g s", self.address, pending.timeout)
-            channel.abort()
+        if channel is not self._channel:
+            return
+        now = trio.current_time()
+        silent = unacknowledged(channel.sock)
+        if silent + _JIFFIES < now - since:
+            return
+        if silent < STUCK:
+            again = now + STUCK - silent + _JIFFIES
+            self._timers.at(again, self._give_up_what_is_stuck, since, channel)
+            return
+        log.info("%s acknowledged nothing for %.1f s", self.address, silent)
+        channel.abort()
 
     def _fail(self, pending: Pending, error: DfsError) -> None:
         if pending.timer is not None:
