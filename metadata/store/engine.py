@@ -10,6 +10,7 @@ await may come between the log append and the memtable: their order must be the 
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Self
 
 import trio
@@ -26,6 +27,7 @@ from metadata.store.state import OnLoss, State
 from metadata.store.wal import pack_batch
 
 DEFAULTS = StoreOptions()
+FREED = 4  # times that deletes wait for a merge to give space back
 
 
 class Store:
@@ -93,12 +95,10 @@ class Store:
             await self._retried(self._make_room)
         if pairs:
             payload = pack_batch(pairs)
-            try:
+            if puts:
                 state.log.append(payload)
-            except DiskFull:
-                if puts or not await state.reserve.release():
-                    raise
-                state.log.append(payload)
+            else:
+                await self._append_deletes(payload)
             state.memtable.apply(pairs)
             self._counts.user_bytes += size
             self._counts.ops += len(pairs)
@@ -112,6 +112,25 @@ class Store:
     async def sync(self) -> None:
         """Return when everything that reads see is durable; free when it is already."""
         await self._state.log.sync()
+
+    async def _append_deletes(self, payload: bytes) -> None:
+        """Append to the log, on a full disk with the space of the reserve.
+
+        When merges have that, wait until they give back what they replace.
+        """
+        state = self._state
+        for _ in range(FREED):
+            with suppress(DiskFull):
+                state.log.append(payload)
+                return
+            if not await state.reserve.release():
+                try:
+                    freed = await self._maintenance.step() or await self._maintenance.flush_oldest()
+                except DiskFull:
+                    break
+                if not freed:
+                    break
+        state.log.append(payload)
 
     async def _retried(self, work: Callable[[], Awaitable[None]]) -> None:
         """Do it, on a full disk once more with the space of the reserve."""

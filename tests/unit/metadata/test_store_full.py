@@ -112,6 +112,28 @@ async def test_a_job_without_room_leaves_nothing_behind():
     assert dict(store.iterate()) == {k: value(k) for k in keys[1::2]}
 
 
+@pytest.mark.parametrize("gives", [0, 10_000])
+async def test_deletes_wait_while_a_merge_has_the_reserve(gives):
+    env = make_env(capacity=1_000_000)
+    store = await Store.open(env, options=SMALL)
+    keys = [b"%08d" % i for i in range(10)]
+    await store.batch([(key, value(key)) for key in keys])
+    merges = []
+
+    async def step():
+        merges.append(env.disk.usage()[1])
+        env.disk.capacity += gives
+        return len(merges) == 1
+
+    store._maintenance.step = step
+    assert await store._state.reserve.release()
+    env.disk.capacity -= env.disk.usage()[1]  # a merge has it
+    with contextlib.nullcontext() if gives else pytest.raises(DiskFull):
+        await store.batch([(key, None) for key in keys[:5]])
+    assert merges
+    assert (store.get(keys[0]) is None) is bool(gives)
+
+
 class Job:
     """A job that meets a full disk, with something in its frame."""
 
