@@ -14,9 +14,8 @@ from collections import deque
 
 from dfs.client.openfile import File
 
-FIRST = (
-    3  # files in a row that were synced after as many writes, before it is expected of a new one
-)
+# Files in a row that were synced after as many writes, before it is expected of a new one.
+FIRST = 3
 EARLY = 2  # intervals between syncs of a new file that are compared with those of the last ones
 MOST = 16  # files that are due at a time; if nobody begins their commits, the older are forgotten
 
