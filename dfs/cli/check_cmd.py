@@ -112,7 +112,11 @@ def _find_mutants(chosen: Scenario, seeds: range, as_json: bool) -> int:
         began, seen = perf_counter(), None
         violation = ""
         for seed in seeds:
-            if found := chosen.run(seed, mutant=name):
+            try:
+                found = chosen.run(seed, mutant=name)
+            except Exception as e:  # what is broken may also break down: that shows it, too
+                found = [f"{type(e).__name__}: {e}"]
+            if found:
                 seen, violation = seed, found[0]
                 break
         seconds = round(perf_counter() - began, 1)
