@@ -6,6 +6,7 @@ import random
 import time
 
 import pytest
+from localcluster import wait_until
 
 from dfs.client.namespace import Caller, Namespace
 from dfs.client.registry import open_volume_by_name
@@ -93,6 +94,8 @@ def crowd(sides):
     top = sides.mount() / "crowd"
     top.mkdir()
     fill(sides, top, 20_000, lambda i: b"entry%05d" % i)
+    # Another client's names are seen within a second and a half, not at once.
+    wait_until((top / "entry19999").exists, 10, "the last of another client's names")
     return top
 
 
