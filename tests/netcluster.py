@@ -21,6 +21,15 @@ def run(*args):
     return done.stdout
 
 
+def within(netns):
+    """Words before a command that is to run in a network namespace.
+
+    `ip netns exec` would give it a mount namespace as well, in which whatever is mounted at that
+    moment stays mounted: a FUSE mount of another test would not end with its `umount`.
+    """
+    return ("nsenter", f"--net=/run/netns/{netns}")
+
+
 class NetCluster(LocalCluster):
     """Metadata nodes, node N at 10.99.0.N; clients run beside any of them (`netns`)."""
 
@@ -108,7 +117,7 @@ class NetCluster(LocalCluster):
         )
         with log.open("wb") as out:
             process = subprocess.Popen(
-                [*("ip", "netns", "exec", self.netns(name)), sys.executable, *map(str, command)],
+                [*within(self.netns(name)), sys.executable, *map(str, command)],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -121,7 +130,7 @@ class NetCluster(LocalCluster):
         """Run `dfs ...` beside nodes, all at the same time; (node, arguments)."""
         processes = [
             subprocess.Popen(
-                ["ip", "netns", "exec", self.netns(node), *self.command(*args)],
+                [*within(self.netns(node)), *self.command(*args)],
                 env=self.env,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -138,12 +147,12 @@ class NetCluster(LocalCluster):
     def dfs(self, *args, beside=None, **kw):
         """Run `dfs ...` beside a node."""
         ns = self.netns(beside or self.beside)
-        return super().dfs(*args, prefix=("ip", "netns", "exec", ns), **kw)
+        return super().dfs(*args, prefix=within(ns), **kw)
 
     # ------------------------------------------------------------------------------------- faults
 
     def rule(self, node, *rule):
-        run("ip", "netns", "exec", self.netns(node), "iptables", "-A", *rule, "-j", "DROP")
+        run(*within(self.netns(node)), "iptables", "-A", *rule, "-j", "DROP")
 
     def cut(self, one_side, other_side):
         """No packet passes between any of these and any of those."""
@@ -166,7 +175,7 @@ class NetCluster(LocalCluster):
     def heal(self):
         """The network is whole again."""
         for node in self.nodes:
-            run("ip", "netns", "exec", self.netns(node), "iptables", "-F")
+            run(*within(self.netns(node)), "iptables", "-F")
 
     def destroy(self):
         super().destroy()
