@@ -432,7 +432,10 @@ class Files:
         if buffer.size <= limit and not any(isinstance(s.source, Upload) for s in buffer):
             return list(buffer), 0
         self._pack(file)
-        wanted = list(dict.fromkeys(s.source for s in buffer if isinstance(s.source, Upload)))
+        # All of them, though some may be written over before the last chunk is stored: what is
+        # committed is the file as it was at one moment, and never nothing, however fast it changes.
+        segments = list(buffer)
+        wanted = list(dict.fromkeys(s.source for s in segments if isinstance(s.source, Upload)))
         for upload in wanted:
             if upload.error is not None and upload not in self._uploads:
                 self._send(upload)
@@ -443,9 +446,7 @@ class Files:
         for upload in wanted:
             if upload.error is not None:
                 raise upload.error
-        oldest = await self._chunks.sync()
-        stored = set(wanted)
-        return [s for s in buffer if s.source in stored and isinstance(s.source, Upload)], oldest
+        return segments, await self._chunks.sync()
 
     def _pack(self, file: File) -> None:
         """Send what is in no chunk yet, adjacent pieces together, short ones in shared chunks."""

@@ -329,7 +329,7 @@ def test_flipped_bits_in_tables_are_found_and_repaired(five):
     five.down("node2")
     flipped = tables()
     kinds = [flip_bits(path, found) for path, found in blocks(data).items()]
-    assert any(kind == b"Hhmnr" for kind in kinds), kinds
+    assert any(set(b"Hhmnr") <= set(kind) for kind in kinds), kinds
     with load:
         five.up("node2")
         load.wait_for_acks(100)

@@ -74,6 +74,15 @@ def content(name):
         return f.read()
 
 
+def errno_of(fn, *args):
+    """What a call fails with; 0 = it does not."""
+    try:
+        fn(*args)
+    except OSError as e:
+        return e.errno
+    return 0
+
+
 def put(name, data, flags=0):
     """Open for writing with more flags, write, close."""
     fd = os.open(name, os.O_WRONLY | flags)

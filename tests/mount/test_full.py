@@ -14,7 +14,7 @@ import time
 import pytest
 from localcluster import LocalCluster, wait_until
 
-from tests.mount.differential import content
+from tests.mount.differential import content, errno_of
 
 pytestmark = pytest.mark.mount
 MIB = 1 << 20
@@ -91,14 +91,6 @@ def mounted(small, tmp_path, request):
 def remount(small, name, where):
     small.cluster.umount(where)
     small.cluster.mount(name, where)
-
-
-def errno_of(fn, *args):
-    try:
-        fn(*args)
-    except OSError as e:
-        return e.errno
-    return 0
 
 
 def write_synced(path, data):

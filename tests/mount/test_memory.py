@@ -47,7 +47,7 @@ def held(m):
 
 
 @pytest.mark.skipif(not PRUNES, reason="the kernel cannot be asked to forget before Linux 6.18")
-def test_the_kernel_forgets_what_nobody_uses_and_nothing_else(mount):  # noqa: F811
+def test_the_kernel_forgets_what_nobody_uses_and_nothing_else(mount):  # noqa: F811 - the fixture
     m = mount("few")
     sub = m.path / "sub"
     sub.mkdir()
@@ -74,7 +74,7 @@ def test_the_kernel_forgets_what_nobody_uses_and_nothing_else(mount):  # noqa: F
     assert m.unmount() == 0
 
 
-def test_a_kernel_that_cannot_be_asked_is_asked_once(mount):  # noqa: F811
+def test_a_kernel_that_cannot_be_asked_is_asked_once(mount):  # noqa: F811 - the fixture
     m = mount("few", "deaf")
     files(m.path, 0, 500, "make")
     assert held(m)[2] == 0

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tests.mount.differential import EXCHANGE, content, create, put, renameat2
+from tests.mount.differential import EXCHANGE, content, create, errno_of, put, renameat2
 
 pytestmark = pytest.mark.mount
 GIB, TIB = 1 << 30, 1 << 40
@@ -87,14 +87,6 @@ def test_truncate_up_and_down(same):
         s.do(os.truncate, "p", 0)
 
     same(script)
-
-
-def errno_of(fn, *args):
-    try:
-        fn(*args)
-    except OSError as e:
-        return e.errno
-    return 0
 
 
 def test_sparse_files(same):
@@ -296,6 +288,20 @@ def test_writes_of_threads_do_not_tear(mnt):
         assert len(set(buffer[:])) == 1
     writer.join()
     os.close(fd)
+
+
+def test_a_file_that_is_written_over_and_over_stays_whole(mnt):
+    """Its chunks are on their way while other bytes come in the place of all of theirs."""
+    f = mnt / "f"
+    fd = os.open(f, os.O_CREAT | os.O_RDWR)
+    end = time.monotonic() + 4
+    n = 0
+    while time.monotonic() < end:
+        n += 1
+        os.pwrite(fd, bytes([n % 251]) * 65_536, 0)
+    os.fsync(fd)
+    os.close(fd)
+    assert content(f) == bytes([n % 251]) * 65_536
 
 
 def test_appends_of_processes_on_one_mount_are_all_there(mnt):

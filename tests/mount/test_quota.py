@@ -8,18 +8,10 @@ import time
 
 import pytest
 
-from tests.mount.differential import content, create
+from tests.mount.differential import content, create, errno_of
 
 pytestmark = pytest.mark.mount
 MIB = 1 << 20
-
-
-def errno_of(fn, *args):
-    try:
-        fn(*args)
-    except OSError as e:
-        return e.errno
-    return 0
 
 
 @pytest.fixture

@@ -121,6 +121,25 @@ async def test_writes_during_a_commit_are_kept():
             assert await read_file(other, attr.ino) == want
 
 
+@pytest.mark.parametrize("over", [(0, 100_000), (0, 200_000), (10, 99_980)])
+async def test_what_is_written_over_during_its_commit_is_committed_as_it_was(over):
+    """A file that changes faster than its chunks are stored is durable after fsync nevertheless."""
+    home = new_home()
+    home.chunks.delay = 0.05
+    async with filesystem(home) as fs:
+        attr, fh = await fs.create(1, b"a", 0o644)
+        await fs.write(fh, 0, b"a" * 100_000)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fs.fsync, fh)
+            await trio.sleep(0.02)
+            await fs.write(fh, over[0], b"b" * over[1])
+        async with filesystem(home, seed=1) as other:
+            assert await read_file(other, attr.ino) == b"a" * 100_000
+        await fs.release(fh)
+        want = b"a" * over[0] + b"b" * over[1] + b"a" * (100_000 - over[0] - over[1])
+        assert await read_file(fs, attr.ino) == want
+
+
 async def test_equal_bytes_written_again_elsewhere_survive_a_commit():
     home = new_home()
     home.chunks.delay = 0.05
