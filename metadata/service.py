@@ -15,6 +15,7 @@ import trio
 
 from dfs.cluster.map import METADATA, ClusterMap
 from dfs.env import Context, Env, Handler, Reply
+from dfs.errors import DfsError, DiskFull
 from dfs.limits import DiskWatch, Level, Limits
 from dfs.metrics import Page, measure_limit
 from dfs.rpc.blobs import BlobClient
@@ -263,6 +264,14 @@ class MetadataNode:
     def _map_get(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
         return (self._get_map().encode(),), b""
 
+    def _journals_full(self) -> bool:
+        """Whether the disk has no room for another entry of a journal."""
+        try:
+            self.journals.check()
+        except DfsError as e:
+            return isinstance(e, DiskFull)
+        return False
+
     def _status(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:
         total, free = self._env.disk.usage()
         node_map = self._get_map()
@@ -289,6 +298,7 @@ class MetadataNode:
                 "workers": lines(self.workers),
                 "metrics": self.metrics_address,
                 "disk_level": self._room.level().label,
+                "journals_full": self._journals_full(),
                 "disk_room": self._room.room(),
                 "disk_path": self._env.disk.path(),
                 "volumes": tuple(self.homes.status()),

@@ -4,8 +4,9 @@ Space runs out in two ways.  File data needs W chunkservers with room; names, at
 files need a majority of the volume's homes whose disks are not at their limit (`dfs.limits`).  What
 is left below the limit is for what gives space back, so a client that sees too few of them stops
 adding (`FileSystem.refuse`): a write then fails before it is acknowledged, while deleting, renaming
-and committing what was acknowledged go on.  A server that does not answer counts as one with room;
-it is not known to be full.
+and committing what was acknowledged go on.  That ends when not a byte is left for the homes'
+journals (`stalled_by_disks`).  A server that does not answer counts as one with room; it is not
+known to be full.
 """
 
 import logging
@@ -27,6 +28,7 @@ MAP_INTERVAL = 5.0  # seconds between looks for a newer map
 SPACE_INTERVAL = 30.0
 NEAR_INTERVAL = 1.0  # the same while a disk is near its limit
 TIMEOUT = 5.0
+STALL_TIMEOUT = 0.5  # seconds that homes are given to say whether they can write
 ENOUGH = 4 << 20  # bytes: a chunkserver with less room may refuse the next chunk
 
 Refuse = Callable[[str, str], None]  # (why nothing is added, why no file data is; "": it is)
@@ -102,19 +104,8 @@ class ClusterWatch:
             await trio.sleep(NEAR_INTERVAL if near else SPACE_INTERVAL)
 
     async def _look(self, known: ClusterMap, node: Node, role: str, found: Statuses) -> None:
-        if not (node.chunk_addr if role == CHUNK else node.metadata_addr):
-            return
-        try:
-            (status,), _ = await self._cluster.rpc.call(
-                known.address(role, node.number),
-                "node.status",
-                timeout=TIMEOUT,
-                priority=Priority.BACKGROUND,
-            )
-        except DfsError as e:
-            log.debug("node %s does not tell its space: %s", node.name, e)
-        else:
-            found[role, node.number] = status
+        if node.chunk_addr if role == CHUNK else node.metadata_addr:
+            await _look(self._cluster, known, node, role, found, TIMEOUT)
 
     def _judge(self, known: ClusterMap) -> None:
         """Tell when it has changed whether things may be added."""
@@ -150,6 +141,48 @@ class ClusterWatch:
             f"{len(numbers) - len(full)} of {len(numbers)} {what} have room and {wanted} must;"
             f" disk full: {names}; delete data or add capacity (`dfs cluster status`)"
         )
+
+
+async def _look(
+    cluster: Cluster, known: ClusterMap, node: Node, role: str, found: Statuses, timeout: float
+) -> None:
+    """Put what a server says of itself into `found`, if it answers."""
+    try:
+        (status,), _ = await cluster.rpc.call(
+            known.address(role, node.number),
+            "node.status",
+            timeout=timeout,
+            priority=Priority.BACKGROUND,
+        )
+    except DfsError as e:
+        log.debug("node %s does not tell its space: %s", node.name, e)
+    else:
+        found[role, node.number] = status
+
+
+async def stalled_by_disks(cluster: Cluster, volume: bytes) -> str:
+    """Why no majority of the volume's homes can write an entry to its disk, "" if one can.
+
+    Only what the homes say themselves counts, so "" when they do not answer.
+    """
+    known = cluster.get_map()
+    homes = known.volume_homes(volume)
+    found: Statuses = {}
+    async with trio.open_nursery() as nursery:
+        for number in homes:
+            nursery.start_soon(
+                _look, cluster, known, known.node(number), METADATA, found, STALL_TIMEOUT
+            )
+    full = [n for n in homes if found.get((METADATA, n), {}).get("journals_full")]
+    if len(homes) - len(full) > len(homes) // 2:
+        return ""
+    names = ", ".join(
+        f"{known.node(n).name} {found[METADATA, n].get('disk_path', '')}".strip() for n in full
+    )
+    return (
+        f"{len(full)} of {len(homes)} metadata nodes of the volume can write nothing, their disks"
+        f" have no room: {names}; make room there (`dfs cluster status`), then it goes on"
+    )
 
 
 def is_full(role: str, status: dict[str, Any]) -> bool:

@@ -13,6 +13,12 @@ A *verdict* is final.  Anything else than a verdict means "unknown", so the iden
 sent again, to any home.  A transaction that somebody waits for has a deadline: then the session is
 over, because whether its last request took effect can no longer be learned, and a new one is opened
 in its place.  A batch has none; its operations were acknowledged, and only `Fenced` ends the hope.
+
+While the homes' disks are full there is no verdict either, and no session could be opened in place
+of this one.  So when a request has waited for `STALLED`, the homes are asked whether that is why
+(`explain`).  Then those who need no verdict are told ENOSPC: who waits for a batch, which is kept
+and goes on being sent; whose transaction never left the queue; and who keeps what the transaction
+commits, and commits it again.  Sending goes on, and ends with a verdict once there is room.
 """
 
 import errno
@@ -22,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from dfs.client.capacity import stalled_by_disks
 from dfs.client.delegation import LINGER, Batch, Delegation
 from dfs.client.submission import Submission, Waiter, form
 from dfs.errors import DfsError, Fenced, FsError, InvalidArgument
@@ -35,6 +42,7 @@ log = logging.getLogger(__name__)
 ATTEMPT = 3.0  # seconds one home is given to answer before another is asked
 ASK_AGAIN = 1.0  # seconds after a recall
 ASK_AFTER = 3  # transactions of a session after which it asks for the delegation
+STALLED = 0.5  # seconds without a verdict after which, and between which, the reason is looked for
 
 
 class Committer:
@@ -62,6 +70,11 @@ class Committer:
         self._ask_at = 0.0
         self._stray = 0  # epoch of a delegation that we were granted without learning of it
         self._since_open = 0
+        self.full = ""  # why no home can accept anything, as far as that is known
+        self._open_since: float | None = None  # when the request was made that has no verdict
+        self._judged: list[Submission] = []  # the transactions in it
+        self._calm = False  # `explain` waits for a request
+        self._requested = trio.lowlevel.ParkingLot()
 
     # ------------------------------------------------------------------ the session's calls
 
@@ -80,6 +93,7 @@ class Committer:
         """A session was opened."""
         self._no = self._since_open = self._stray = 0
         self._sent = self._flight = self._unsure = None
+        self._decided()
         self._ask_at = 0.0
         self._work.unpark_all()
 
@@ -89,6 +103,7 @@ class Committer:
         while self._queue:
             self._queue.popleft().resolve(False)
         self._sent = self._flight = self._unsure = None
+        self._decided()
         error = FsError(
             "the session was lost, and with it what was not on stable storage", errno.EIO
         )
@@ -210,6 +225,7 @@ class Committer:
             if verdicts == (True,) and alone and (at == seq - 1 if ours else at >= seq):
                 if ours:
                     self._confirm(batch, seq)
+                self._decided()
                 self.counts["commits"] += 1
                 session.heard(asked_at, owner, state)
                 if any(b.waiters for b in held.batches) and self._launch():
@@ -282,12 +298,16 @@ class Committer:
             return
         oldest = min((s.oldest for s in batch if s.oldest), default=0)
         txns = tuple((tuple(s.txn.keys), tuple(s.txn.groups), tuple(s.txn.effects)) for s in batch)
+        self._judged = batch
         try:
             verdicts = await self._send(self._request(txns, oldest, 0))
         except DfsError as e:
             for submission in batch:
                 submission.resolve(e)
             return
+        finally:
+            self._judged = []
+            self._decided()
         self.counts["transactions"] += len(batch)
         self._since_open += len(batch)
         for submission, verdict in zip(batch, verdicts, strict=True):
@@ -317,6 +337,9 @@ class Committer:
         """
         session = self._session
         self._no += 1
+        self._open_since = self._clock.monotonic()
+        if self._calm:
+            self._requested.unpark_all()
         seq = session.view.seq
         return (session.volume, session.sid, self._no, seq, seq, txns, oldest, epoch)
 
@@ -346,7 +369,10 @@ class Committer:
                 raise FsError(f"commit refused: {e}", errno.EINVAL) from e
             except DfsError as e:
                 log.debug("commit to volume %s: %s", session.volume.hex(), e)
-                if batch is None and self._clock.monotonic() > give_up:
+                if batch is None and self._clock.monotonic() > give_up and self.full:
+                    for submission in self._judged:
+                        submission.resolve(_unknown(self.full))
+                elif batch is None and self._clock.monotonic() > give_up:
                     why = f"no verdict for a commit within {session.deadline:g} s: {e}"
                     session.lose(why, generation)
                     text = f"{session.homes.no_quorum(session.deadline)}; last: {e}"
@@ -356,6 +382,7 @@ class Committer:
                 await session.homes.pause(attempt)
                 continue
             self.counts["commits"] += 1
+            self._decided()
             while session.view.seq < seq and generation == session.generation:
                 await session.wait_news()  # the tail was cut: the watch task resets the view
             # An answer without a commit says nothing about now, one to an older session neither.
@@ -364,6 +391,49 @@ class Committer:
                     self._confirm(batch, seq)
                 session.heard(asked_at, owner, state)
             return tuple(map(bool, verdicts))
+
+    # ------------------------------------------------------------------ full disks
+
+    async def explain(self) -> None:
+        """Look why a request has no verdict, and tell who need not wait for one; until cancelled.
+
+        It costs two passes a second while requests are made, and nothing while none is.
+        """
+        while True:
+            since = self._open_since
+            if since is None:
+                self._calm = True
+                await self._requested.park()
+                self._calm = False
+                continue
+            await trio.sleep(STALLED)
+            if since == self._open_since:
+                session = self._session
+                full = await stalled_by_disks(session.cluster, session.volume)
+                if since == self._open_since:
+                    self._note_full(full)
+
+    def _decided(self) -> None:
+        """There is no request without a verdict now."""
+        self._open_since, self.full = None, ""
+
+    def _note_full(self, full: str) -> None:
+        if full and not self.full:
+            log.warning("volume %s: commits wait: %s", self._session.volume.hex(), full)
+        self.full = full
+        if not full:
+            return
+        error = FsError(f"no space left: {full}", errno.ENOSPC)
+        for batch in self.delegation.batches:
+            waiters, batch.waiters = batch.waiters, []
+            for waiter in waiters:
+                waiter.resolve(error)
+        while self._queue:
+            self._queue.popleft().resolve(error)
+        for submission in self._judged:
+            if submission.kept:
+                submission.resolve(error)
+        self.delegation.stir()
 
     # ------------------------------------------------------------------ the delegation
 

@@ -168,6 +168,10 @@ class Delegation:
         """Whether so much is pending that operations must wait."""
         return self.pending > MAX_PENDING
 
+    def stir(self) -> None:
+        """Let who waits for a change look again."""
+        self._changed.unpark_all()
+
     async def wait_change(self) -> None:
-        """Until batches were confirmed, or the delegation came or went."""
+        """Until batches were confirmed, or the delegation came or went, or somebody says so."""
         await self._changed.park()

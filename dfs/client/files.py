@@ -392,7 +392,7 @@ class Files:
             try:
                 segments, oldest = await self._store(file)
                 publication = self._publication(file, segments)
-                size, crowded = await self._session.transact(publication, oldest=oldest)
+                size, crowded = await self._session.transact(publication, oldest=oldest, kept=True)
             except _Dropped:
                 self._raise_error(file)
                 return

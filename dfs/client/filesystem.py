@@ -42,6 +42,7 @@ from dfs.volume.view import Txn
 log = logging.getLogger(__name__)
 
 ROOT = Caller(0, 0)
+ROOM_INTERVAL = 0.5  # seconds between attempts of an unmount that waits for room
 SCAN = 256  # entries that one look into a directory reads
 
 Entry = tuple[bytes, int, Attr]  # (name, cookie of what follows it, attributes)
@@ -110,11 +111,27 @@ class FileSystem:
             task_status.started()
 
     async def shut_down(self) -> None:
-        """Commit all dirty data; raises the first error after having tried everything."""
-        try:
-            await self.files.flush_all()
-        finally:
-            await self.session.settle()
+        """Commit all dirty data; raises the first error after having tried everything.
+
+        Whoever is told that the homes' disks are full cannot try again, so it waits for room as
+        long as for a quorum.
+        """
+        clock = self.session.cluster.clock
+        give_up = clock.monotonic() + self.session.deadline
+        while True:
+            try:
+                try:
+                    await self.files.flush_all()
+                finally:
+                    await self.session.settle()
+            except FsError as e:
+                if e.errno != errno.ENOSPC or not self.session.full:
+                    raise
+                if clock.monotonic() > give_up:
+                    raise
+                await trio.sleep(ROOM_INTERVAL)
+            else:
+                return
 
     def statistics(self) -> dict[str, Any]:
         """Counters for people."""
@@ -431,7 +448,8 @@ class FileSystem:
         except FsError as e:
             self.files.told(ino)
             full = self.namespace.quota.full
-            if full and self.session.statistics()["pending"]:  # it is kept, and tried again
+            kept = self.session.statistics()["pending"]  # and tried again
+            if e.errno != errno.ENOSPC and full and kept:
                 raise fs_error(errno.ENOSPC, full) from e
             raise
 

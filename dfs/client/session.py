@@ -4,8 +4,8 @@ Concurrency contract.  Everything runs on one trio loop, so code between two awa
 Three tasks serve a session: *commit* (`dfs.client.committer`: the only one that changes the volume,
 one request in flight), *watch* (long poll; also the session's beat, and the only one that opens and
 reopens) and *sync* (confirmed reads on demand).  All three hand journal entries to the `Feed`,
-which applies them in order.  An operation is a pure function on a `Txn` of the view and may be run
-any number of times.
+which applies them in order; a fourth looks why commits wait when they do.  An operation is a pure
+function on a `Txn` of the view and may be run any number of times.
 
 The view is *fresh* while the last confirmed answer was asked for less than 1.5 s ago, or 12 s while
 the session holds the volume's delegation (`dfs.client.delegation`): then nobody else can change it,
@@ -118,6 +118,7 @@ class Session:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_loop)
             nursery.start_soon(self._committer.run)
+            nursery.start_soon(self._committer.explain)
             nursery.start_soon(self._sync_loop)
 
     async def close(self) -> None:
@@ -191,6 +192,11 @@ class Session:
         """Whether operations are committed here now, and sent later."""
         return self._delegation.held and not self._delegation.recalled and self._freshness.now
 
+    @property
+    def full(self) -> str:
+        """Why nothing can be committed: too few homes have room on their disks; "" if they do."""
+        return self._committer.full
+
     def mint_ino(self) -> ids.Ino:
         """A fresh inode number; never used before and never again."""
         if self._minted >= (1 << ids.COUNTER_BITS) - 1:
@@ -234,7 +240,7 @@ class Session:
             except Missing as e:
                 await self._feed.fetch(e.hashes)
 
-    async def transact(self, op: Callable[[Txn], T], *, oldest: int = 0) -> T:
+    async def transact(self, op: Callable[[Txn], T], *, oldest: int = 0, kept: bool = False) -> T:
         """Run a mutating operation and commit it; returns once a majority holds it.
 
         While the session holds the delegation it returns at once, without yielding unless tree
@@ -242,8 +248,10 @@ class Session:
 
         `op` is pure and is run again after a conflict.  A `DfsError` that it raises is only raised
         here once the home has confirmed that what the operation read is still so.  Raises `FsError`
-        EIO when no quorum answered until the deadline.  `oldest`: stamp of the oldest chunk the
-        effects rely on.
+        EIO when no quorum answered until the deadline, ENOSPC when the homes' disks are full.
+        `oldest`: stamp of the oldest chunk the effects rely on.  `kept`: the caller keeps what it
+        commits, and commits it again after an error; so it may be told ENOSPC before it is known
+        whether it was committed.
         """
         held = self._delegation
         give_up = 0.0
@@ -278,7 +286,7 @@ class Session:
                 txn.effects.clear()
             if txn.effects and self.mode != "rw":
                 raise FsError("volume is mounted read-only", errno.EROFS)
-            submission: Submission = Submission(txn, oldest)
+            submission: Submission = Submission(txn, oldest, kept=kept)
             self._committer.submit(submission)
             if await submission.wait():
                 if error is not None:
@@ -316,7 +324,11 @@ class Session:
                 self._committer.wake()
 
     async def settle(self) -> None:
-        """Wait until a majority holds all that was committed here; raises `FsError` EIO."""
+        """Wait until a majority holds all that was committed here.
+
+        Raises `FsError` EIO, or ENOSPC when the homes' disks are full: it is kept then, and
+        committed once there is room.
+        """
         await self._committer.settle()
 
     def hasten(self) -> None:
@@ -343,6 +355,8 @@ class Session:
         held = self._delegation
         with trio.move_on_at(give_up):
             while held.recalled or held.crowded:
+                if self.full:
+                    raise FsError(f"no space left: {self.full}", errno.ENOSPC)
                 await held.wait_change()
             return
         raise FsError(self.homes.no_quorum(self.deadline), errno.EIO)

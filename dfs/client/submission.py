@@ -56,11 +56,15 @@ class Waiter:
 class Submission(Waiter):
     """A transaction that waits for its verdict: True = committed, False = conflict."""
 
-    __slots__ = ("groups", "keys", "oldest", "size", "txn")
+    __slots__ = ("groups", "kept", "keys", "oldest", "size", "txn")
 
-    def __init__(self, txn: Txn, oldest: int) -> None:
-        """`oldest`: stamp of the oldest chunk that the effects rely on, 0 if none."""
+    def __init__(self, txn: Txn, oldest: int, *, kept: bool = False) -> None:
+        """`oldest`: stamp of the oldest chunk that the effects rely on, 0 if none.
+
+        `kept`: what it commits is kept until that succeeds, and may be committed twice.
+        """
         super().__init__()
+        self.kept = kept
         self.txn = txn
         self.oldest = oldest
         self.keys, self.groups = fx.writes(txn.effects)

@@ -10,7 +10,7 @@ and results go through `dfs.codec`, so that only what fits on the wire passes.
 
 from collections.abc import Callable, Iterable, Sequence
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import trio
@@ -44,6 +44,17 @@ HOMES = (1, 2, 3)
 RECALL_WAIT = 0.5  # seconds that a request waits for the return of a delegation
 
 
+class FakeNode(NamedTuple):
+    """What a client asks of a `Node`."""
+
+    number: int
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"node{self.number}"
+
+
 class FakeMap:
     """The few questions that a client asks of a `ClusterMap`."""
 
@@ -57,6 +68,10 @@ class FakeMap:
     def old_homes(self, role: str, partition: int) -> tuple[int, ...]:
         """Nothing moves."""
         return ()
+
+    def node(self, number: int) -> FakeNode:
+        """A node."""
+        return FakeNode(number)
 
     def address(self, role: str, number: int) -> str:
         """Address of a node."""
@@ -93,7 +108,8 @@ class FakeHome:
 
     `delegates`: whether `vol.delegate` grants at once to a session that is the volume's only one;
     otherwise the answer is to ask again in `delegate_wait` seconds.  `revoke_after`: seconds after
-    which a request that waits for the return of a delegation makes the home revoke it.
+    which a request that waits for the return of a delegation makes the home revoke it.  `full`: the
+    homes on whose disks not a byte is left; no entry is written while they are a majority.
     """
 
     delegates = False
@@ -108,6 +124,7 @@ class FakeHome:
         self.blobs = FakeBlobs()
         self.chunks = FakeChunkStore()
         self.calls: dict[str, int] = {}
+        self.full: set[int] = set()
         self.map = FakeMap()
         self._sids = 0
 
@@ -164,6 +181,11 @@ class FakeHome:
             v.sessions.pop(v.holder)
             v.delegate(0, v.holder)
 
+    def status(self, number: int) -> tuple[dict[str, Any]]:
+        """`node.status` of a node."""
+        self.calls["node.status"] = self.calls.get("node.status", 0) + 1
+        return ({"journals_full": number in self.full, "disk_path": f"/disk{number}"},)
+
     async def handle(self, method: str, args: tuple[Any, ...]) -> Any:
         """Serve one request."""
         self.calls[method] = self.calls.get(method, 0) + 1
@@ -192,6 +214,11 @@ class FakeHome:
                 with trio.move_on_after(min(give_up - now, self.revoke_after)):
                     await v.news.wait()
 
+    def _check_disks(self) -> None:
+        """An entry is about to be written."""
+        if len(self.full) > len(HOMES) // 2:
+            raise DiskFull(f"the disks of nodes {sorted(self.full)} are full")
+
     async def _open(self, v: FakeVolume, mode: str, nonce: bytes, name: str) -> Any:
         for rival, session in v.sessions.items() if not v.opened(nonce) and mode != "ro" else ():
             if session[2] != "ro" and "rwx" in (mode, session[2]):
@@ -199,6 +226,7 @@ class FakeHome:
         await self._admit(v, v.opened(nonce))
         sid = v.opened(nonce)
         if not sid:
+            self._check_disks()
             self._sids += 1
             sid = ids.session_id(1, self._sids)
             v.sessions[sid] = [0, None, mode, nonce]
@@ -215,11 +243,13 @@ class FakeHome:
             return v.epoch, v.seq, 0.0, 1
         if v.holder or not self.delegates or len(v.sessions) > 1:
             return 0, 0, self.delegate_wait, 1
+        self._check_disks()
         seq = v.delegate(sid)
         return v.epoch, seq, 0.0, 1
 
     async def _return(self, v: FakeVolume, sid: int, epoch: int) -> Any:
         if (v.holder, v.epoch) == (sid, epoch):
+            self._check_disks()
             v.delegate(0)
         return v.seq, 1
 
@@ -256,6 +286,7 @@ class FakeHome:
                     accepted += effects
                 verdicts.append(ok)
             if accepted:
+                self._check_disks()
                 part = (sid, no, tuple(verdicts), tuple(accepted))
                 v.window.record(v.seq + 1, accepted)
                 v.append(entries.DATA, (part,))
@@ -354,6 +385,8 @@ class FakeRpc:
         with trio.move_on_after(timeout):
             await trio.sleep(self.home.latency + self.delay)
             self._maybe_break(to, self.lose_request)
+            if method == "node.status":
+                return self.home.status(int(to.rsplit(":", 1)[1])), b""
             result = unpack(pack(await self.home.handle(method, unpack(pack(args)))))
             self._maybe_break(to, self.lose_answer)
             return result, b""

@@ -129,6 +129,15 @@ def intact(accepted):
     return all(content(path) == data for path, data in accepted.items())
 
 
+def synced(where):
+    """0 once everything done in a directory is durable, else the errno."""
+    fd = os.open(where, os.O_RDONLY)
+    try:
+        return errno_of(os.fsync, fd)
+    finally:
+        os.close(fd)
+
+
 def works_again(where):
     wait_until(lambda: write_synced(where / "again", b"again" * 10_000) == 0, 10, "writing again")
     assert content(where / "again") == b"again" * 10_000
@@ -205,9 +214,7 @@ def test_metadata_disks_reach_their_limit(small, mounted):
     for path in gone:
         os.unlink(path)
         del accepted[path]
-    fd = os.open(where, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
+    assert synced(where) == 0
     assert os.statvfs(where).f_ffree == 0
     assert time.monotonic() - began < 10
     status = small.cluster.dfs("cluster", "status", check=False).stdout
@@ -229,13 +236,31 @@ def test_metadata_disks_with_not_a_byte_left(small, mounted):
     """Somebody else took all of it: no answer is wrong, none takes for ever."""
     name, where = mounted
     assert write_synced(where / "before", b"before") == 0
+    names = [f"f-{i}" for i in range(3000)]
+    for old in names:
+        (where / old).touch()
     small.fill("metadata", 0)
     accepted, code = write_until_refused(where, 3000, 60, random.Random(4))
-    assert code in (errno.ENOSPC, errno.EIO)
+    assert code == errno.ENOSPC
     assert content(where / "before") == b"before"
+
+    # What needs no room is taken until the room that the journals have made ahead is used up.
+    moved = {}
+    for i, old in enumerate(names):
+        new = f"{i:d}-" + "y" * 240
+        os.rename(where / old, where / new)
+        moved[new] = old
+    for _ in range(2):
+        began = time.monotonic()
+        assert synced(where) == errno.ENOSPC
+        assert time.monotonic() - began < 3
+    assert set(os.listdir(where)) >= moved.keys()
     small.leave()
+    wait_until(lambda: synced(where) == 0, 5, "the same is synced when there is room")
     works_again(where)
     remount(small, name, where)
     assert intact(accepted)
+    assert set(os.listdir(where)) >= moved.keys()
+    assert set(os.listdir(where)).isdisjoint(names)
     assert content(where / "before") == b"before"
     assert small.cluster.dfs("fsck", name).returncode == 0
