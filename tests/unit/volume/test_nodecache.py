@@ -1,4 +1,6 @@
-"""The cache of tree nodes keeps to its budget however nodes come, and drops those used longest ago."""
+"""The cache of tree nodes keeps to its budget however nodes come; those used longest ago go first."""
+
+from random import Random
 
 import pytest
 
@@ -19,7 +21,7 @@ def blobs(first, count):
 
 
 def test_what_was_used_longest_ago_goes_first():
-    cache = NodeCache(BUDGET)
+    cache = NodeCache(BUDGET, pack=False)
     first = blobs(0, 10)
     cache.add(first)
     for n in range(10):
@@ -54,6 +56,66 @@ def test_the_last_node_stays_even_if_it_is_too_large():
     cache.keep(one)
     assert cache.get(name).cost > 1000
     assert cache.get(name).level == 0
+
+
+def used(cache):
+    """Bytes of all that is held, counted anew."""
+    held = [n if isinstance(n, bytes) else n.cost - 200 for n in cache._nodes.values()]
+    held += cache._packed.values()
+    return sum((len(n) if isinstance(n, bytes) else n) + 200 for n in held)
+
+
+def test_what_does_not_fit_decoded_is_kept_compressed_and_comes_back_equal():
+    cache = NodeCache(BUDGET)
+    made = blobs(0, 150)  # 23 fit decoded
+    for name, data in made.items():
+        cache.add({name: data})
+        assert cache.used == used(cache) <= BUDGET
+    assert len(cache) == 150
+    assert cache.evicted == 0
+    rnd = Random(1)
+    for _ in range(3):
+        for name in rnd.sample(list(made), len(made)):
+            node = cache.get(name)
+            assert encode(node.level, node.keys, node.values) == made[name]
+            assert cache.used == used(cache) <= BUDGET
+    statistics = cache.statistics()
+    assert (statistics["nodes"], statistics["evicted"], statistics["misses"]) == (150, 0, 0)
+    assert 300 < statistics["unpacked"] <= 450
+
+
+def test_compressed_nodes_have_a_share_and_those_used_longest_ago_go_first():
+    cache = NodeCache(BUDGET)
+    first, others = blobs(0, 10), blobs(10, 1500)
+    cache.add(first)
+    for n, (name, data) in enumerate(others.items()):
+        cache.add({name: data})
+        if n % 50 == 0:
+            for old in first:
+                cache.get(old)
+        assert cache.packed <= 3 * BUDGET // 8
+        assert cache.used <= BUDGET
+    assert cache.used == used(cache)
+    assert all(name in cache for name in first)
+    assert cache.evicted == 1510 - len(cache) > 0
+    held = [name in cache for name in others]
+    assert held == sorted(held), "one is held although one that came later is not"
+    with pytest.raises(Missing):
+        cache.get(next(iter(others)))
+    cache.clear()
+    assert (len(cache), cache.used, cache.packed) == (0, 0, 0)
+
+
+def test_what_nobody_looked_at_is_not_compressed():
+    cache = NodeCache(BUDGET)
+    cache.keep(blobs(0, 200))
+    assert (cache.packed, len(cache) + cache.evicted) == (0, 200)
+    made = blobs(200, 100)
+    cache.add(made)  # drives out what was kept
+    cache.keep(made)
+    assert cache.used == used(cache) <= BUDGET
+    cache.drop_unseen()
+    assert set(made) == {*cache._nodes, *cache._packed}
 
 
 def test_wrong_bytes_are_refused():

@@ -80,7 +80,7 @@ def nodes(count):
 
 def test_cache_keeps_its_budget_and_the_nodes_used_last():
     root, blobs = nodes(20_000)
-    cache = NodeCache(500_000)
+    cache = NodeCache(500_000, pack=False)
     cache.add({root: blobs[root]})
     for name, data in blobs.items():
         cache.get(root)
