@@ -30,6 +30,7 @@ from fuse.inodes import InodeTable
 from fuse.invalidate import Invalidator
 from fuse.listen import first_wait
 from fuse.push import Push
+from fuse.readdir import Directories
 from fuse.removed import Removed
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,6 @@ log = logging.getLogger(__name__)
 TIMEOUT = 1.0  # seconds that the kernel may answer from its own caches
 BLOCK_SIZE = 4096  # of statfs
 NO_LIMIT = 1 << 60  # bytes that statfs shows when nobody knows a limit
-PAGE_MIN, PAGE_FIRST, PAGE_MAX = 32, 256, 2048  # entries that readdir asks for at once
 
 Handler = Callable[..., Coroutine[Any, Any, Any]]
 
@@ -117,7 +117,7 @@ class Operations(pyfuse3.Operations):
         self._invalidator = invalidator
         self.inodes = InodeTable(prune=invalidator.prune)
         self.open_inodes = OpenInodes()
-        self._page = PAGE_FIRST  # entries that fit in the kernel's buffer, as seen last
+        self.directories = Directories(fs, self.inodes, _blank(), self._fill, atimes)
         self._removed = Removed()
         self.push = Push(fs)
         self._time_ns = fs.session.cluster.clock.time_ns
@@ -176,7 +176,11 @@ class Operations(pyfuse3.Operations):
     async def lookup(self, parent: int, name: bytes, _ctx: Any) -> pyfuse3.EntryAttributes:
         """LOOKUP."""
         attr = await self._fs.find(parent, name)
-        return self._entry(parent, name, attr) if attr is not None else _ABSENT
+        if attr is None:
+            return _ABSENT
+        if self.directories.listings:
+            self.directories.listings.looked_up(parent, name)
+        return self._entry(parent, name, attr)
 
     async def forget(self, forgotten: Sequence[tuple[int, int]]) -> None:
         """FORGET and BATCH_FORGET; must not fail."""
@@ -414,41 +418,7 @@ class Operations(pyfuse3.Operations):
 
     async def readdir(self, fh: int, start: int, token: Any) -> None:
         """READDIRPLUS, from the cookie `start` until the kernel's buffer is full."""
-        ino = self.open_inodes.inode(fh)
-        for cookie, name in ((1, b"."), (2, b"..")):
-            if start < cookie:  # these two are not counted as looked up
-                attr = await self._fs.lookup(ino, name)
-                if self._atimes is not None and cookie == 1:
-                    self._atimes.accessed(attr)
-                if not pyfuse3.readdir_reply(token, name, self._attributes(attr), cookie):
-                    return
-                start = cookie
-        fs, looked_up, fill = self._fs, self.inodes.looked_up, self._fill
-        reply, entry_key = pyfuse3.readdir_reply, items.entry_key
-        blank = _blank()  # one for all: a reply copies it
-        limit, total = self._page, 0
-        while True:
-            entries = await fs.readdir(fh, start, limit)
-            taken = len(entries)
-            for n, (name, cookie, attr) in enumerate(entries):
-                if not reply(token, name, fill(blank, attr), cookie):
-                    taken = n
-                    break
-                looked_up(attr.ino, entry_key(ino, cookie), name)
-                start = cookie
-            # The reader's place is a cookie and which of its names were taken; mostly that is one.
-            for name, cookie, _ in reversed(entries[:taken]):
-                if cookie != start:
-                    break
-                fs.returned(fh, name, cookie)
-            total += taken
-            if taken < len(entries):
-                # As many fit, and one more is needed to see that: fetch no more the next time.
-                self._page = max(PAGE_MIN, min(total + 1, PAGE_MAX))
-                return
-            if not entries:
-                return
-            limit = PAGE_MIN
+        await self.directories.read(fh, self.open_inodes.inode(fh), start, token)
 
     async def fsyncdir(self, fh: int, _datasync: bool) -> None:
         """FSYNCDIR."""
@@ -457,6 +427,7 @@ class Operations(pyfuse3.Operations):
     async def releasedir(self, fh: int) -> None:
         """RELEASEDIR."""
         self.open_inodes.released(fh)
+        self.directories.listings.end(fh)
         await self._fs.releasedir(fh)
 
 

@@ -15,17 +15,18 @@ on any client.  All of it stands in one module so that there is one place to loo
 import contextlib
 import errno
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any, NamedTuple
 
 import trio
 
-from dfs.client import attributes, namespace
+from dfs.client import attributes, listing, namespace
 from dfs.client.attributes import Attr, fs_error
 from dfs.client.cache import BUDGET
 from dfs.client.connect import Cluster
 from dfs.client.files import Files
 from dfs.client.handles import DirHandle, FileHandle, HandleTable
+from dfs.client.listing import Entry, Name
 from dfs.client.namespace import Caller, Namespace
 from dfs.client.orphans import Orphans
 from dfs.client.quota import Quota
@@ -36,7 +37,6 @@ from dfs.errors import FsError
 from dfs.ids import ROOT_INO
 from dfs.volume import items
 from dfs.volume.items import DIR, LNK, REG
-from dfs.volume.tree import Missing
 from dfs.volume.view import Txn
 
 log = logging.getLogger(__name__)
@@ -44,8 +44,6 @@ log = logging.getLogger(__name__)
 ROOT = Caller(0, 0)
 ROOM_INTERVAL = 0.5  # seconds between attempts of an unmount that waits for room
 SCAN = 256  # entries that one look into a directory reads
-
-Entry = tuple[bytes, int, Attr]  # (name, cookie of what follows it, attributes)
 
 
 class FsStats(NamedTuple):
@@ -494,6 +492,17 @@ class FileSystem:
         h = self.handles.directory(handle)
         return await self.list(h.ino, cookie, limit, h.names if cookie == h.cookie else ())
 
+    async def readdir_names(self, handle: int, cookie: int = 0, limit: int = SCAN) -> list[Name]:
+        """As `readdir`, without attributes: reads none of the inodes."""
+        h = self.handles.directory(handle)
+        ino, taken = h.ino, h.names if cookie == h.cookie else ()
+
+        def op(txn: Txn) -> list[Name]:
+            self.namespace.directory(txn, ino)
+            return [*listing.names(txn, ino, cookie, limit, taken)]
+
+        return await self.session.read(op)
+
     def returned(self, handle: int, name: bytes, cookie: int) -> None:
         """Note that the reader of a directory took an entry."""
         h = self.handles.directory(handle)
@@ -504,31 +513,13 @@ class FileSystem:
             h.names.add(name)
 
     async def list(
-        self, ino: int, cookie: int = 0, limit: int = SCAN, taken: Sequence[bytes] | set[bytes] = ()
+        self, ino: int, cookie: int = 0, limit: int = SCAN, taken: Collection[bytes] = ()
     ) -> list[Entry]:
         """Entries of a directory after `cookie`, or at it and not in `taken` if that is given."""
 
         def op(txn: Txn) -> list[Entry]:
             self.namespace.directory(txn, ino)
-            prefix = items.group(ino, items.ENTRY)
-            after = cookie - 1 if taken else cookie
-            begin = items.entry_key(ino, after) if after > 0 else b""
-            found: list[Entry] = []
-            absent: list[bytes] = []
-            get_attr, suffix = attributes.get_attr, items.suffix_u64
-            for key, value in txn.scan(prefix, begin, limit):
-                at = suffix(key)
-                bucket = items.decode_entries(value)
-                for name, child, _ in bucket if len(bucket) == 1 else sorted(bucket):
-                    if at == cookie and name in taken:
-                        continue
-                    try:  # collect what is missing for all, to fetch it at once
-                        found.append((name, at, get_attr(txn, child)))
-                    except Missing as e:
-                        absent += e.hashes
-            if absent:
-                raise Missing(*dict.fromkeys(absent))
-            return found
+            return listing.entries(txn, ino, cookie, limit, taken)
 
         entries = await self.session.read(op)
         overlay = self.files.overlay

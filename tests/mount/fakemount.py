@@ -1,8 +1,9 @@
-"""Mounts the in-memory cluster: `python fakemount.py MOUNTPOINT [quota] [xattrs] [few] [deaf]`.
+"""Mounts the in-memory cluster: `python fakemount.py MOUNTPOINT [quota] [xattrs] [few] [deaf] [large]`.
 
 The process holds the fake cluster, the mounted client and a second client of the same volume that
 obeys commands on standard input, one a line, one answer line each; see `obey`.  `few`: the mount's
-table of inodes has a budget for some hundreds; `deaf`: the kernel does not know FUSE_NOTIFY_PRUNE.
+table of inodes has a budget for some hundreds; `deaf`: the kernel does not know FUSE_NOTIFY_PRUNE;
+`large`: directories are large from 100 entries on, and requests for names are counted.
 """
 
 import errno
@@ -17,19 +18,30 @@ from dfs.client.registry import make_root
 from dfs.client.session import Session
 from dfs.errors import DfsError
 from dfs.testing.fakehome import FakeHome
-from fuse import invalidate, operations
+from fuse import invalidate, listing, operations
 from fuse.inodes import InodeTable
 from fuse.mount import MountOptions, serve
 
 VOLUME = b"v" * 16
 FEW = 48 << 10  # bytes
 tables = []
+lookups = [0]
 
 
 def few(prune):
     """A table of inodes with a small budget, to be asked about later."""
     tables.append((InodeTable(FEW, prune), prune.__self__))
     return tables[-1][0]
+
+
+def counting(lookup):
+    """LOOKUP, counted."""
+
+    async def counted(self, *args):
+        lookups[0] += 1
+        return await lookup(self, *args)
+
+    return counted
 
 
 def deaf(_device, _inos):
@@ -72,6 +84,12 @@ async def obey(line, home, mounted, other):
         mounted.rpc.down = {1, 2, 3}
     elif command == "join":
         mounted.rpc.down = set()
+    elif command == "fill":
+        async with trio.open_nursery() as nursery:
+            for n in range(int(args[1])):
+                nursery.start_soon(other.mknod, 1, b"%s%d" % (names[0], n), 0o100640)
+    elif command == "lookups":
+        return str(lookups[0])
     elif command == "held":
         table, invalidator = tables[0]
         return f"{table.used} {table.budget} {invalidator.statistics()['pruned']}"
@@ -99,6 +117,9 @@ async def main(mountpoint, *flags):
         operations.InodeTable = few
     if "deaf" in flags:
         invalidate.Invalidator.__init__.__kwdefaults__["prune"] = deaf
+    if "large" in flags:
+        listing.Listings.__init__.__defaults__ = (100,)
+        operations.Operations.lookup = counting(operations.Operations.lookup)
     home.create(VOLUME, params)
     async with trio.open_nursery() as nursery:
         mounted = await client(home, nursery, 0, clear_privileges=False)

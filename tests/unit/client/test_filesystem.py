@@ -9,6 +9,7 @@ from dfs.client.filesystem import Caller
 from dfs.client.namespace import COOKIES, Namespace
 from dfs.errors import FsError
 from dfs.volume import items
+from dfs.volume.items import DIR, REG
 from tests.unit.client.support import VOLUME, filesystem, names, new_home, read_file, write_file
 
 
@@ -44,6 +45,46 @@ async def test_listing_returns_what_stays_exactly_once_whatever_changes(bits):
         assert sorted(kept) == sorted(b"keep%d" % n for n in range(60))
         assert len(found) == len(set(found))
         await fs.releasedir(fh)
+
+
+@pytest.mark.parametrize("bits", [63, 4])
+async def test_names_are_those_of_the_listing_and_need_no_inodes(bits):
+    home = new_home()
+    async with filesystem(home, hash_bits=bits) as fs:
+        kinds = {}
+        for n in range(60):
+            kinds[(await fs.mknod(1, b"f%d" % n, 0o100644)).ino] = REG
+            kinds[(await fs.mkdir(1, b"d%d" % n, 0o755)).ino] = DIR
+        fh = await fs.opendir(1)
+        found, cookie = [], 0
+        while page := await fs.readdir_names(fh, cookie, 5):
+            for name, cookie, ino, kind in page[:3]:  # the kernel's buffer is full after three
+                fs.returned(fh, name, cookie)
+                found.append((name, cookie, ino))
+                assert kinds[ino] == kind
+        assert found == [(name, cookie, attr.ino) for name, cookie, attr in await fs.list(1)]
+        await fs.releasedir(fh)
+        gone = await fs.mkdir(1, b"gone", 0o755)
+        fh = await fs.opendir(gone.ino)
+        await fs.rmdir(1, b"gone")
+        await fails(errno.ENOENT, fs.readdir_names(fh))
+
+
+async def test_names_of_a_cold_directory_are_fetched_without_its_inodes():
+    home = new_home()
+    async with filesystem(home) as fs, trio.open_nursery() as nursery:
+        for n in range(1000):
+            nursery.start_soon(fs.mknod, 1, b"f%d" % n, 0o100644)
+    home.checkpoint(VOLUME)
+    async with filesystem(home, seed=1, mode="ro") as cold:
+        cold.session.nodes.clear()
+        fh, cookie, count = await cold.opendir(1), 0, 0
+        while page := await cold.readdir_names(fh, cookie):
+            count, cookie = count + len(page), page[-1][1]
+        assert count == 1000
+        nodes = cold.session.nodes
+        held = [nodes.get(name) for name in home.blobs.stored if name in nodes]
+        assert not any(n.level == 0 and items.inode_key(2) < n.keys[0] < n.keys[-1] for n in held)
 
 
 async def test_listing_a_cold_directory_fetches_in_few_rounds():
