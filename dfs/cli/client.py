@@ -6,30 +6,34 @@ reached, or a volume without a quorum, is an error that says which nodes are sil
 
 import contextlib
 import errno
+import os
 import re
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import trio
 
 from dfs.chunks.format import encode
 from dfs.cli.context import interruptible, patience
 from dfs.cli.diagnosis import explain_silence, unreachable
+from dfs.client.capacity import ClusterWatch
 from dfs.client.chunkio import ChunkClient
 from dfs.client.connect import Cluster, ClusterRef, connect
 from dfs.client.filesystem import FileSystem, open_filesystem
+from dfs.client.quota import read_limits, read_usage
 from dfs.client.registry import Registry, open_registry
 from dfs.client.session import Session, open_session
 from dfs.env import Buffers
 from dfs.errors import DfsError, FsError, Unreachable, WrongCluster
 from dfs.ids import SYSTEM_VOLUME
-from dfs.volume import items
 
 T = TypeVar("T")
 USAGE_TIMEOUT = 4.0  # seconds to wait for the sizes of volumes
 USAGE_PARALLEL = 16
+LOOK_PATIENCE = 0.5  # seconds to wait for servers to say how full their disks are
 TOUCH_PATIENCE = 2.0  # seconds to wait for servers to say that they have a chunk already
+_REASON = re.compile(f": {re.escape(os.strerror(errno.ENOSPC))}$")
 _REPR = re.compile(r"""b(?P<q>['"]).*?(?P=q): (?=[^:]+$)""")  # a name as the client library puts it
 
 
@@ -85,11 +89,12 @@ async def registry(cluster: Cluster, *, mode: str = "rw") -> AsyncIterator[Regis
 
 @contextlib.asynccontextmanager
 async def volume(
-    file: Path, name: str, *, mode: str = "rw"
+    file: Path, name: str, *, mode: str = "rw", adds: bool = False
 ) -> AsyncIterator[tuple[FileSystem, DedupChunks]]:
     """The file system of a volume, mode "rw" or "ro", and the chunk client it uses.
 
-    Dirty data is committed at the end of the block.
+    Dirty data is committed at the end of the block.  `adds`: the block adds to the volume, which a
+    cluster that is full refuses.
     """
     async with connected(file) as cluster:
         async with registry(cluster, mode="ro") as volumes:
@@ -113,15 +118,48 @@ async def volume(
             cluster, info.volume_id, chunks, mode=mode, name="dfs", deadline=patience()
         )
         async with _opened(cluster, f"volume {name}", info.volume_id, opening) as fs:
+            watching = _watched(fs, cluster) if adds else contextlib.nullcontext()
             with interruptible():
-                yield fs, made[0]
+                async with watching:
+                    yield fs, made[0]
+
+
+@contextlib.asynccontextmanager
+async def _watched(fs: FileSystem, cluster: Cluster) -> AsyncIterator[None]:
+    """Refuse, as a mount does, what a cluster without room could not keep; see `ClusterWatch`.
+
+    Servers that do not say at once how full they are are not waited for, only listened to.
+    """
+    watch = ClusterWatch(cluster)
+    watch.tell(fs.session.volume, fs.refuse)
+    error: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch.run)
+        with trio.move_on_after(LOOK_PATIENCE):
+            await watch.wait_looked()
+        try:
+            yield
+        except Exception as e:  # as it is, not wrapped in a group
+            error = e
+        nursery.cancel_scope.cancel()
+    if error is not None:
+        raise error
+
+
+class Usage(NamedTuple):
+    """What a volume holds and may hold; a quota of 0 is no limit."""
+
+    bytes: int
+    inodes: int
+    quota_bytes: int
+    quota_inodes: int
 
 
 async def usages(
     cluster: Cluster, volumes: list[bytes], *, timeout: float = USAGE_TIMEOUT
-) -> dict[bytes, tuple[int, int]]:
-    """(bytes, inodes) that volumes hold, of those that answer in time."""
-    found: dict[bytes, tuple[int, int]] = {}
+) -> dict[bytes, Usage]:
+    """What volumes hold, of those that answer in time."""
+    found: dict[bytes, Usage] = {}
     limit = trio.CapacityLimiter(USAGE_PARALLEL)
 
     async def ask(volume_id: bytes) -> None:
@@ -130,8 +168,8 @@ async def usages(
                 async with open_session(
                     cluster, volume_id, mode="ro", name="dfs usage", deadline=timeout
                 ) as session:
-                    value = await session.read(lambda txn: txn.get(items.USAGE_KEY))
-                    found[volume_id] = items.decode_usage(value) if value is not None else (0, 0)
+                    used, limits = await read_usage(session), await read_limits(session)
+                    found[volume_id] = Usage(*used, *limits)
 
     with trio.move_on_after(timeout):
         async with trio.open_nursery() as nursery:
@@ -171,7 +209,9 @@ def naming(what: object) -> Iterator[None]:
         yield
     except FsError as e:
         text = _REPR.sub("", str(e))
-        if e.errno == errno.ENOSPC:
+        if e.errno == errno.ENOSPC and "`dfs cluster status`" in text:  # it says whose disks
+            text = f"no space left: {_REASON.sub('', text).removeprefix('no space left: ')}"
+        elif e.errno == errno.ENOSPC:
             text = (
                 "no space left: too few chunkservers have room for a copy; delete data or add "
                 "capacity, `dfs cluster status` shows the disks"

@@ -36,14 +36,15 @@ def _on_volume(
     fn: "Callable[[FileSystem], Awaitable[T]]",
     *,
     mode: str = "ro",
+    adds: bool = False,
 ) -> T:
-    """Run `fn(file system)` on a volume."""
+    """Run `fn(file system)` on a volume; see `dfs.cli.client.volume`."""
     from dfs.cli.client import volume
 
     file = cluster_file(cluster_path)
 
     async def work() -> T:
-        async with volume(file, name, mode=mode) as (fs, _):
+        async with volume(file, name, mode=mode, adds=adds) as (fs, _):
             return await fn(fs)
 
     return run_async(work)
@@ -157,7 +158,7 @@ def mkdir(cluster_path: str | None, parents: bool, places: tuple[Place, ...]) ->
                 await fs.mkdir(parent, name, 0o755)
 
     for place in places:
-        _on_volume(cluster_path, place.volume, work, mode="rw")
+        _on_volume(cluster_path, place.volume, work, mode="rw", adds=True)
 
 
 @click.command()

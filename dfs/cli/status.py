@@ -71,7 +71,8 @@ async def _name_volumes(cluster: Cluster, report: dict[str, Any]) -> None:
         entry = seen.setdefault(info.volume_id.hex(), new)
         entry.update(name=info.name, state=info.state)
         if info.volume_id in used:
-            entry["bytes"], entry["inodes"] = used[info.volume_id]
+            usage = used[info.volume_id]
+            entry["bytes"], entry["inodes"] = usage.bytes, usage.inodes
     report["volumes"] = sorted(seen.values(), key=lambda entry: entry.get("name", ""))
 
 

@@ -64,7 +64,7 @@ def put(
     file = cluster_file(cluster_path)
 
     async def work() -> Upload:
-        async with volume(file, target.volume) as (fs, chunks):
+        async with volume(file, target.volume, adds=True) as (fs, chunks):
             upload = Upload(fs, chunks, recursive=recursive, force=force)
             await upload.run([os.fsencode(source) for source in sources], target)
         return upload

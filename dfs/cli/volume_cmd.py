@@ -18,6 +18,7 @@ from dfs.cli.sizes import limit_of_bytes, limit_of_files
 from dfs.cli.times import local_time
 
 if TYPE_CHECKING:
+    from dfs.cli.client import Usage
     from dfs.client.registry import VolumeInfo
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -94,13 +95,13 @@ def create(
 @cluster_option
 @json_option
 def list_(cluster_path: str | None, as_json: bool) -> None:
-    """List the volumes with their contents.
+    """List the volumes with their contents and quotas.
 
     Sizes are what files hold, once: copies and compression are not in them.
     """
     from dfs.cli.client import connected, registry, usages
 
-    async def work() -> "list[tuple[VolumeInfo, tuple[int, int] | None]]":
+    async def work() -> "list[tuple[VolumeInfo, Usage | None]]":
         async with connected(cluster_file(cluster_path)) as cluster:
             async with registry(cluster, mode="ro") as volumes:
                 found = await volumes.list()
@@ -114,15 +115,7 @@ def list_(cluster_path: str | None, as_json: bool) -> None:
     if not found:
         click.echo("there are no volumes: `dfs volume create NAME` makes one", err=True)
         return
-    width = max(len("name"), *(len(entry.name) for entry, _ in found))
-    click.echo(f"{'name':{width}}  copies        size   inodes  made")
-    for entry, used in found:
-        size, inodes = ("?", "?") if used is None else (human_size(used[0]), str(used[1]))
-        state = "" if entry.state == "created" else f"  ({entry.state})"
-        click.echo(
-            f"{entry.name:{width}}  {entry.params['n']:6}  {size:>10}  {inodes:>7}  "
-            f"{local_time(entry.params['created'])}{state}"
-        )
+    click.echo("\n".join(_table(found)))
 
 
 @volume.command()
@@ -235,10 +228,39 @@ def _quota_line(size: int | None, files: int | None) -> str:
     return ", ".join(limits) or "none"
 
 
-def usage_as_dict(used: tuple[int, int] | None) -> dict[str, int | None]:
-    """`bytes` and `inodes` of a volume, null where they are not known."""
-    size, inodes = used or (None, None)
-    return {"bytes": size, "inodes": inodes}
+def _table(found: "list[tuple[VolumeInfo, Usage | None]]") -> list[str]:
+    """Lines for people: `?` is what is not known now, `-` no limit."""
+    width = max(len("name"), *(len(entry.name) for entry, _ in found))
+    head = f"{'size':>10} {'quota':>10} {'inodes':>8} {'quota':>8}"
+    lines = [f"{'name':{width}} copies {head}  made"]
+    for entry, used in found:
+        numbers = ["?"] * 4
+        if used is not None:
+            numbers = [
+                human_size(used.bytes),
+                human_size(used.quota_bytes) if used.quota_bytes else "-",
+                str(used.inodes),
+                str(used.quota_inodes or "-"),
+            ]
+        size, quota, inodes, files = numbers
+        state = "" if entry.state == "created" else f"  ({entry.state})"
+        lines.append(
+            f"{entry.name:{width}} {entry.params['n']:6} {size:>10} {quota:>10} {inodes:>8}"
+            f" {files:>8}  {local_time(entry.params['created'])}{state}"
+        )
+    return lines
+
+
+def usage_as_dict(used: "Usage | None") -> dict[str, int | None]:
+    """What a volume holds, null if that is not known, and its limits, null where there is none."""
+    if used is None:
+        return dict.fromkeys(("bytes", "inodes", "quota_bytes", "quota_files"))
+    return {
+        "bytes": used.bytes,
+        "inodes": used.inodes,
+        "quota_bytes": used.quota_bytes or None,
+        "quota_files": used.quota_inodes or None,
+    }
 
 
 def _as_dict(info: "VolumeInfo") -> dict[str, Any]:

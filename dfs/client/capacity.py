@@ -45,6 +45,7 @@ class ClusterWatch:
         self._told: tuple[str, str] = ("", "")
         self._volume = b""
         self._refuse: Refuse = lambda _all, _data: None
+        self._looked = trio.Event()
 
     def capacity(self) -> tuple[int, int]:
         """(total, free) bytes for file data, copies accounted for; zeros if nobody said yet.
@@ -66,6 +67,10 @@ class ClusterWatch:
         self._volume, self._refuse = volume, refuse
         if self._statuses:
             self._judge(self._cluster.get_map())
+
+    async def wait_looked(self) -> None:
+        """Until the servers that answer were asked for their space for the first time."""
+        await self._looked.wait()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -100,6 +105,7 @@ class ClusterWatch:
                         nursery.start_soon(self._look, known, node, role, found)
             self._statuses = found
             self._judge(known)
+            self._looked.set()
             near = {s.get("disk_level", Level.OK.label) for s in found.values()} - {Level.OK.label}
             await trio.sleep(NEAR_INTERVAL if near else SPACE_INTERVAL)
 

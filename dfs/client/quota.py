@@ -109,7 +109,7 @@ class Quota:
         if file.size < 0:
             value = get(items.inode_key(file.ino))
             file.size = 0 if value is None else Inode.decode(value).size
-        more = end - file.size - file.held
+        more = end - (file.size if file.cut < 0 else file.cut) - file.held
         if more > 0:
             self.admit(get, more, 0)
             if self.limited:
@@ -145,6 +145,12 @@ async def read_limits(session: "Session") -> tuple[int, int]:
     """(bytes, inodes) of the volume of a session, 0 = no limit."""
     value = await session.read(lambda txn: txn.get(items.QUOTA_KEY))
     return limits_of(session.params, value)
+
+
+async def read_usage(session: "Session") -> tuple[int, int]:
+    """(bytes, inodes) that the volume of a session holds."""
+    value = await session.read(lambda txn: txn.get(items.USAGE_KEY))
+    return items.decode_usage(value) if value is not None else (0, 0)
 
 
 async def set_limits(

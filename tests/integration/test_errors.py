@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -320,6 +321,11 @@ def test_mount_points(volume, tmp_path):
     volume.umount(where)
 
 
+def free_bytes(path):
+    s = os.statvfs(path)
+    return s.f_bavail * s.f_frsize
+
+
 @pytest.mark.mount
 def test_full_disks(tmp_path):
     """Chunk data on small file systems: 256 MiB of each are kept free, so 24 MiB are left."""
@@ -348,6 +354,18 @@ def test_full_disks(tmp_path):
         told = c.dfs("put", "-", "v:/two", input=other, text=False, check=False)
         assert told.returncode == 1
         assert told.stderr.startswith(b"dfs: v:/two: no space left")
+        for disk in disks:  # as on a mount, what cannot be kept is refused before it is sent
+            (disk / "filler").write_bytes(bytes(max(0, free_bytes(disk) - (256 << 20))))
+        told = c.dfs("put", "-", "v:/two", input=other[:5000], text=False, check=False)
+        assert told.returncode == 1
+        assert re.fullmatch(
+            rb"dfs: v:/two: no space left: [01] of 3 chunkservers have room and 2 must; disk full:"
+            rb" (node[123] \S+/chunks,? ?){2,3}; delete data or add capacity"
+            rb" \(`dfs cluster status`\)\n",
+            told.stderr,
+        )
+        c.dfs("put", "-", "v:/small", input=other[:3000], text=False)  # it needs no chunkserver
+        c.dfs("rm", "v:/small")
         assert names(c) == {"one"}
         with pytest.raises(OSError, match="No space left"):
             (where / "three").write_bytes(other)
