@@ -7,19 +7,23 @@ task sleeps on.
 An index per journal finds an entry in its segment.
 
 `metadata.journalformat` holds the format and says what recovery makes of a bad record.
+
 The active segment ends in zeros, written ahead, so that a sync does not have to make a new file
-size durable too, which takes the file system a second flush.
+size durable too, which takes the file system a second flush.  `make_room` does that: a task of its
+own, on a thread, a step each time a step of the room was used, so that no record waits for it.
+Nothing is written beyond the room while a step is under way: what does not fit waits for it.  When
+none is, because that task does not run, found the disk full, or a batch is larger than the room, a
+batch brings its own zeros; it is the one to meet a full disk.
 """
 
-from array import array
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import trio
 
-from dfs.env import Disk, DiskFile
-from dfs.errors import Corrupt, DiskFull, StoreFailed
+from dfs.env import Disk
+from dfs.errors import Busy, Corrupt, DiskFull, StoreFailed
 from dfs.groupsync import GroupSync
 from metadata.journalformat import (
     HEADER,
@@ -33,43 +37,15 @@ from metadata.journalformat import (
     parse,
     record_at,
 )
-from metadata.journalstate import ENTRY, NO_BALLOT, PROMISED, Ballot, Record, State, replay
+from metadata.journalindex import Index, Segment
+from metadata.journalstate import ENTRY, PROMISED, Record, State, replay
 
 SEGMENT_BYTES = 64 << 20
-AHEAD = 1 << 20  # bytes of zeros written at a time, at most 1/4 of a segment
+AHEAD = 1 << 20  # bytes of zeros after the last record, at most 1/4 of a segment
+STEPS = 4  # in which they are written: small ones, since a sync meanwhile has to wait for one
 RETRY_FULL = 0.5  # seconds between attempts to write to a full disk
 IDLE_MARK = 0.2  # seconds of idleness before the last sync is marked
 CARRY_SHARE = 4  # a sealed segment with less than 1/4 live bytes is emptied
-
-
-class _Segment:
-    """A segment file and what in it is still needed."""
-
-    __slots__ = ("end", "file", "live", "name", "number", "size")
-
-    def __init__(self, number: int, name: str, file: DiskFile, end: int) -> None:
-        self.number = number
-        self.name = name
-        self.file = file
-        self.end = end
-        self.size = end  # of the file: zeros follow the end
-        self.live = 0  # bytes of entries above the base of their journal
-
-
-class _Index:
-    """Where one journal's records are: entries from seq `first` on, last promise, last base."""
-
-    __slots__ = ("base", "base_at", "ends", "first", "promise_at", "promised", "segments", "starts")
-
-    def __init__(self) -> None:
-        self.first = 1
-        self.segments = array("Q")
-        self.starts = array("Q")
-        self.ends = array("Q")
-        self.promised: Ballot = NO_BALLOT
-        self.promise_at = 0
-        self.base: Record | None = None
-        self.base_at = 0
 
 
 class JournalLog:
@@ -80,12 +56,18 @@ class JournalLog:
         self._disk = disk
         self._prefix = prefix
         self._limit = segment_bytes
-        self._zeros = bytes(min(AHEAD, segment_bytes // 4))
-        self._segments: dict[int, _Segment] = {}  # oldest first; the last one is active
-        self._index: dict[bytes, _Index] = {}
-        self._active: _Segment
+        self._step = bytes(min(AHEAD, segment_bytes // 4) // STEPS)
+        self._ahead = len(self._step) * STEPS
+        self._segments: dict[int, Segment] = {}  # oldest first; the last one is active
+        self._index: dict[bytes, Index] = {}
+        self._active: Segment
         self._sync = GroupSync(disk, lambda: self._active.file)
-        self._buffer: list[tuple[bytes, Record]] = []
+        self._buffer: list[tuple[bytes, Record, list[bytes]]] = []  # the last: as it is written
+        self._gathered = 0  # bytes of them
+        self._extending = False  # a step of room is being made: nothing is written beyond the room
+        self._extender: trio.lowlevel.Task | None = None  # parked: there is room
+        self._made_room = trio.Event()  # when the step under way has ended
+        self._hurry = False  # records wait for that: no other step begins before they are written
         self._waiting: dict[int, list[tuple[Callable[..., Any], tuple[Any, ...]]]] = {}
         self._parked: trio.lowlevel.Task | None = None
         self._failure: StoreFailed | None = None  # for the task to raise
@@ -129,6 +111,7 @@ class JournalLog:
             disk.unlink(f"{prefix}/{names[-1]}")  # made just before a crash, never used
             del numbers[-1], names[-1]
         records: dict[bytes, list[Record]] = {}
+        segments = self._segments
         for number, name in zip(numbers, names, strict=True):
             path = f"{prefix}/{name}"
             file = disk.open(path)
@@ -138,10 +121,10 @@ class JournalLog:
                 found, end = parse(data, number, last=number == numbers[-1])
             except Corrupt as e:
                 raise self._fail(path, e) from e
-            segment = self._segments[number] = _Segment(number, path, file, end)
+            segment = segments[number] = Segment(number, path, file, end)
             for volume, record, start, stop in found:
                 records.setdefault(volume, []).append(record)
-                self._enter(volume, record, segment, start, stop, loose=True)
+                self._indexed(volume).enter(record, segment, start, stop, segments, loose=True)
             if end < size:
                 if data.count(0, end) < size - end:
                     self.cut.append(f"{disk.path(path)} was cut from {size} to {end} bytes")
@@ -179,65 +162,29 @@ class JournalLog:
         name = f"{self._prefix}/{number:012d}.log"
         file = self._disk.open(name, create=True, truncate=True)
         file.append([header(number)])
-        file.fdatasync()
+        file.fdatasync()  # before there is anything behind it: see `_usable`
         self._disk.sync_dir(self._prefix)
-        self._active = self._segments[number] = _Segment(number, name, file, HEADER.size)
+        segment = Segment(number, name, file, HEADER.size)
+        try:
+            file.pwrite(self._step * STEPS, HEADER.size)
+            file.fdatasync()
+            segment.size += self._ahead
+        except DiskFull:
+            segment.cramped = True  # whether there is room for records, they will see
+        self._active = self._segments[number] = segment
         self._synced = self._marked = HEADER.size
 
-    # ------------------------------------------------------------------------------------ index
+    # ---------------------------------------------------------------------------------- reading
 
-    def _enter(
-        self,
-        volume: bytes,
-        record: Record,
-        segment: _Segment,
-        start: int,
-        end: int,
-        *,
-        loose: bool = False,
-    ) -> None:
-        """Index a record that stands at start..end; `loose`: entries may come out of order."""
+    def _indexed(self, volume: bytes) -> Index:
         index = self._index.get(volume)
         if index is None:
-            index = self._index[volume] = _Index()
-        kind = record[0]
-        if kind == ENTRY:
-            if not record[5] and record[2] >= index.promised:
-                index.promised, index.promise_at = record[2], segment.number
-            at = record[1] - index.first
-            if at < 0:
-                return
-            while loose and at > len(index.segments):  # an old segment's entries were copied here
-                index.segments.append(0)
-                index.starts.append(0)
-                index.ends.append(0)
-            if at == len(index.segments):
-                index.segments.append(segment.number)
-                index.starts.append(start)
-                index.ends.append(end)
-            else:
-                self._release(index, at)
-                index.segments[at], index.starts[at], index.ends[at] = segment.number, start, end
-            segment.live += end - start
-        elif kind == PROMISED:
-            if record[1] >= index.promised:
-                index.promised, index.promise_at = record[1], segment.number
-        elif index.base is None or record[1] >= index.base[1]:
-            index.base, index.base_at = record, segment.number
-            drop = min(record[1] + 1 - index.first, len(index.segments))
-            for at in range(drop):
-                self._release(index, at)
-            del index.segments[:drop], index.starts[:drop], index.ends[:drop]
-            index.first = record[1] + 1
-
-    def _release(self, index: _Index, at: int) -> None:
-        old = self._segments.get(index.segments[at])
-        if old is not None:
-            old.live -= index.ends[at] - index.starts[at]
+            index = self._index[volume] = Index()
+        return index
 
     def read(self, volume: bytes, seq: int) -> tuple[bytes, bytes]:
         """(prev_hash, payload) of an entry; raises `StoreFailed` when it is damaged."""
-        for owner, record in reversed(self._buffer):
+        for owner, record, _ in reversed(self._buffer):
             if owner == volume and record[0] == ENTRY and record[1] == seq:
                 return record[3], record[4]
         index = self._index[volume]
@@ -255,7 +202,9 @@ class JournalLog:
 
     def append(self, volume: bytes, record: Record) -> int:
         """Add a record to the batch that gathers; the number of that batch."""
-        self._buffer.append((volume, record))
+        made = encode(volume, record)
+        self._buffer.append((volume, record, made))
+        self._gathered += sum(map(len, made))
         if self._parked is not None and (self.later is None or not self.later(self._write_now)):
             self._wake()
         return self.batch
@@ -278,6 +227,65 @@ class JournalLog:
             self.when_durable(batch, done.set)
             await done.wait()
 
+    def _fits(self) -> bool:
+        """Whether what has gathered may be written now.
+
+        It may not while room is being made beyond which it would reach: those zeros would go over
+        it.
+        """
+        segment = self._active
+        return not self._extending or segment.end + MARK_SIZE + self._gathered <= segment.size
+
+    async def make_room(self) -> None:
+        """Keep zeros ahead of the records until cancelled; raises `StoreFailed` as `run` does."""
+        while True:
+            segment = self._active
+            if not self._lacks_room(segment):
+                self._extender = trio.lowlevel.current_task()
+                await trio.lowlevel.wait_task_rescheduled(self._unpark_extender)
+                continue
+            self._extending = True
+            size = segment.size
+            try:
+                await self._disk.run(self._extend, segment, size)
+                segment.size = size + len(self._step)
+            except (DiskFull, Busy):  # or there are no descriptors
+                segment.cramped = True
+            finally:
+                self._extending = False
+                made, self._made_room = self._made_room, trio.Event()
+                made.set()
+
+    def _lacks_room(self, segment: Segment) -> bool:
+        """Whether a step is to be made; not in a segment that is about to be sealed."""
+        return (
+            segment.size + len(self._step) <= segment.end + self._ahead
+            and segment.end < self._limit
+            and not (segment.cramped or self._hurry)
+        )
+
+    def _extend(self, segment: Segment, size: int) -> None:
+        """On a thread: write a step of zeros at `size`, and make the new size durable.
+
+        By a descriptor of its own: the kernel tells each of an error of writing back once, and who
+        syncs records must not miss it.  As some media forget what failed however often it is asked
+        for, what fails here fails everybody from then on.
+        """
+        try:
+            file = self._disk.open(segment.name)
+            try:
+                file.pwrite(self._step, size)
+                file.fdatasync()
+            finally:
+                file.close()
+        except StoreFailed as e:
+            self._failure = e
+            raise
+
+    def _unpark_extender(self, _: object) -> trio.lowlevel.Abort:
+        self._extender = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
     async def run(self) -> None:
         """Write and sync until cancelled; raises `StoreFailed` when the disk failed."""
         while True:
@@ -291,7 +299,13 @@ class JournalLog:
             if self._failure is not None:
                 raise self._failure
             try:
-                if self._active.end >= self._limit:
+                full = self._active.end >= self._limit
+                if self._extending and (full or not self._fits()):
+                    self._hurry = True
+                    await self._made_room.wait()
+                    self._hurry = False
+                    continue
+                if full:
                     await self._rotate()
                 self._write()
             except DiskFull as e:
@@ -302,6 +316,8 @@ class JournalLog:
             batch, end = self.batch, self._active.end
             self.batch = batch + 1
             await self._sync.sync(turn=not woken)
+            if self._failure is not None:
+                raise self._failure
             self._tell(batch, end)
 
     def _tell(self, batch: int, end: int) -> None:
@@ -319,7 +335,11 @@ class JournalLog:
         if self._parked is None or not self._buffer:
             return
         try:
-            done = self._active.end < self._limit and self._disk.sync_nowait(self._write_through)
+            done = (
+                self._active.end < self._limit
+                and self._fits()
+                and self._disk.sync_nowait(self._write_through)
+            )
         except DiskFull:
             done = False  # the task meets it again
         except StoreFailed as e:
@@ -335,6 +355,8 @@ class JournalLog:
     def _write_through(self) -> None:
         self._write()
         self._active.file.fdatasync()
+        if self._failure is not None:
+            raise self._failure
 
     def _unpark(self, _: object) -> trio.lowlevel.Abort:
         self._parked = None
@@ -345,24 +367,27 @@ class JournalLog:
         start = segment.end
         buffers = [mark(segment.number, start, self._synced)]
         at = start + MARK_SIZE
-        places = []
-        for volume, record in self._buffer:
-            made = encode(volume, record)
-            end = at + sum(map(len, made))
-            places.append((volume, record, at, end))
+        for _, _, made in self._buffer:
             buffers += made
-            at = end
-        if at > segment.size:
-            buffers.append(self._zeros)
+        end = at + self._gathered
+        if end > segment.size:
+            buffers.append(self._step)
             segment.file.pwrite(b"".join(buffers), start)
-            segment.size = at + len(self._zeros)
+            segment.size = end + len(self._step)
+            segment.cramped = False
         else:
             segment.file.pwrite(b"".join(buffers), start)
-        self._buffer = []
-        segment.end = at
+        gathered, self._buffer, self._gathered = self._buffer, [], 0
+        segment.end = end
         self._marked = self._synced
-        for volume, record, begin, end in places:
-            self._enter(volume, record, segment, begin, end)
+        for volume, record, made in gathered:
+            begin = at
+            for part in made:
+                at += len(part)
+            self._indexed(volume).enter(record, segment, begin, at, self._segments)
+        if self._extender is not None and self._lacks_room(segment):
+            trio.lowlevel.reschedule(self._extender)
+            self._extender = None
 
     async def _rotate(self) -> None:
         old = self._active
@@ -374,6 +399,9 @@ class JournalLog:
             self._create(old.number + 1)
 
         await self._disk.run(rotate)
+        if self._extender is not None:
+            trio.lowlevel.reschedule(self._extender)
+            self._extender = None
 
     def idle(self, now: float) -> bool:
         """Mark the last sync once the log is idle; whether there is nothing more to mark."""
@@ -383,6 +411,8 @@ class JournalLog:
             return False
         segment = self._active
         synced = self._synced
+        if self._extending and segment.end + MARK_SIZE > segment.size:
+            return False
         try:
             segment.file.pwrite(mark(segment.number, segment.end, synced), segment.end)
         except DiskFull:
@@ -405,7 +435,7 @@ class JournalLog:
                 break
             # An entry that gathers in the buffer supersedes the one in the segment: copying that
             # one behind it would undo an acceptance.
-            fresh = {(v, r[1]) for v, r in self._buffer if r[0] == ENTRY}
+            fresh = {(v, r[1]) for v, r, _ in self._buffer if r[0] == ENTRY}
             for volume, index in list(self._index.items()):
                 self._carry(volume, index, oldest.number, fresh)
             await self.sync()  # the copies, and the bases that made the originals superfluous
@@ -415,7 +445,7 @@ class JournalLog:
         return removed
 
     def _carry(
-        self, volume: bytes, index: _Index, number: int, fresh: set[tuple[bytes, int]]
+        self, volume: bytes, index: Index, number: int, fresh: set[tuple[bytes, int]]
     ) -> None:
         if index.base is not None and index.base_at == number:
             self.append(volume, index.base)
@@ -430,7 +460,7 @@ class JournalLog:
                     raise self._fail(name, f"at offset {start}: a live record is damaged")
                 self.append(volume, decode(ENTRY, data[RECORD.size :]))
 
-    def _remove(self, segment: _Segment) -> None:
+    def _remove(self, segment: Segment) -> None:
         segment.file.close()
         self._disk.unlink(segment.name)
         self._disk.sync_dir(self._prefix)

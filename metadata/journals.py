@@ -1,7 +1,8 @@
 """All journals of a node: `JournalHost` drives their replicas, `Journal` is the handle of one.
 
 This is the only part of the journal that waits, sends and writes.  Per node there are one log, one
-task that writes and syncs it, one timer task and one that tidies the log; a message costs no task:
+task that writes and syncs it, one that makes room ahead of it, one that tidies it, and one timer
+task; a message costs no task:
 the `jrnl` handler is a plain function that feeds the replica and carries out its effects.  Votes
 leave, grouped, when the log's writer has synced what they speak of.
 
@@ -9,7 +10,7 @@ Concurrency: everything runs on the loop and nothing here awaits between reading
 and carrying out the effects.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -176,7 +177,8 @@ class JournalHost:
         self.active.update(self._journals.values())
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._write)
+                nursery.start_soon(self._drive, self.log.run)
+                nursery.start_soon(self._drive, self.log.make_room)
                 nursery.start_soon(self._timers)
                 nursery.start_soon(self._tidy_up)
                 task_status.started()
@@ -189,9 +191,9 @@ class JournalHost:
             for journal in self._journals.values():
                 journal.stop(ended)
 
-    async def _write(self) -> None:
+    async def _drive(self, run: Callable[[], Awaitable[None]]) -> None:
         try:
-            await self.log.run()
+            await run()
         except StoreFailed as e:
             self._break(e)
 

@@ -1,5 +1,6 @@
 """The journals' log: format, recovery after power loss, damage, collection."""
 
+import contextlib
 import random
 from pathlib import Path
 
@@ -85,7 +86,8 @@ async def test_what_was_synced_is_recovered():
     assert not log.cut
 
 
-async def test_a_torn_tail_is_cut_whatever_a_power_loss_leaves():
+@pytest.mark.parametrize("room", [False, True])
+async def test_a_torn_tail_is_cut_whatever_a_power_loss_leaves(room):
     """Batches are lost, torn or swapped by the crash; all that was acknowledged is there."""
     cuts = 0
     for seed in range(150):
@@ -103,6 +105,8 @@ async def test_a_torn_tail_is_cut_whatever_a_power_loss_leaves():
         async with trio.open_nursery() as nursery:
             log, _ = await running(disk, segment_bytes=1500)
             nursery.start_soon(log.run)
+            if room:
+                nursery.start_soon(log.make_room)
             nursery.start_soon(writer, log)
             await trio.sleep(rnd.random() * 0.06)
             disk.crash()
@@ -415,3 +419,191 @@ def test_replay_refuses_gaps_and_broken_chains():
     bad[3] = b"?" * 32
     with pytest.raises(Corrupt, match="chain"):
         replay([*records[:3], tuple(bad), *records[4:]])
+
+
+# ------------------------------------------------------------------------------ room made ahead
+
+
+class GrownBy(SimDisk):
+    """Notes who made a file longer: appends of records, or the task that makes room."""
+
+    def __init__(self, rnd, **options):
+        super().__init__(rnd, **options)
+        self.grown = []
+        self.making = False
+
+    def take(self, growth, name):
+        super().take(growth, name)
+        if growth and name.endswith(".log"):
+            self.grown.append("room" if self.making else "batch")
+
+
+class Watched(JournalLog):
+    """Tells its disk when it makes room, and checks the rule that nobody else grows it then."""
+
+    def _extend(self, segment, size):
+        self._disk.making = True
+        try:
+            super()._extend(segment, size)
+        finally:
+            self._disk.making = False
+
+    def _create(self, number):
+        self._disk.making = True
+        try:
+            super()._create(number)
+        finally:
+            self._disk.making = False
+
+
+class Impatient(Watched):
+    """The mutant: writes beyond the room while that is being made longer."""
+
+    def _fits(self):
+        return True
+
+
+class Deaf(Watched):
+    """The mutant: does not hear that a sync failed on the thread that makes room."""
+
+    @property
+    def _failure(self):
+        return None
+
+    @_failure.setter
+    def _failure(self, error):
+        pass
+
+
+async def with_room(nursery, disk, kind=Watched, **options):
+    log, _ = await kind.open(disk, "journals", **options)
+    nursery.start_soon(log.run)
+    nursery.start_soon(log.make_room)
+    return log
+
+
+async def test_room_is_made_ahead_of_the_records():
+    disk = GrownBy(random.Random(1), sync_delay=0.001)
+    records = history(800)
+    async with trio.open_nursery() as nursery:
+        log = await with_room(nursery, disk, segment_bytes=40_000)
+        for record in records:
+            log.append(V, record)
+            await log.sync()
+            # A step is begun as soon as one was used, and takes less than the other three last.
+            assert log._active.size - log._active.end > 2 * len(log._step)
+        assert log.statistics()["segments"] > 2
+        nursery.cancel_scope.cancel()
+    assert set(disk.grown) == {"room"}
+    disk.crash()
+    _, states = await running(disk)
+    assert states[V].chosen == 799
+    # It goes on after a restart, which cuts the room off.
+    async with trio.open_nursery() as nursery:
+        log = await with_room(nursery, disk, segment_bytes=40_000)
+        await trio.sleep(1)
+        assert log._active.size >= log._active.end + 3 * len(log._step)
+        nursery.cancel_scope.cancel()
+
+
+async def slow_room(kind):
+    """More is written than fits, while room is made; what is there after a restart."""
+    disk = GrownBy(random.Random(2), sync_delay=0.05)
+    records = history(120)
+    done = []
+    async with trio.open_nursery() as nursery:
+        log = await with_room(nursery, disk, kind, segment_bytes=8000)
+        for record in records:
+            log.when_durable(log.append(V, record), done.append, record[1])
+            await trio.sleep(0.002)
+        await log.sync()
+        nursery.cancel_scope.cancel()
+    assert len(done) == 120
+    assert "batch" in disk.grown, "batches that are larger than the room bring their own"
+    _, states = await running(disk)
+    return states[V].chosen if V in states else 0
+
+
+async def test_what_does_not_fit_waits_until_the_room_is_made():
+    assert await slow_room(Watched) == 119
+
+
+async def test_a_batch_that_does_not_wait_for_the_room_is_lost():
+    with contextlib.suppress(StoreFailed):  # the log may be found to be damaged
+        assert await slow_room(Impatient) != 119
+
+
+async def test_a_full_disk_is_the_batch_s_error_that_needs_room():
+    disk = SimDisk(random.Random(1), sync_delay=0.001)
+    records = history(60)
+    async with trio.open_nursery() as nursery:
+        log = await with_room(nursery, disk, segment_bytes=16_000)
+        log.append(V, records[0])
+        await log.sync()
+        await trio.sleep(1)
+        disk.full = True
+        fitted = 0
+        for record in records[1:]:
+            if log._active.end + 300 > log._active.size:
+                break
+            log.append(V, record)
+            await log.sync()
+            assert log.full is None
+            fitted += 1
+        assert fitted > 10
+        for record in records[fitted + 1 :]:
+            log.append(V, record)
+        await trio.sleep(2)
+        assert log.full is not None
+        disk.full = False
+        await log.sync()
+        await trio.sleep(1)
+        assert log.full is None
+        assert log._active.size >= log._active.end + 3 * len(log._step), "room is made again"
+        nursery.cancel_scope.cancel()
+    _, states = await running(disk)
+    assert states[V].chosen == 59
+
+
+async def failed_room(kind, seed):
+    """The sync of a step of room fails; (what was acknowledged, what a restart then finds)."""
+    disk = GrownBy(random.Random(seed), sync_delay=0.02)
+    done = []
+
+    class Failing(kind):
+        def _extend(self, segment, size):
+            disk.fail_next("sync", "journals")  # drops what is written and not synced, of anybody
+            super()._extend(segment, size)
+
+    async def until_it_fails():
+        async with trio.open_nursery() as nursery:
+            log = await with_room(nursery, disk, Failing, segment_bytes=16_000)
+            for record in history(60):
+                log.when_durable(log.append(V, record), done.append, record[1])
+                await trio.sleep(0.004)
+            await trio.sleep(5)
+            raise AssertionError("nobody noticed")
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await until_it_fails()
+    assert caught.group_contains(StoreFailed)
+    disk.crash()
+    _, states = await running(disk)
+    return len(done), states[V].chosen + 1 if V in states else 0
+
+
+async def test_a_failed_sync_of_the_room_ends_the_log_before_it_acknowledges():
+    for seed in range(40):
+        acknowledged, found = await failed_room(Watched, seed)
+        assert 0 < acknowledged <= found, f"seed {seed}"
+
+
+async def test_who_does_not_hear_of_a_failed_sync_loses_what_it_acknowledged():
+    lost = 0
+    for seed in range(40):
+        try:
+            acknowledged, found = await failed_room(Deaf, seed)
+            lost += acknowledged > found
+        except StoreFailed:
+            lost += 1
+    assert lost
