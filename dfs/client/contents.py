@@ -20,6 +20,7 @@ CROWDED = 32  # extents in 4 MiB of a file that call for compaction
 INLINE_SHARE = 8
 SHORT = 128  # bytes of an item beyond which it is an inline extent
 NEAR = 16 << 20  # bytes between extents that are still looked up together
+AT_HAND = 64  # extents after one range that are searched first for the next
 
 
 class Contents:
@@ -56,7 +57,7 @@ class Contents:
                     txn.put(key, value)
                 continue
             if look:
-                old, seen = touched(txn, ino, start, end + 1)
+                old, seen = touched(txn, ino, [(e.offset, e.end + 1) for e in run])
                 windows = 1 + (end - start) // items.MAX_EXTENT
                 # The look at what is there reaches a window back: hence the one more.
                 crowded = crowded or seen > CROWDED * (windows + 1)
@@ -115,18 +116,37 @@ def scan_extents(txn: Txn, ino: int, start: int, end: int) -> list[extents.Exten
     return extents.decode(txn.scan_range(*extents.bounds(ino, start, end)))
 
 
-def touched(txn: Txn, ino: int, start: int, end: int) -> tuple[list[extents.Extent], int]:
-    """Committed extents that may overlap a range of a file, in order, and how many were looked at.
+def touched(
+    txn: Txn, ino: int, ranges: Sequence[tuple[int, int]]
+) -> tuple[list[extents.Extent], int]:
+    """Committed extents that may overlap ranges (start, end) of a file, and how many there are.
 
-    Of inline extents a few count as one; the number is rounded up.
-    Extents do not overlap each other, so of those that begin before the range only the last one may
-    reach into it.  The others need no decoding: an append looks at a window full of small ones.
+    Both in order; the number is of all around the first to the last range, rounded up, where of
+    inline extents a few count as one.  Extents do not overlap each other, so of those that begin
+    before a range only the last one may reach into it.  The others need no decoding: an append
+    looks at a window full of small ones, and who writes here and there at all that a file has.
     """
-    found = txn.scan_range(*extents.bounds(ino, start, end))
-    key = items.extent_key(ino, start)
-    first = max(0, bisect_left(found, (key,)) - 1)
-    inline = sum(len(value) > SHORT for _, value in found)
-    return extents.decode(found[first:]), len(found) - inline + -(-inline // INLINE_SHARE)
+    found = txn.scan_range(*extents.bounds(ino, ranges[0][0], ranges[-1][1]))
+    inline = sum([len(value) > SHORT for _, value in found])
+    seen = len(found) - inline + -(-inline // INLINE_SHARE)
+    keys = [key for key, _ in found]
+    count = len(keys)
+    picked: list[tuple[bytes, bytes]] = []
+    done = 0  # index of the first that is not picked yet, and does not lie before what is
+    for start, end in ranges:
+        key = items.extent_key(ino, start)
+        near = min(done + AT_HAND, count)
+        if near < count and keys[near] < key:
+            first = bisect_left(keys, key, near)
+        else:
+            first = bisect_left(keys, key, done, near)
+        key = items.extent_key(ino, end)
+        stop = first
+        while stop < count and keys[stop] < key:
+            stop += 1
+        picked += found[max(done, first - 1) : stop]
+        done = stop
+    return extents.decode(picked), seen
 
 
 def reaching(txn: Txn, ino: int, start: int, end: int) -> list[extents.Extent]:

@@ -184,25 +184,30 @@ def _cut_out(
 ) -> list[Effect]:
     """Effects that take sorted `holes` out of extents; the keys `replaced` will be put anyway."""
     effects: list[Effect] = []
-    first = 0
+    first, count = 0, len(holes)
     for extent in sorted(extents):
-        at, stop = extent.offset, extent.end
-        while first < len(holes) and holes[first][1] <= at:
+        begin = at = extent.offset
+        stop = begin + extent.length
+        while first < count and holes[first][1] <= at:
             first += 1
-        left = []
-        for start, end in holes[first:]:
-            if start >= stop:
-                break
+        kept = begin in replaced  # its key needs no DELETE
+        hit = False
+        while first < count and holes[first][0] < stop:
+            start, end = holes[first]
+            hit = True
             if start > at:
-                left.append(extent.part(at, start))
-            at = max(at, min(end, stop))
-        if at == extent.offset and not left:
-            continue  # untouched
+                kept = kept or at == begin
+                effects.append(extent.part(at, start).put(ino))
+            at = max(at, end)
+            if at >= stop:
+                break  # it may reach into the next one, too
+            first += 1
+        if not hit:
+            continue
         if at < stop:
-            left.append(extent.part(at, stop))
-        if extent.offset not in replaced and (not left or left[0].offset != extent.offset):
-            effects.append((DELETE, extent_key(ino, extent.offset)))
-        effects += [part.put(ino) for part in left]
+            effects.append(extent.part(at, stop).put(ino))
+        if not kept:
+            effects.append((DELETE, extent_key(ino, begin)))
     return effects
 
 

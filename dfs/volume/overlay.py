@@ -17,6 +17,8 @@ from dfs.volume.items import GROUP_SIZE, group_end
 Item = tuple[bytes, bytes]
 Range = tuple[bytes, bytes, int]  # start, end, seq
 
+AT_ONCE = 64  # items that `merge` looks up together where the base has none
+
 
 class Overlay:
     """Changed items by key, an index of them by group, and removed ranges by group.
@@ -184,10 +186,9 @@ class Overlay:
                 at += 1
             else:
                 yield pair
-        for key in keys[at:]:
-            value = items[key][1]
-            if value is not None:
-                yield key, value
+        for i in range(at, count, AT_ONCE):
+            part = keys[i : i + AT_ONCE]
+            yield from [(k, v) for k in part if (v := items[k][1]) is not None]
 
     def __len__(self) -> int:
         """Number of changed items."""

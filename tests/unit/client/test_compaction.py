@@ -28,7 +28,7 @@ async def test_small_appends_are_not_written_again_and_again(monkeypatch, share,
         assert fs.files.statistics()["compacted"] > 400
         written = sum(len(chunk) for chunk in home.chunks.stored.values())
         assert written < limit * len(data)
-        _, seen = await fs.session.read(lambda t: touched(t, attr.ino, 0, len(data)))
+        _, seen = await fs.session.read(lambda t: touched(t, attr.ino, [(0, len(data))]))
         assert seen < 2 * contents.CROWDED * 2
         assert await read_file(fs, attr.ino) == data
         await fs.release(fh)
@@ -59,7 +59,7 @@ async def test_what_a_range_touches_is_found_among_many():
         for _ in range(500):
             start = rng.randrange(big.end + 10)
             end = start + rng.choice([1, PAGE, 100_000])
-            found, seen = touched(txn, attr.ino, start, end)
+            found, seen = touched(txn, attr.ino, [(start, end)])
             assert overlapping(found, start, end) == overlapping(placed, start, end)
             assert len(found) <= len(overlapping(placed, start, end)) + 1
             looked = scan_extents(txn, attr.ino, start, end)
@@ -68,6 +68,13 @@ async def test_what_a_range_touches_is_found_among_many():
             found = reaching(txn, attr.ino, start, end)
             assert overlapping(found, start, end) == overlapping(placed, start, end)
             assert len(found) <= len(overlapping(placed, start, end)) + 1
+            edges = sorted(rng.sample(range(big.end + 10), 2 * rng.randrange(1, 60)))
+            ranges = list(zip(edges[::2], edges[1::2], strict=True))
+            found, _ = touched(txn, attr.ino, ranges)
+            assert found == sorted(set(found))
+            wanted = {e for low, high in ranges for e in overlapping(placed, low, high)}
+            assert set(found) >= wanted
+            assert len(found) <= len(wanted) + len(ranges)
 
 
 async def test_who_syncs_all_the_time_is_not_disturbed_for_long():
