@@ -45,7 +45,7 @@ from dfs.client.store import ChunkStore
 from dfs.client.writebuffer import WINDOW, Segment, Upload, WriteBuffer
 from dfs.codec import Buffer
 from dfs.errors import DfsError, FsError
-from dfs.volume import extents, items
+from dfs.volume import items
 from dfs.volume.items import Inode
 from dfs.volume.view import Txn
 
@@ -450,32 +450,11 @@ class Files:
 
     def _pack(self, file: File) -> None:
         """Send what is in no chunk yet, adjacent pieces together, short ones in shared chunks."""
-        ranges: list[tuple[int, int]] = []
-        for s in file.buffer:
-            if isinstance(s.source, Upload):
-                continue
-            if ranges and sum(ranges[-1]) == s.start:
-                ranges[-1] = (ranges[-1][0], s.end - ranges[-1][0])
-            else:
-                ranges.append((s.start, s.length))
-        plan = extents.plan_pack(ranges, WINDOW)
-        # A lone chunk is synced by its put, which saves the round trip of a barrier.
-        durable = len(plan) == 1 and not any(isinstance(s.source, Upload) for s in file.buffer)
-        for chunk in plan:
-            pieces: list[memoryview] = []
-            filled = 0
-            for offset, length, at in chunk:
-                if at > filled:
-                    pieces.append(memoryview(bytes(at - filled)))
-                for s in file.buffer.overlapping(offset, offset + length):
-                    begin = max(s.start, offset)
-                    pieces += s.read(begin, min(s.end, offset + length) - begin)
-                filled = at + length
-            upload = Upload(pieces)
-            file.buffer.gather(
-                [(offset, length) for offset, length, _ in chunk], upload, [c[2] for c in chunk]
-            )
-            self._send(upload, durable=durable)
+        lone = not any(isinstance(s.source, Upload) for s in file.buffer)
+        uploads = file.buffer.pack()
+        for upload in uploads:
+            # A lone chunk is synced by its put, which saves the round trip of a barrier.
+            self._send(upload, durable=lone and len(uploads) == 1)
 
     def _publication(
         self, file: File, segments: list[Segment], *, here: bool = False

@@ -2,18 +2,24 @@
 
 Segments never overlap; writing over a segment cuts it.  A segment's bytes lie in a `Source`: the
 buffer that came with the write, or an `Upload`, a chunk being sent, into which many segments were
-gathered.  Nothing is copied: segments are windows on the buffers that the caller handed over, and
-must not be changed afterwards.
+gathered.  Segments are windows on the buffers that the caller handed over, which must not be
+changed afterwards; only short pieces that share a chunk are copied, once, when they are packed.
+
+Segments are kept by the aligned window of the file that they lie in, and one that crosses an edge
+is two: so a write in the midst of many others moves no more of them than its window holds.
 
 The buffer is plain data without IO: `dfs.client.files` decides when to upload and to commit.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from dfs.codec import Buffer
+from dfs.volume.extents import plan_pack
 
 WINDOW = 4 << 20  # aligned part of a file that is uploaded as one chunk
+SHORT = 64 << 10  # bytes; pieces of a chunk that are shorter on average are copied into one
 
 
 class Upload:
@@ -72,115 +78,275 @@ class Segment:
         return [memoryview(self.source)[at : at + length]]
 
 
-class WriteBuffer:
-    """The segments of one file, in order."""
+class _Window:
+    """Segments of one window of the file, in order, and where each begins."""
 
-    __slots__ = ("_segments", "_starts", "loose", "size")
+    __slots__ = ("segments", "starts")
 
     def __init__(self) -> None:
         """Empty."""
-        self._starts: list[int] = []
-        self._segments: list[Segment] = []
+        self.starts: list[int] = []
+        self.segments: list[Segment] = []
+
+    def touching(self, start: int, end: int) -> tuple[int, int]:
+        """Indexes [i, j) of the segments that overlap a range."""
+        starts, segments = self.starts, self.segments
+        i = bisect_right(starts, start)
+        if i and segments[i - 1].end > start:
+            i -= 1
+        return i, bisect_left(starts, end, i)
+
+
+class WriteBuffer:
+    """The segments of one file, in order."""
+
+    __slots__ = ("_order", "_windows", "loose", "size")
+
+    def __init__(self) -> None:
+        """Empty."""
+        self._windows: dict[int, _Window] = {}  # none of them is empty
+        self._order: list[int] = []  # their numbers
         self.size = 0  # bytes in all segments
         self.loose: dict[int, int] = {}  # window number -> bytes of it in no Upload
 
     def __bool__(self) -> bool:
         """Whether there is anything uncommitted."""
-        return bool(self._segments)
+        return bool(self._order)
 
     def __iter__(self) -> Iterator[Segment]:
         """Segments in order of offsets."""
-        return iter(self._segments)
+        windows = self._windows
+        return chain.from_iterable([windows[number].segments for number in self._order])
 
     @property
     def end(self) -> int:
         """First offset after the last segment, 0 if there is none."""
-        return self._segments[-1].end if self._segments else 0
+        return self._windows[self._order[-1]].segments[-1].end if self._order else 0
 
     def write(self, offset: int, data: Buffer) -> None:
         """Put bytes over whatever was there."""
         length = len(data)
-        if not length:
-            return
-        if self._segments and offset < self._segments[-1].end:
-            self.cut(offset, offset + length)
-        self._insert(Segment(offset, length, data, 0))
+        if length:
+            self._place(offset, length, data, 0)
 
-    def _insert(self, segment: Segment) -> None:
-        if not self._starts or segment.start > self._starts[-1]:
-            self._starts.append(segment.start)
-            self._segments.append(segment)
-        else:
-            i = bisect_right(self._starts, segment.start)
-            self._starts.insert(i, segment.start)
-            self._segments.insert(i, segment)
-        self._account(segment, 1)
+    def _place(self, start: int, length: int, source: "Buffer | Upload", at: int) -> None:
+        """Put a segment over whatever was there, cut where windows meet."""
+        number = start // WINDOW
+        edge = (number + 1) * WINDOW
+        while start + length > edge:
+            self._put(number, Segment(start, edge - start, source, at))
+            length -= edge - start
+            at += edge - start
+            start = edge
+            number += 1
+            edge += WINDOW
+        self._put(number, Segment(start, length, source, at))
 
-    def _account(self, segment: Segment, sign: int) -> None:
-        self.size += sign * segment.length
-        if isinstance(segment.source, Upload):
-            return
-        offset, end, loose = segment.start, segment.end, self.loose
-        while offset < end:
-            window = offset // WINDOW
-            part = min(end, (window + 1) * WINDOW) - offset
-            left = loose.get(window, 0) + sign * part
-            if left:
-                loose[window] = left
+    def _put(self, number: int, segment: Segment) -> None:
+        """Put a segment that does not leave window `number` over whatever was there."""
+        start, length = segment.start, segment.length
+        window = self._windows.get(number)
+        if window is None:
+            window = self._windows[number] = _Window()
+            order = self._order
+            if order and number < order[-1]:
+                insort(order, number)
             else:
-                loose.pop(window, None)
-            offset += part
+                order.append(number)
+        starts, segments = window.starts, window.segments
+        i = bisect_left(starts, start)
+        if (i and segments[i - 1].end > start) or (i < len(starts) and starts[i] < start + length):
+            self._cut(number, window, start, start + length)
+            i = bisect_left(starts, start)
+        starts.insert(i, start)
+        segments.insert(i, segment)
+        self.size += length
+        if not isinstance(segment.source, Upload):
+            self.loose[number] = self.loose.get(number, 0) + length
+
+    def _numbers(self, start: int, end: int) -> list[int]:
+        """Numbers of the windows, of those there are, that overlap a range which is not empty."""
+        first, last = start // WINDOW, (end - 1) // WINDOW
+        if first == last:
+            return [first] if first in self._windows else []
+        order = self._order
+        return order[bisect_left(order, first) : bisect_right(order, last)]
 
     def cut(self, start: int, end: int) -> None:
         """Forget the bytes in [start, end)."""
-        i, j = self._touching(start, end)
+        if start >= end:
+            return
+        for number in self._numbers(start, end):
+            window = self._windows[number]
+            self._cut(number, window, start, end)
+            if not window.segments:
+                self._drop(number)
+
+    def _drop(self, number: int) -> None:
+        """Remove a window without segments."""
+        del self._windows[number]
+        del self._order[bisect_left(self._order, number)]
+
+    def _cut(self, number: int, window: _Window, start: int, end: int) -> None:
+        """Forget the bytes of one window in [start, end); it may be empty then."""
+        i, j = window.touching(start, end)
         if i == j:
             return
-        old = self._segments[i:j]
-        del self._starts[i:j], self._segments[i:j]
-        for segment in old:
-            self._account(segment, -1)
+        old = window.segments[i:j]
         first, last = old[0], old[-1]
+        left = []
         if first.start < start:
-            self._insert(Segment(first.start, start - first.start, first.source, first.at))
+            left.append(Segment(first.start, start - first.start, first.source, first.at))
         if last.end > end:
-            skipped = end - last.start
-            self._insert(Segment(end, last.end - end, last.source, last.at + skipped))
+            left.append(Segment(end, last.end - end, last.source, last.at + end - last.start))
+        self._exchange(number, window, i, j, left)
 
-    def _touching(self, start: int, end: int) -> tuple[int, int]:
-        """Indexes [i, j) of the segments that overlap a range."""
-        i = bisect_right(self._starts, start)
-        if i and self._segments[i - 1].end > start:
-            i -= 1
-        j = i
-        while j < len(self._segments) and self._starts[j] < end:
-            j += 1
-        return i, j
+    def _exchange(
+        self, number: int, window: _Window, i: int, j: int, new: Sequence[Segment]
+    ) -> None:
+        """Put other segments in the place of those with the indexes [i, j)."""
+        size = loose = 0
+        for sign, segments in ((-1, window.segments[i:j]), (1, new)):
+            for s in segments:
+                size += sign * s.length
+                if not isinstance(s.source, Upload):
+                    loose += sign * s.length
+        window.segments[i:j] = new
+        window.starts[i:j] = [s.start for s in new]
+        self.size += size
+        if loose:
+            loose += self.loose.get(number, 0)
+            if loose:
+                self.loose[number] = loose
+            else:
+                del self.loose[number]
 
     def overlapping(self, start: int, end: int) -> list[Segment]:
         """Segments that overlap a range, in order."""
-        i, j = self._touching(start, end)
-        return self._segments[i:j]
+        found: list[Segment] = []
+        if start < end:
+            for number in self._numbers(start, end):
+                window = self._windows[number]
+                i, j = window.touching(start, end)
+                found += window.segments[i:j]
+        return found
 
     def gather(
         self, parts: Sequence[tuple[int, int]], upload: Upload, offsets: Sequence[int]
     ) -> None:
         """Let an upload be the source of `parts` (start, length), at `offsets` in the chunk."""
         for (start, length), at in zip(parts, offsets, strict=True):
-            self.cut(start, start + length)
-            self._insert(Segment(start, length, upload, at))
+            self._place(start, length, upload, at)
+
+    def pack(self) -> list[Upload]:
+        """Gather what is in no upload yet in new ones, in order; see `extents.plan_pack`.
+
+        Adjacent pieces come together, short ones share chunks.
+        """
+        ranges: list[tuple[int, int]] = []
+        begin = end = -1
+        for number in self._order:
+            if number not in self.loose:
+                continue
+            for s in self._windows[number].segments:
+                if isinstance(s.source, Upload):
+                    continue
+                if s.start == end:
+                    end += s.length
+                    continue
+                if end > begin:
+                    ranges.append((begin, end - begin))
+                begin, end = s.start, s.end
+        if end > begin:
+            ranges.append((begin, end - begin))
+        return [self._gathered(chunk) for chunk in plan_pack(ranges, WINDOW)]
+
+    def _gathered(self, chunk: Sequence[tuple[int, int, int]]) -> Upload:
+        """A new upload of parts (start, length, offset in the chunk) that are in none yet."""
+        pieces: list[Buffer] = []
+        filled = 0
+        # Most parts are one segment each, which is exchanged in its place.
+        single: list[tuple[_Window, int, int]] = []
+        others: list[tuple[int, int, int]] = []
+        for part in chunk:
+            start, length, at = part
+            if at > filled:
+                pieces.append(bytes(at - filled))
+            filled = at + length
+            window = self._windows[start // WINDOW]
+            i = bisect_left(window.starts, start)
+            if i < len(window.starts):
+                s = window.segments[i]
+                if s.start == start and s.length == length:
+                    pieces += s.read(start, length)
+                    single.append((window, i, at))
+                    continue
+            others.append(part)
+            for s in self.overlapping(start, filled - at + start):
+                begin = max(s.start, start)
+                pieces += s.read(begin, min(s.end, start + length) - begin)
+        if len(pieces) > 1 and filled < SHORT * len(pieces):
+            pieces = [b"".join(pieces)]
+        upload = Upload(pieces)
+        loose = self.loose
+        for window, i, at in single:
+            s = window.segments[i]
+            window.segments[i] = Segment(s.start, s.length, upload, at)
+            number = s.start // WINDOW
+            left = loose[number] - s.length
+            if left:
+                loose[number] = left
+            else:
+                del loose[number]
+        for start, length, at in others:
+            self._place(start, length, upload, at)
+        return upload
 
     def forget(self, committed: Sequence[Segment]) -> None:
-        """Drop what was committed, except where it was written over since."""
-        if self._segments == committed:  # the very same: nothing was written since
-            self._starts.clear()
-            self._segments.clear()
-            self.loose.clear()
-            self.size = 0
-            return
-        for segment in committed:
-            origin = segment.start - segment.at
-            for now in self.overlapping(segment.start, segment.end):
-                # Same source at the same place: the same bytes, not a later write of equal ones.
-                if now.source is segment.source and now.start - now.at == origin:
-                    self.cut(max(now.start, segment.start), min(now.end, segment.end))
+        """Drop what was committed, except where it was written over since.
+
+        `committed`: some of the segments that were here at one time, in order.
+        """
+        i, count = 0, len(committed)
+        while i < count:
+            number = committed[i].start // WINDOW
+            edge = (number + 1) * WINDOW
+            j = i
+            while j < count and committed[j].start < edge:
+                j += 1
+            window = self._windows.get(number)
+            if window is not None:
+                self._forget(number, window, committed[i:j])
+            i = j
+
+    def _forget(self, number: int, window: _Window, committed: Sequence[Segment]) -> None:
+        segments = window.segments
+        left = [] if segments == committed else _later(segments, committed)
+        if len(left) < len(segments):
+            self._exchange(number, window, 0, len(segments), left)
+            if not left:
+                self._drop(number)
+
+
+def _later(segments: Sequence[Segment], committed: Sequence[Segment]) -> list[Segment]:
+    """Those segments, in order, that are not parts of committed ones.
+
+    A segment is never changed, only replaced by parts of itself or by others: with the same source
+    at the same place it is (a part of) the same bytes, not a later write of equal ones.
+    """
+    left = []
+    c, count = 0, len(committed)
+    for now in segments:
+        while c < count and committed[c].end <= now.start:
+            c += 1
+        if c < count:
+            old = committed[c]
+            if now is old or (
+                now.source is old.source
+                and now.start - now.at == old.start - old.at
+                and old.start <= now.start
+                and now.end <= old.end
+            ):
+                continue
+        left.append(now)
+    return left

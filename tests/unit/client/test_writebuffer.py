@@ -1,47 +1,118 @@
 """The map of uncommitted bytes, against a plain array."""
 
+from unittest import mock
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dfs.client import writebuffer
 from dfs.client.writebuffer import Upload, WriteBuffer
 
 steps = st.lists(
-    st.tuples(st.sampled_from("wwwwcgf"), st.integers(0, 60), st.integers(0, 20)), max_size=40
+    st.tuples(st.sampled_from("wwwwwwcgpsf"), st.integers(0, 60), st.integers(0, 40)), max_size=40
 )
 
 
-@given(steps)
-def test_it_holds_what_was_written_and_not_committed(todo):
-    buffer, model = WriteBuffer(), {}
-    n = 0
-    for what, start, length in todo:
+def check(buffer, model):
+    """The buffer holds what the model, offset -> (byte, ...), holds."""
+    held, end = {}, 0
+    for s in buffer:
+        assert s.start >= end
+        end = s.end
+        assert s.start // writebuffer.WINDOW == (s.end - 1) // writebuffer.WINDOW
+        whole = b"".join(s.read(s.start, s.length))
+        assert len(whole) == s.length > 0
+        held.update({s.start + i: whole[i] for i in range(s.length)})
+    assert held == {k: v[0] for k, v in model.items()}
+    assert bool(buffer) == bool(model)
+    assert buffer.size == len(model)
+    assert buffer.end == max(model, default=-1) + 1
+    loose = {}
+    for s in buffer:
+        if not isinstance(s.source, Upload):
+            window = s.start // writebuffer.WINDOW
+            loose[window] = loose.get(window, 0) + s.length
+    assert buffer.loose == loose
+    for start in range(0, 100, 7):
+        found = [s for s in buffer if s.start < start + 9 and s.end > start]
+        assert buffer.overlapping(start, start + 9) == found
+    assert buffer.overlapping(5, 5) == []
+
+
+def run(todo):
+    buffer = WriteBuffer()
+    model = {}  # offset -> (byte, the write it came with, how often it was gathered since)
+    committed, then = [], {}
+    for n, (what, start, length) in enumerate(todo):
+        stop = start + length
         if what == "w":
-            n += 1
             data = bytes((n + i) % 256 for i in range(length))
             buffer.write(start, data)
-            model.update({start + i: data[i] for i in range(length)})
+            model.update({start + i: (data[i], n, 0) for i in range(length)})
         elif what == "c":
-            buffer.cut(start, start + length)
-            model = {k: v for k, v in model.items() if not start <= k < start + length}
-        elif what == "g" and buffer:  # gather everything in one upload
-            parts = [(s.start, s.length) for s in buffer]
-            upload = Upload([piece for s in buffer for piece in s.read(s.start, s.length)])
-            offsets = [sum(length for _, length in parts[:i]) for i in range(len(parts))]
-            buffer.gather(parts, upload, offsets)
-            assert len({id(s.source) for s in buffer}) <= 1
+            buffer.cut(start, stop)
+            model = {k: v for k, v in model.items() if not start <= k < stop}
+        elif what == "g" and buffer.overlapping(start, stop):  # all that a range touches
+            within = buffer.overlapping(start, stop)
+            pieces = [piece for s in within for piece in s.read(s.start, s.length)]
+            offsets = [sum(s.length for s in within[:i]) for i in range(len(within))]
+            upload = Upload(pieces)
+            buffer.gather([(s.start, s.length) for s in within], upload, offsets)
+            assert {id(s.source) for s in buffer.overlapping(start, stop)} == {id(upload)}
+            for s in within:
+                model.update({k: (*model[k][:2], n) for k in range(s.start, s.end)})
+        elif what == "p":
+            loose = [s for s in buffer if not isinstance(s.source, Upload)]
+            uploads = buffer.pack()
+            assert sum(upload.length for upload in uploads) == sum(s.length for s in loose)
+            assert all(0 < upload.length <= writebuffer.WINDOW for upload in uploads)
+            assert {id(u) for u in uploads} <= {id(s.source) for s in buffer}
+            for s in loose:
+                model.update({k: (*model[k][:2], n) for k in range(s.start, s.end)})
+        elif what == "s":
+            committed = list(buffer)[start % 3 :]
+            then = {k: model[k] for s in committed for k in range(s.start, s.end)}
         elif what == "f":
-            committed = list(buffer)[: start % 5]
             buffer.forget(committed)
-            for s in committed:
-                model = {k: v for k, v in model.items() if not s.start <= k < s.end}
-        held = {}
-        for s in buffer:
-            whole = b"".join(s.read(s.start, s.length))
-            assert len(whole) == s.length > 0
-            held.update({s.start + i: whole[i] for i in range(s.length)})
-        assert held == model
-        assert buffer.size == len(model)
-        assert sum(buffer.loose.values()) == sum(
-            s.length for s in buffer if not isinstance(s.source, Upload)
-        )
-        assert buffer.end == max(model, default=-1) + 1
+            model = {k: v for k, v in model.items() if then.get(k) != v}
+            committed, then = [], {}
+        check(buffer, model)
+
+
+@given(steps, st.sampled_from([16, 4 << 20]))
+def test_it_holds_what_was_written_and_not_committed(todo, window):
+    with mock.patch.object(writebuffer, "WINDOW", window):
+        run(todo)
+
+
+def later_without_places(segments, committed):
+    """What was cut off a committed segment, or written over it, counts as committed, too."""
+    gone = [(s.start, s.end) for s in committed]
+    return [s for s in segments if not any(a <= s.start and s.end <= b for a, b in gone)]
+
+
+def later_by_identity(segments, committed):
+    """What is left of a committed segment counts as new."""
+    return [s for s in segments if s not in committed]
+
+
+@pytest.mark.parametrize("mutant", [later_without_places, later_by_identity])
+def test_a_buffer_that_forgets_the_wrong_bytes_is_found(monkeypatch, mutant):
+    monkeypatch.setattr(writebuffer, "_later", mutant)
+    with pytest.raises(AssertionError):
+        run([("w", 0, 30), ("s", 0, 0), ("w", 5, 3), ("f", 0, 0)])
+
+
+def test_short_pieces_of_a_chunk_are_copied_into_one():
+    buffer = WriteBuffer()
+    for i in range(100):
+        buffer.write(i * 10_000, bytes([i]) * 4096)
+    (upload,) = buffer.pack()
+    assert len(upload.pieces) == 1
+    assert all(bytes(s.read(s.start, 1)[0]) == bytes([s.start // 10_000]) for s in buffer)
+    long = [bytes([i]) * (1 << 20) for i in range(3)]
+    for i, data in enumerate(long):
+        buffer.write((2 * i + 1) << 20, data)
+    (upload,) = buffer.pack()
+    assert [piece.obj for piece in upload.pieces] == long
