@@ -292,7 +292,7 @@ def blocks(data):
 
 
 def flip_bits(path, found):
-    """Damage some blocks of a table, and where its hints end; returns which kinds of rows it has.
+    """Damage some blocks of a table, and where its hints end; returns the kinds of rows in it.
 
     Not those of the sums: all partitions would wait, which is slow, and tested elsewhere.
     """
@@ -305,7 +305,7 @@ def flip_bits(path, found):
             byte = f.read(1)
             f.seek(at + 10)
             f.write(bytes([byte[0] ^ 0x40]))
-    return b"".join(sorted(ends))
+    return {key[:1] for _, keys in found for key in keys}
 
 
 def test_flipped_bits_in_tables_are_found_and_repaired(five):
@@ -329,7 +329,7 @@ def test_flipped_bits_in_tables_are_found_and_repaired(five):
     five.down("node2")
     flipped = tables()
     kinds = [flip_bits(path, found) for path, found in blocks(data).items()]
-    assert any(set(b"Hhmnr") <= set(kind) for kind in kinds), kinds
+    assert any(kind.issuperset({b"H", b"h", b"m", b"n", b"r"}) for kind in kinds), kinds
     with load:
         five.up("node2")
         load.wait_for_acks(100)
