@@ -7,11 +7,11 @@ same entries, at two homes or twice at one, store the same blobs and return the 
 
 Folding holds the GIL for seconds, so production runs it in another process (`process_folder`); the
 simulator and tests run it in place (`inline_folder`).  It goes through the keys in slices
-(`dfs.volume.slices`): besides the entries it holds the nodes of one slice, however many nodes of
-a large tree the entries touch.
+(`dfs.volume.slices`): it holds a part of the effects and the nodes of one slice, however many
+nodes of a large tree the entries touch, and the entries lie outside the process (`metadata.spool`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from random import SystemRandom
 
@@ -23,34 +23,45 @@ from dfs.env import Processes
 from dfs.rpc.blobs import BlobClient
 from dfs.rpc.endpoint import RpcEndpoint
 from dfs.volume import entries as journal
-from dfs.volume.effects import of_entry
+from dfs.volume.effects import Effect, of_entry
 from dfs.volume.fold import fold as fold_effects
 from dfs.volume.node import GetNode, Missing, Node
 from dfs.volume.nodecache import NodeCache
 from dfs.volume.slices import settle, slices
+from metadata.spool import Spooled, spool
 from metadata.volumehome import Folder
 
-CACHE_BYTES = 48 << 20  # of nodes; a slice touches some 30 MiB, and needs them at the same time
+CACHE_BYTES = 16 << 20  # of nodes; a slice touches some 10 MiB, and needs them at the same time
 ROUNDS = 16  # of fetching nodes for one slice, after which it gets twice the room
-PUT_BYTES = 8 << 20  # of nodes that are stored at a time
+PUT_BYTES = 4 << 20  # of nodes that are stored at a time
 TIMEOUT = 60.0  # seconds for each exchange of blobs
 SAMPLE = 256  # nodes of a level that an estimate looks at
 WORKER = "metadata.checkpoint:fold_in_worker"
 
 
+class _Effects:
+    """The effects of journal entries, in order, decoded anew each time."""
+
+    def __init__(self, entries: Iterable[bytes]) -> None:
+        self._entries = entries
+
+    def __iter__(self) -> Iterator[Effect]:
+        for entry in self._entries:
+            yield from of_entry(journal.decode(entry))
+
+
 async def fold(
-    blobs: BlobClient, root: bytes, salt: bytes, entries: Sequence[bytes]
+    blobs: BlobClient, root: bytes, salt: bytes, entries: Iterable[bytes]
 ) -> tuple[bytes, int]:
     """(new root, estimated bytes of the tree) after the effects of DATA entries, oldest first.
 
-    Raises `NoQuorum` or `NotFound` when nodes cannot be read or stored, `Corrupt` for an entry or
-    a node that is none.
+    The entries are gone through several times.  Raises `NoQuorum` or `NotFound` when nodes cannot
+    be read or stored, `Corrupt` for an entry or a node that is none.
     """
-    cache = NodeCache(CACHE_BYTES)
+    cache = NodeCache(CACHE_BYTES, pack=False)
     made: dict[bytes, bytes] = {}  # final ones, not stored yet
     held: dict[bytes, bytes] = {}  # those that the next slice may replace
-    wanted = (effect for entry in entries for effect in of_entry(journal.decode(entry)))
-    for part, beyond in slices(wanted):
+    for part, beyond in slices(_Effects(entries)):
         for attempt in count(1):
             try:
                 root, nodes = fold_effects(cache.get, root, salt, part)
@@ -116,18 +127,17 @@ def process_folder(processes: Processes, get_map: Callable[[], ClusterMap]) -> F
     """Fold in a worker process, which connects to the cluster itself."""
 
     async def folder(root: bytes, salt: bytes, entries: Sequence[bytes]) -> tuple[bytes, int]:
-        new_root, tree_bytes = await processes.run(
-            WORKER, get_map().encode(), root, salt, tuple(entries)
-        )
+        with spool(entries) as path:
+            new_root, tree_bytes = await processes.run(WORKER, get_map().encode(), root, salt, path)
         return new_root, tree_bytes
 
     return folder
 
 
 async def fold_in_worker(
-    map_bytes: bytes, root: bytes, salt: bytes, entries: Sequence[bytes]
+    map_bytes: bytes, root: bytes, salt: bytes, path: str
 ) -> tuple[bytes, int]:
-    """`fold` for a process that has nothing but its arguments."""
+    """`fold` of spooled entries, for a process that has nothing but its arguments."""
     cluster = ClusterMap.decode(map_bytes)
     clock = SystemClock()
     endpoint = RpcEndpoint(
@@ -135,6 +145,7 @@ async def fold_in_worker(
     )
     async with trio.open_nursery() as nursery:
         await nursery.start(endpoint.run)
-        result = await fold(BlobClient(endpoint, lambda: cluster, clock), root, salt, entries)
+        blobs = BlobClient(endpoint, lambda: cluster, clock)
+        result = await fold(blobs, root, salt, Spooled(path))
         nursery.cancel_scope.cancel()
     return result

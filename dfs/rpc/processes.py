@@ -1,7 +1,7 @@
 """Worker processes: `dfs.env.Processes` on persistent children, spoken to over pipes.
 
-A child starts when the first job needs it and stays; each runs one job at a time, jobs beyond wait
-their turn.  A child that a job has made large is ended after it: Python gives little of its memory
+A child starts when a job needs it; each runs one job at a time, jobs beyond wait their turn.  One
+child stays for the next job, as long as no job has made it large: Python gives little of its memory
 back, and the next such job may be hours away.  A child that dies fails its job and is replaced.
 Cancelling a job kills its child, since Python code cannot be stopped otherwise.  Children never
 outlive this process: they end when their input ends, and the kernel kills them when their parent
@@ -23,7 +23,7 @@ from dfs.codec import MAX_SIZE, pack, unpack
 from dfs.errors import DfsError, InvalidArgument, from_wire
 from dfs.rpc.worker import LENGTH
 
-LARGE = 96 << 20  # bytes of memory that a child may keep
+LARGE = 64 << 20  # bytes of memory that a child may keep
 
 
 class WorkerProcesses:
@@ -58,7 +58,7 @@ class WorkerProcesses:
             except BaseException:
                 await self._discard(child)
                 raise
-            if child.resident() > LARGE:
+            if self._idle or child.resident() > LARGE:
                 await self._discard(child)
             else:
                 self._idle.append(child)

@@ -14,7 +14,10 @@ from dfs.volume.items import GROUP_SIZE
 
 
 class Window:
-    """Last writers of keys and groups with sequence numbers above `floor`."""
+    """Last writers of keys and groups with sequence numbers above `floor`.
+
+    An item without a suffix, as an INODE is, is its group's only one: it is among the keys only.
+    """
 
     __slots__ = ("_groups", "_keys", "_ranges", "floor", "limit", "seq")
 
@@ -33,8 +36,13 @@ class Window:
         keys, groups = writes(effects)
         self.seq = seq
         # Popping first keeps the dicts in the order of last writing, which forgetting relies on.
-        for table, names in ((self._keys, keys), (self._groups, groups)):
-            for name in names:
+        table = self._keys
+        for name in keys:
+            table.pop(name, None)
+            table[name] = seq
+        written, table = table, self._groups
+        for name in groups:
+            if written.get(name) != seq:
                 table.pop(name, None)
                 table[name] = seq
         for effect in effects:
@@ -57,8 +65,8 @@ class Window:
                 return True
             if ranges and ranges.get(key[:GROUP_SIZE], 0) > base:
                 return True
-        written = self._groups
-        return any(written.get(name, 0) > base for name in groups)
+        lists = self._groups
+        return any(lists.get(name, 0) > base or written.get(name, 0) > base for name in groups)
 
     def forget(self, floor: int) -> None:
         """Forget writers up to `floor`; transactions that read before it conflict from now on."""

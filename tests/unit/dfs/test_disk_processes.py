@@ -82,6 +82,25 @@ async def test_a_child_that_has_become_large_is_not_kept(tmp_path, monkeypatch):
         assert processes.statistics() == {"jobs": 3, "started": 2, "idle": 1}
 
 
+@pytest.mark.realtime
+async def test_one_child_waits_for_the_next_job(tmp_path, monkeypatch):
+    make_module(tmp_path, monkeypatch)
+    async with WorkerProcesses(count=2) as processes:
+        pids = []
+
+        async def job():
+            pids.append((await processes.run("jobs_for_test:sleepy", 1))[1])
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(job)
+            nursery.start_soon(job)
+        assert len(set(pids)) == 2
+        assert processes.statistics() == {"jobs": 2, "started": 2, "idle": 1}
+        left = [pid for pid in pids if Path(f"/proc/{pid}").exists()]  # noqa: ASYNC240 - no disk
+        await job()
+        assert pids[2:] == left
+
+
 def test_children_die_with_their_parent(tmp_path, monkeypatch):
     make_module(tmp_path, monkeypatch)
     root = Path(__file__).parents[3]

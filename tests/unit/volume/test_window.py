@@ -39,6 +39,22 @@ def test_window_answers_for_keys_groups_and_ranges():
     assert w.changed_since(9, [], [])  # nobody knows
 
 
+def test_an_item_without_a_suffix_is_its_group_and_takes_one_place():
+    w = Window(0)
+    for seq in (1, 2, 5):
+        w.record(seq, [(fx.PUT, INODE, b""), (fx.PUT, A, b"")])
+        assert len(w) == 3  # the inode, the entry, the directory's entries
+        for wanted in (([INODE], []), ([], [INODE]), ([], [DIR])):
+            assert w.changed_since(seq - 1, *wanted)
+            assert not w.changed_since(seq, *wanted)
+    w.record(7, [(fx.DELETE_RANGE, INODE, items.group_end(INODE))])
+    assert w.changed_since(6, [], [INODE])
+    w.record(8, [(fx.PUT, INODE, b"")])
+    w.forget(7)
+    assert w.changed_since(7, [], [INODE])
+    assert len(w) == 1
+
+
 def test_two_creations_in_a_directory_do_not_conflict():
     touch = (fx.PATCH, INODE, ((items.F_MTIME, fx.LAST, 5), (items.F_NLINK, fx.ADD, 1)))
     w = Window(0)
