@@ -2,6 +2,9 @@
 
 Content does not change, so nothing about the file does but its extents.  The rewritten extents are
 committed only if those that were read are still in place; otherwise the work was for nothing.
+
+A window costs 4 MiB to read and as much for each copy to write, however little of it was cut: so
+a file that is written here and there is left alone until that has ended, or went on for long.
 """
 
 import logging
@@ -28,36 +31,69 @@ ATTEMPTS = 6
 # Bytes of an extent that is not joined with others: with those, and what lies between, a window
 # of 4 MiB stays below what calls for compaction (`contents.CROWDED`).
 LARGE = 512 << 10
+STILL = 2.0  # seconds since a file became dirty after which nobody seems to go on writing to it
+ENOUGH = 10.0  # seconds after which it is compacted all the same
 
 
 class Compactor:
     """Compacts files of one session."""
 
     def __init__(
-        self, session: Session, chunks: ChunkStore, reader: Reader, contents: Contents
+        self,
+        session: Session,
+        chunks: ChunkStore,
+        reader: Reader,
+        contents: Contents,
+        nursery: trio.Nursery,
     ) -> None:
-        """Compose."""
+        """Compose; `nursery` is where the work is done."""
         self._session = session
         self._chunks = chunks
         self._reader = reader
         self._contents = contents
+        self._nursery = nursery
+        self._clock = session.cluster.clock
+        self._wanted: dict[int, tuple[int, int]] = {}  # inode -> range that was found crowded
         self.saved = 0  # extents
 
-    async def run(self, file: File, start: int, end: int) -> None:
-        """Compact the windows that a range touches; a failure leaves all as it was.
+    def want(self, file: File, start: int, end: int, *, bulk: bool) -> None:
+        """Compact the windows that a range touches, some time.
+
+        `bulk`: they are crowded by what came without a sync for each write, and more may come.
+        """
+        low, high = self._wanted.get(file.ino, (start, end))
+        self._wanted[file.ino] = min(low, start), max(high, end)
+        if not file.compacting:
+            file.compacting = True
+            self._nursery.start_soon(self._run, file, bulk)
+
+    async def _run(self, file: File, bulk: bool) -> None:
+        """Compact a file; a failure leaves all as it was.
 
         Tries again, less and less often, while somebody writes to the very extents.
         """
-        file.compacting = True
         try:
-            for attempt in range(ATTEMPTS):
-                if await self._compact(file, start // MAX_EXTENT * MAX_EXTENT, end):
-                    break
-                await trio.sleep(0.1 * 2**attempt)
+            while file.ino in self._wanted:
+                if bulk:
+                    await self._still(file)
+                start, end = self._wanted.pop(file.ino)
+                for attempt in range(ATTEMPTS):
+                    if await self._compact(file, start // MAX_EXTENT * MAX_EXTENT, end):
+                        break
+                    await trio.sleep(0.1 * 2**attempt)
         except DfsError as e:
             log.info("inode %x is not compacted now: %s", file.ino, e)
         finally:
             file.compacting = False
+            self._wanted.pop(file.ino, None)
+
+    async def _still(self, file: File) -> None:
+        """Wait until nobody has written to a file for a while, but not for ever."""
+        give_up = self._clock.monotonic() + ENOUGH
+        while (now := self._clock.monotonic()) < give_up:
+            if not file.buffer and now >= file.dirty_since + STILL:
+                return
+            await trio.sleep(STILL / 4)
 
     async def _compact(self, file: File, start: int, end: int) -> bool:
         def look(txn: Txn, start: int, end: int) -> list[extents.Extent]:

@@ -108,7 +108,9 @@ class Files:
             self._nursery = nursery
             self._cache = ChunkCache(self._chunks, nursery, self._cache_bytes)
             self._reader = Reader(self._session, self._cache)
-            self._compactor = Compactor(self._session, self._chunks, self._reader, self._contents)
+            self._compactor = Compactor(
+                self._session, self._chunks, self._reader, self._contents, nursery
+            )
             task_status.started()
             await self._write_back()
 
@@ -421,8 +423,9 @@ class Files:
             file.error = None  # what failed before has been made up for
         self._commits += 1
         file.span, file.size = None, size
-        if crowded and not file.compacting and self._nursery and self._compactor:
-            self._nursery.start_soon(self._compactor.run, file, segments[0].start, segments[-1].end)
+        if crowded and self._compactor:
+            bulk = isinstance(segments[0].source, Upload)
+            self._compactor.want(file, segments[0].start, segments[-1].end, bulk=bulk)
         self._maybe_forget(file)
 
     async def _store(self, file: File) -> tuple[list[Segment], int]:

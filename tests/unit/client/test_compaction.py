@@ -5,7 +5,7 @@ import random
 import pytest
 import trio
 
-from dfs.client import compaction, contents
+from dfs.client import compaction, contents, files
 from dfs.client.contents import overlapping, reaching, scan_extents, touched
 from dfs.volume import extents, items
 from tests.unit.client.support import filesystem, new_home, read_file
@@ -97,4 +97,83 @@ async def test_who_syncs_all_the_time_is_not_disturbed_for_long():
         assert first > crowded_at + compaction.HURRY
         await trio.sleep(compaction.HURRY + 1)
         assert await read_file(fs, attr.ino) == data
+        await fs.release(fh)
+
+
+async def write_here_and_there(fs, seconds, low, high):
+    """Write pages of a file for a while; returns it, its content, and when it was compacted."""
+    rng = random.Random(4)
+    attr, fh = await fs.create(1, b"a", 0o644)
+    content = bytearray(rng.randbytes(high))
+    for at in range(0, high, items.MAX_EXTENT):
+        await fs.write(fh, at, bytes(content[at : at + items.MAX_EXTENT]))
+    await fs.fsync(fh)
+    began = trio.current_time()
+    compacted_at = None
+    while trio.current_time() < began + seconds:
+        at = rng.randrange(low, high) // PAGE * PAGE
+        content[at : at + PAGE] = page = rng.randbytes(PAGE)
+        await fs.write(fh, at, page)
+        await trio.sleep(0.004)
+        if compacted_at is None and fs.files.statistics()["compacted"]:
+            compacted_at = trio.current_time() - began
+    return attr, fh, content, compacted_at
+
+
+async def test_what_is_written_here_and_there_is_compacted_when_that_has_ended():
+    async with filesystem(new_home()) as fs:
+        size = 2 * items.MAX_EXTENT
+        attr, fh, content, at = await write_here_and_there(fs, compaction.ENOUGH - 2, 0, size)
+        assert at is None
+        assert len(await fs.session.read(lambda t: scan_extents(t, attr.ino, 0, size))) > 1000
+        await trio.sleep(compaction.STILL + 3)
+        assert len(await fs.session.read(lambda t: scan_extents(t, attr.ino, 0, size))) < 10
+        assert await read_file(fs, attr.ino) == content
+        await fs.release(fh)
+
+
+async def test_what_is_written_for_long_is_compacted_meanwhile():
+    async with filesystem(new_home()) as fs:
+        size = 2 * items.MAX_EXTENT
+        attr, fh, content, at = await write_here_and_there(fs, compaction.ENOUGH + 4, 0, size)
+        assert compaction.ENOUGH < at < compaction.ENOUGH + 4
+        assert await read_file(fs, attr.ino) == content
+        await fs.release(fh)
+
+
+class AtOnce(compaction.Compactor):
+    async def _still(self, file):
+        """Whoever writes may be in the midst of it."""
+
+
+class MuchLater(compaction.Compactor):
+    async def _still(self, file):
+        await trio.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "test"),
+    [
+        (AtOnce, test_what_is_written_here_and_there_is_compacted_when_that_has_ended),
+        (MuchLater, test_what_is_written_for_long_is_compacted_meanwhile),
+    ],
+)
+async def test_that_those_tests_see_when_it_is_compacted(monkeypatch, mutant, test):
+    monkeypatch.setattr(files, "Compactor", mutant)
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await test()
+    assert caught.group_contains((AssertionError, TypeError), depth=None)
+
+
+async def test_a_range_that_becomes_crowded_while_another_waits_is_compacted_too():
+    async with filesystem(new_home()) as fs:
+        size = 12 * items.MAX_EXTENT
+        attr, fh, content, at = await write_here_and_there(fs, 3, size - items.MAX_EXTENT, size)
+        for page in range(0, items.MAX_EXTENT, 2 * PAGE):
+            content[page : page + PAGE] = bytes(PAGE)
+            await fs.write(fh, page, bytes(PAGE))
+        assert at is None
+        await trio.sleep(compaction.STILL + 4)
+        assert len(await fs.session.read(lambda t: scan_extents(t, attr.ino, 0, size))) < 20
+        assert await read_file(fs, attr.ino) == content
         await fs.release(fh)

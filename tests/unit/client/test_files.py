@@ -6,7 +6,7 @@ import random
 import pytest
 import trio
 
-from dfs.client import contents
+from dfs.client import compaction, contents
 from dfs.errors import FsError
 from dfs.volume import extents, items
 from tests.unit.client.support import VOLUME, filesystem, new_home, read_file, write_file
@@ -370,7 +370,7 @@ async def test_a_file_cut_to_pieces_is_compacted_and_stays_the_same():
             if n % 10 == 9:
                 await fs.fsync(fh)
                 mtime = (await fs.getattr(ino)).mtime
-        await trio.sleep(2)
+        await trio.sleep(compaction.STILL + 2)
         assert len(await extents_of(fs, ino)) < 150
         assert fs.files.statistics()["compacted"] > 100
         assert await read_file(fs, ino) == bytes(whole)
