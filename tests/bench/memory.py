@@ -142,7 +142,12 @@ class Watched:
     def sample(self):
         sizes = self.sizes()
         self.samples.append((time.monotonic() - self.began, sizes))
-        for name, size in sizes.items():
+        sums = {
+            f"{name} with workers": size + sizes[name + " workers"]
+            for name, size in sizes.items()
+            if name + " workers" in sizes
+        }
+        for name, size in (sizes | sums).items():
             self.peak[name] = max(self.peak.get(name, 0), size)
         return sizes
 
