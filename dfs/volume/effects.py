@@ -96,12 +96,17 @@ def writes(effects: Iterable[Effect]) -> tuple[list[bytes], list[bytes]]:
     groups: dict[bytes, None] = {}
     for effect in effects:
         op, key = effect[0], effect[1]
-        if op == PATCH and not any(change[1] == SET for change in effect[2]):
+        if op == PATCH and commutes(effect):
             continue
         groups[key[:GROUP_SIZE]] = None
         if op != DELETE_RANGE:
             keys[key] = None
     return list(keys), list(groups)
+
+
+def commutes(patch: Effect) -> bool:
+    """Whether a PATCH writes nothing in the sense of `writes`."""
+    return all(change[1] != SET for change in patch[2])
 
 
 def of_entry(entry: entries.Entry) -> tuple[Effect, ...]:

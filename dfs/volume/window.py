@@ -5,12 +5,19 @@ after the sequence number it read at?  The window remembers the last writer of e
 When it is full it forgets its oldest half and raises its `floor`: a transaction that read below
 the floor counts as conflicting, since nobody knows any more.  Two windows that recorded the same
 journal from the same floor with the same limit give the same answers.
+
+Most of what is recorded is never asked for: who is alone commits without being judged, and what a
+checkpoint covers is forgotten.  So entries wait, as they are, and are indexed when somebody asks or
+when there are many; one that is forgotten before that was never looked at, and of many that write
+the same item only the last is entered.  No answer depends on when that happens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from dfs.volume.effects import DELETE_RANGE, Effect, writes
+from dfs.volume.effects import DELETE_RANGE, PATCH, Effect, commutes
 from dfs.volume.items import GROUP_SIZE
+
+WAITING = 512  # effects that are not indexed; they are kept whole, so not too many
 
 
 class Window:
@@ -19,7 +26,7 @@ class Window:
     An item without a suffix, as an INODE is, is its group's only one: it is among the keys only.
     """
 
-    __slots__ = ("_groups", "_keys", "_ranges", "floor", "limit", "seq")
+    __slots__ = ("_entries", "_groups", "_keys", "_ranges", "_waiting", "floor", "limit", "seq")
 
     def __init__(self, floor: int, limit: int = 200_000) -> None:
         """An empty window that knows everything after `floor`; holds up to `limit` writers."""
@@ -29,29 +36,50 @@ class Window:
         self._keys: dict[bytes, int] = {}
         self._groups: dict[bytes, int] = {}
         self._ranges: dict[bytes, int] = {}  # groups that lost keys nobody listed
+        self._entries: list[tuple[int, Sequence[Effect]]] = []  # those that are not indexed
+        self._waiting = 0  # effects of them
 
     def record(self, seq: int, effects: Iterable[Effect]) -> None:
         """Note what the effects of entry `seq` write; sequence numbers never decrease."""
         effects = tuple(effects)
-        keys, groups = writes(effects)
         self.seq = seq
+        self._entries.append((seq, effects))
+        self._waiting += len(effects)
+        # An effect makes three names at most.  When the limit may be near, `floor` has to be right
+        # after each entry, so each is indexed at once.
+        if self._waiting > WAITING or self._indexed() + 3 * self._waiting > self.limit:
+            self._index()
+
+    def _index(self) -> None:
+        keys: dict[bytes, int] = {}
+        groups: dict[bytes, int] = {}
+        ranges: dict[bytes, int] = {}
+        for seq, effects in reversed(self._entries):  # the last writer counts
+            for effect in effects:
+                op, key = effect[0], effect[1]
+                if op == PATCH and commutes(effect):
+                    continue
+                name = key[:GROUP_SIZE]
+                if name not in groups:
+                    groups[name] = seq
+                if op != DELETE_RANGE:
+                    if key not in keys:
+                        keys[key] = seq
+                elif name not in ranges:
+                    ranges[name] = seq
+        self._entries = []
+        self._waiting = 0
         # Popping first keeps the dicts in the order of last writing, which forgetting relies on.
-        table = self._keys
-        for name in keys:
-            table.pop(name, None)
-            table[name] = seq
-        written, table = table, self._groups
-        for name in groups:
-            if written.get(name) != seq:
+        for table, new in ((self._keys, keys), (self._groups, groups), (self._ranges, ranges)):
+            for name in reversed(new):
                 table.pop(name, None)
-                table[name] = seq
-        for effect in effects:
-            if effect[0] == DELETE_RANGE:
-                name = effect[1][:GROUP_SIZE]
-                self._ranges.pop(name, None)
-                self._ranges[name] = seq
-        if len(self._keys) + len(self._groups) + len(self._ranges) > self.limit:
+                if new is not groups or self._keys.get(name) != new[name]:
+                    table[name] = new[name]
+        if self._indexed() > self.limit:
             self._forget()
+
+    def _indexed(self) -> int:
+        return len(self._keys) + len(self._groups) + len(self._ranges)
 
     def changed_since(self, base: int, keys: Iterable[bytes], groups: Iterable[bytes] = ()) -> bool:
         """Whether a commit after `base` wrote one of the keys or groups; True when unknown."""
@@ -59,6 +87,8 @@ class Window:
             return True
         if base >= self.seq:
             return False
+        if self._entries:
+            self._index()
         written, ranges = self._keys, self._ranges
         for key in keys:
             if written.get(key, 0) > base:
@@ -73,6 +103,10 @@ class Window:
         if floor <= self.floor:
             return
         self.floor = floor
+        known = self._entries
+        if known and known[0][0] <= floor:
+            self._entries = [entry for entry in known if entry[0] > floor]
+            self._waiting = sum(len(effects) for _, effects in self._entries)
         for table in (self._keys, self._groups, self._ranges):
             stale = []
             for name, seq in table.items():
@@ -89,4 +123,6 @@ class Window:
 
     def __len__(self) -> int:
         """Number of writers remembered."""
-        return len(self._keys) + len(self._groups) + len(self._ranges)
+        if self._entries:
+            self._index()
+        return self._indexed()
