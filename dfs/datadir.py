@@ -74,7 +74,8 @@ def read_map(path: Path) -> ClusterMap:
     except OSError as e:
         raise ConfigError(f"cannot read the cluster map {path}: {e.strerror}") from e
     except DfsError as e:
-        raise ConfigError(f"the cluster map {path} is damaged ({e})") from e
+        hint = "" if "copy it" in str(e) else ": copy it from another node"
+        raise ConfigError(f"the cluster map {path} is damaged ({e}{hint})") from e
 
 
 def format_directory(directory: Path, marker: Marker) -> bool:

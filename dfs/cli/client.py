@@ -34,7 +34,9 @@ USAGE_PARALLEL = 16
 LOOK_PATIENCE = 0.5  # seconds to wait for servers to say how full their disks are
 TOUCH_PATIENCE = 2.0  # seconds to wait for servers to say that they have a chunk already
 _REASON = re.compile(f": {re.escape(os.strerror(errno.ENOSPC))}$")
-_REPR = re.compile(r"""b(?P<q>['"]).*?(?P=q): (?=[^:]+$)""")  # a name as the client library puts it
+_REPR = re.compile(
+    r"""b(?P<q>['"]).*?(?P=q)(?:\.\.\.)?: (?=[^:]+$)"""
+)  # a name as the client library puts it
 
 
 class DedupChunks(ChunkClient):

@@ -197,7 +197,7 @@ def explain(error: BaseException) -> list[str] | None:
             text = str(leaf)
         elif isinstance(leaf, OSError) and leaf.errno:
             names = [os.fspath(n) for n in (leaf.filename, leaf.filename2) if n is not None]
-            shown = " -> ".join(os.fsdecode(n) for n in names)
+            shown = " -> ".join(printable(os.fsdecode(n)) for n in names)
             reason = os.strerror(leaf.errno)
             text = f"{shown}: {reason}" if shown else reason
         else:

@@ -9,7 +9,7 @@ import click
 import trio
 
 from dfs.cli.client import naming
-from dfs.cli.context import standard_stream, writing_stdout
+from dfs.cli.context import printable, standard_stream, writing_stdout
 from dfs.cli.place import Place
 from dfs.cli.progress import Meter
 from dfs.client.attributes import Attr
@@ -110,7 +110,12 @@ class Download:
     async def _fetch(self, attr: Attr, local: bytes) -> None:
         """Write under another name first, so that no half a file ever has the right one."""
         if not self._force and _exists(local):
-            raise AlreadyExists(f"{os.fsdecode(local)} exists already: -f replaces it")
+            raise AlreadyExists(f"{printable(os.fsdecode(local))} exists already: -f replaces it")
+        if _is_special(local):
+            raise AlreadyExists(
+                f"{printable(os.fsdecode(local))} is a device, pipe or socket, which dfs get does"
+                " not replace: `-` as the target is standard output"
+            )
         directory, _ = os.path.split(local)
         part = os.path.join(directory, b".dfs-get-" + secrets.token_hex(8).encode())
         try:
@@ -156,6 +161,14 @@ def _is_directory(path: bytes) -> bool:
 
 def _exists(path: bytes) -> bool:
     return os.path.lexists(path)
+
+
+def _is_special(path: bytes) -> bool:
+    """Whether something is there that a file must not take the place of, such as /dev/null."""
+    if not _exists(path):
+        return False
+    mode = os.lstat(path).st_mode
+    return not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode))
 
 
 def _write_all(out: Any, data: Any) -> None:

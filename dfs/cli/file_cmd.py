@@ -169,10 +169,13 @@ def mv(cluster_path: str | None, source: Place, target: Place) -> None:
     """Rename SOURCE to TARGET, or into TARGET if that is a directory."""
     from dfs.cli.client import naming
     from dfs.client.paths import resolve, resolve_parent
-    from dfs.errors import FsError
+    from dfs.errors import FsError, InvalidArgument
 
     if source.volume != target.volume:
         raise click.UsageError("mv works within one volume: between two, use dfs get and dfs put")
+
+    if source.path == b"/":
+        raise InvalidArgument(f"{source} is the root of the volume: it has no other place")
 
     async def work(fs: "FileSystem") -> None:
         with naming(source):

@@ -142,8 +142,10 @@ class ClusterDir:
             except ConfigError as e:
                 damage.append(str(e))
         if not maps:
-            why = "; ".join(damage) or f"there is no cluster in {self.path}"
-            raise ConfigError(f"{why}: `dfs cluster init --dir {self.path}` makes a new one")
+            if damage:
+                raise ConfigError("; ".join(damage))
+            how = f"`dfs cluster init --dir {self.path}` makes one"
+            raise ConfigError(f"there is no cluster in {self.path}: {how}")
         for text in damage:
             click.echo(f"dfs: {text}", err=True)
         return max(maps, key=lambda m: m.epoch)

@@ -28,7 +28,7 @@ from dfs.cli.context import run as run_async
     help="[default: run/mount-VOLUME.pid next to the cluster file]",
 )
 @click.argument("volume")
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=Path)  # click.Path looks at it, which may take long
 def mount(
     cluster_path: str | None,
     foreground: bool,
@@ -90,7 +90,7 @@ async def _find(file: Path, volume: str) -> None:
 @click.command()
 @click.option("--lazy", is_flag=True, help="Detach now, even if files are open.")
 @cluster_option
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=Path)  # click.Path looks at it, which may take long
 def umount(cluster_path: str | None, lazy: bool, mountpoint: Path) -> None:
     """Unmount MOUNTPOINT; returns when everything written there is in the cluster.
 

@@ -99,7 +99,8 @@ def unmount(path: Path, *, lazy: bool = False) -> None:
     pids = [pid for pid in _pids() if _mount_point(pid) == str(path)]
     if not mounts_at(path):
         raise ConfigError(f"nothing is mounted on {path}")
-    command = ["umount"] if os.geteuid() == 0 else ["fusermount3", "-u"]
+    # Without -c it looks at the path first, which takes as long as a mount waits for a quorum.
+    command = ["umount", "-c"] if os.geteuid() == 0 else ["fusermount3", "-u"]
     if lazy:
         command.append("-l" if os.geteuid() == 0 else "-z")
     if shutil.which(command[0]) is None:

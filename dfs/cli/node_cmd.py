@@ -56,10 +56,10 @@ def format_(cluster_map: Path, name: str, data: Path, role: str | None, new: boo
 
     from dfs.cli.local import format_data, format_node
     from dfs.cli.network import somebody_serves
-    from dfs.cluster.map import METADATA, ClusterMap
-    from dfs.datadir import DIRECTORIES, MARKER
+    from dfs.cluster.map import METADATA
+    from dfs.datadir import DIRECTORIES, MARKER, read_map
 
-    cluster = ClusterMap.decode(cluster_map.read_bytes())
+    cluster = read_map(cluster_map)
     member = next((n for n in cluster.nodes if n.name == name), None)
     if member is None:
         names = ", ".join(n.name for n in cluster.nodes)

@@ -39,7 +39,8 @@ def put(
     """Copy local files to TARGET in a volume, or into it if it is a directory.
 
     SOURCE `-` is standard input. Chunks that the cluster has already are not sent again. When the
-    command returns, everything is on stable storage.
+    command returns, everything is on stable storage. What cannot be read here is named, and makes
+    the exit status 1; the rest is copied all the same.
 
     \b
     Examples:
@@ -72,12 +73,14 @@ def put(
     upload = run_async(work)
     if as_json:
         echo_json({"files": upload.files, "bytes": upload.size, "bytes_known": upload.known_bytes})
-        return
-    known = f", {human_size(upload.known_bytes)} of it were there already"
-    click.echo(
-        f"put {count(upload.files, 'file')}, {human_size(upload.size)}"
-        f"{known if upload.known_bytes else ''}"
-    )
+    else:
+        known = f", {human_size(upload.known_bytes)} of it were there already"
+        click.echo(
+            f"put {count(upload.files, 'file')}, {human_size(upload.size)}"
+            f"{known if upload.known_bytes else ''}"
+        )
+    if upload.failed:
+        raise ExceptionGroup("put", upload.failed)
 
 
 @click.command()

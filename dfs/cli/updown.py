@@ -13,7 +13,7 @@ from dfs.cli.diagnosis import reason
 from dfs.cli.local import ClusterDir, Process, stop
 from dfs.cli.mounts import unmount_all
 from dfs.cli.network import bootstrap, endpoint, reach, wait_for_ping
-from dfs.cluster.map import ROLES, ClusterMap, Node
+from dfs.cluster.map import METADATA, ROLES, ClusterMap, Node
 from dfs.datadir import AMNESIA
 from dfs.env import Rpc
 from dfs.errors import ConfigError, DfsError, Unreachable
@@ -22,6 +22,7 @@ Child = subprocess.Popen[bytes] | None
 Started = tuple[Node, str, Process, Child]
 Failure = tuple[str, str]  # the process or node, what is wrong with it
 LOCK_PATIENCE = 60.0  # seconds that `down` waits for an `up` at work
+LOSS = re.compile("lost disk|must not vote")  # what a daemon says whose data is worth nothing
 END_PATIENCE = 3.0  # seconds a process is given to notice that its port is taken
 
 
@@ -63,7 +64,7 @@ async def _wait_for_all(rpc: Rpc, started: list[Started], timeout: float) -> lis
     async def wait(node: Node, role: str, process: Process, child: Child) -> None:
         address = node.address(role)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(watch, child, process, address, nursery.cancel_scope)
+            nursery.start_soon(watch, child, process, node, role, nursery.cancel_scope)
             try:
                 await wait_for_ping(rpc, node, role, timeout=timeout)
             except DfsError as e:
@@ -73,7 +74,9 @@ async def _wait_for_all(rpc: Rpc, started: list[Started], timeout: float) -> lis
                 failures.append((process.name, f"{why}; see {process.log}"))
             nursery.cancel_scope.cancel()
 
-    async def watch(child: Child, process: Process, address: str, scope: trio.CancelScope) -> None:
+    async def watch(
+        child: Child, process: Process, node: Node, role: str, scope: trio.CancelScope
+    ) -> None:
         """Notice at once that a process ended instead of waiting for it to answer."""
         if child is None:
             return
@@ -85,6 +88,7 @@ async def _wait_for_all(rpc: Rpc, started: list[Started], timeout: float) -> lis
         child.wait()
         # the last line is the daemon's reason, after its own name
         said = re.sub(r"^ *dfs \w+: ", "", process.last_words(1))
+        said += after_loss(said, node, role)
         failures.append((process.name, f"ended with status {child.returncode}: {said}"))
         process.pid_file.unlink(missing_ok=True)
         scope.cancel()
@@ -93,6 +97,13 @@ async def _wait_for_all(rpc: Rpc, started: list[Started], timeout: float) -> lis
         for entry in started:
             nursery.start_soon(wait, *entry)
     return failures
+
+
+def after_loss(said: str, node: Node, role: str) -> str:
+    """What to add to the last words of a daemon whose data cannot be trusted any more."""
+    if role == METADATA and LOSS.search(said):
+        return f": `dfs cluster node replace {node.name} NEW` stages a new node in its place"
+    return ""
 
 
 async def bootstrap_cluster(file: Path, timeout: float) -> bool:

@@ -24,7 +24,7 @@ SMALL = 64 << 10  # bytes read first, without a thread
 
 
 class Upload:
-    """One `dfs put`; afterwards `files`, `size` and `known_bytes` tell what it did."""
+    """One `dfs put`; afterwards `files`, `size`, `known_bytes` and `failed` tell what it did."""
 
     def __init__(
         self, fs: FileSystem, chunks: DedupChunks, *, recursive: bool, force: bool
@@ -35,6 +35,7 @@ class Upload:
         self._recursive = recursive
         self._force = force
         self._meter = Meter("put")
+        self.failed: list[OSError] = []  # what could not be read here; the rest was copied
 
     @property
     def files(self) -> int:
@@ -52,7 +53,10 @@ class Upload:
         return self._chunks.known_bytes
 
     async def run(self, sources: list[bytes], target: Place) -> None:
-        """Copy the sources to or into the target; raises the first error."""
+        """Copy the sources to or into the target; raises the first error over there.
+
+        A local file that cannot be read does not keep the others from being copied.
+        """
         into = await self._is_directory(target)
         if len(sources) > 1 and not into:
             raise InvalidArgument(f"{target} is no directory: several files need one")
@@ -69,7 +73,10 @@ class Upload:
                         if source == b"-":
                             if into:
                                 raise InvalidArgument(f"{target} is a directory: name the file")
-                            await self._stream(_stdin(), place, 0o644)
+                            try:
+                                await self._stream(_stdin(), place, 0o644)
+                            except OSError as e:
+                                raise _named(e, b"standard input") from e
                         else:
                             await self._plan(source, place, send)
 
@@ -92,20 +99,31 @@ class Upload:
         pending = [(source, place)]
         while pending:
             path, to = pending.pop()
-            found = os.lstat(path)
+            try:
+                found = os.lstat(path)
+            except OSError as e:
+                self.failed.append(_named(e, path))
+                continue
             if stat.S_ISDIR(found.st_mode):
                 if not self._recursive:
-                    raise InvalidArgument(f"{os.fsdecode(path)} is a directory: use -r")
+                    raise InvalidArgument(f"{_shown(path)} is a directory: use -r")
                 await self._make_directory(to, stat.S_IMODE(found.st_mode))
-                with os.scandir(path) as entries:
-                    names = sorted((entry.name for entry in entries), reverse=True)
+                try:
+                    names = sorted(os.listdir(path), reverse=True)
+                except OSError as e:
+                    self.failed.append(_named(e, path))
+                    continue
                 pending += [(os.path.join(path, name), to / name) for name in names]
             elif stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode):
                 self._meter.expect(found.st_size)
                 await send.send((path, to))
+            elif path == source:
+                raise InvalidArgument(
+                    f"{_shown(path)} is a device, pipe or socket: dfs put copies files, directories"
+                    " and symbolic links, and with `-` what comes from standard input"
+                )
             else:
-                shown = printable(os.fsdecode(path))
-                click.echo(f"dfs: {shown} is no file or directory, skipped", err=True)
+                click.echo(f"dfs: {_shown(path)} is no file or directory, skipped", err=True)
 
     async def _make_directory(self, place: Place, mode: int) -> None:
         if place.path == b"/":
@@ -121,12 +139,15 @@ class Upload:
     async def _work(self, receive: "trio.MemoryReceiveChannel[tuple[bytes, Place]]") -> None:
         async with receive:
             async for path, place in receive:
-                if stat.S_ISLNK(os.lstat(path).st_mode):
-                    await self._symlink(os.readlink(path), place)
-                else:
-                    with open(path, "rb", buffering=0) as source:
-                        mode = stat.S_IMODE(os.fstat(source.fileno()).st_mode)
-                        await self._stream(Source(source.read), place, mode)
+                try:
+                    if stat.S_ISLNK(os.lstat(path).st_mode):
+                        await self._symlink(os.readlink(path), place)
+                    else:
+                        with open(path, "rb", buffering=0) as source:
+                            mode = stat.S_IMODE(os.fstat(source.fileno()).st_mode)
+                            await self._stream(Source(source.read), place, mode)
+                except OSError as e:
+                    self.failed.append(_named(e, path))
 
     async def _symlink(self, target: bytes, place: Place) -> None:
         with naming(place):
@@ -228,6 +249,15 @@ def _finishing() -> trio.CancelScope:
 
 def _exists(place: Place) -> AlreadyExists:
     return AlreadyExists(f"{place} exists already: -f replaces it")
+
+
+def _named(error: OSError, path: bytes) -> OSError:
+    """The error with the name of the file that it is about, which reading leaves out."""
+    return OSError(error.errno, error.strerror, path)
+
+
+def _shown(path: bytes) -> str:
+    return printable(os.fsdecode(path))
 
 
 def _name(source: bytes) -> bytes:

@@ -211,15 +211,30 @@ def delete(cluster_path: str | None, yes: bool, name: str) -> None:
 
     check_name(name)
     file = cluster_file(cluster_path)
-    if not yes:
-        click.confirm(f"Delete volume {name} and everything in it?", abort=True)
+
+    async def find() -> None:
+        async with connected(file) as cluster, registry(cluster, mode="ro") as volumes:
+            await volumes.find(name)
 
     async def work() -> None:
         async with connected(file) as cluster, registry(cluster) as volumes:
             await volumes.delete(name)
 
+    if not yes:
+        run_async(find)
+        if not _confirmed(f"Delete volume {name} and everything in it?"):
+            raise click.ClickException(f"volume {name} is kept: --yes deletes it unasked")
     run_async(work)
     click.echo(f"deleted volume {name}")
+
+
+def _confirmed(question: str) -> bool:
+    """Whether people say yes; they do not where nobody is there to answer."""
+    try:
+        return click.confirm(question, err=True)
+    except click.Abort:
+        click.echo(err=True)
+        return False
 
 
 def _quota_line(size: int | None, files: int | None) -> str:

@@ -46,8 +46,12 @@ class ClusterRef:
                 f"cluster file {path} does not exist; make one with `dfs cluster init`"
                 " or name another with --cluster or DFS_CLUSTER"
             ) from None
-        except (OSError, ValueError) as e:
-            raise ConfigError(f"cluster file {path} cannot be read: {e}") from e
+        except OSError as e:
+            raise ConfigError(f"cluster file {path} cannot be read: {e.strerror}") from e
+        except ValueError as e:
+            raise ConfigError(
+                f"cluster file {path} is damaged: {e}; copy it from a machine where it works"
+            ) from e
         try:
             if value["format"] != FILE_FORMAT:
                 raise ConfigError(
@@ -60,7 +64,10 @@ class ClusterRef:
             seeds = tuple(given)
             cluster_id = bytes.fromhex(value["cluster_id"])
         except (KeyError, TypeError, ValueError) as e:
-            raise ConfigError(f"cluster file {path} is not a cluster file: {e!r}") from e
+            why = f"{e} is missing" if isinstance(e, KeyError) else e
+            raise ConfigError(
+                f"{path} is not a cluster file ({why}): `dfs cluster init` makes one"
+            ) from e
         if len(cluster_id) != CLUSTER_ID_SIZE:
             raise ConfigError(
                 f"cluster file {path}: `cluster_id` must be {2 * CLUSTER_ID_SIZE} hex digits"

@@ -124,11 +124,16 @@ def test_streams_that_are_closed_full_or_gone(volume):
         (("put", "/nope", "v:/"), "/nope: No such file or directory"),
         (("put", "/etc/hostname", "v:/no/x"), "v:/no/x: No such file or directory"),
         (("put", "/etc", "v:/"), "/etc is a directory: use -r"),
+        (("put", "/dev/null", "v:/"), "/dev/null is a device, pipe or socket"),
+        (("put", "/proc/self/mem", "v:/"), "/proc/self/mem: Input/output error"),
+        (("put", "/no\npe", "v:/"), "/no\\npe: No such file or directory"),
         (("get", "v:/nope", "/tmp/x"), "v:/nope: No such file or directory"),
         (("get", "v:/", "-"), "cannot go to standard output"),
         (("get", "v:/nope", "/no/such"), "/no is no directory"),
         (("rm", "-r", "v:/"), "v:/ is the root of the volume"),
         (("mkdir", "v:/"), "v:/ is the root of the volume"),
+        (("mv", "v:/", "v:/x"), "v:/ is the root of the volume"),
+        (("volume", "delete", "none"), "no volume is named 'none'"),
         (("ls", "v:/a\nb\x1b[31m"), "v:/a\\nb\\x1b[31m: No such file"),
         (("volume", "create", "v"), "volume 'v' exists"),
         (("volume", "create", "a/b"), "'a/b' is no volume name"),
@@ -137,6 +142,40 @@ def test_streams_that_are_closed_full_or_gone(volume):
 )
 def test_what_is_named(volume, args, told):
     assert told in refused(volume, *args)
+
+
+def test_what_cannot_be_read_keeps_nothing_else_from_being_copied(volume, tmp_path):
+    for name in ("a", "z"):
+        (tmp_path / name).write_text(name)
+    volume.dfs("mkdir", "v:/some")
+    done = volume.dfs(
+        "put", tmp_path / "a", "/proc/self/mem", tmp_path / "z", "v:/some", check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "put 2 files, 2 B\n")
+    assert done.stderr == "dfs: /proc/self/mem: Input/output error\n"
+    listed = json.loads(volume.dfs("ls", "--json", "v:/some").stdout)
+    assert [entry["name"] for entry in listed] == ["a", "z"]
+    volume.dfs("rm", "-r", "v:/some")
+
+
+def test_a_device_is_not_replaced(volume, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    volume.dfs("put", "/etc/hostname", "v:/hostname")
+    line = refused(volume, "get", "-f", "v:/hostname", tmp_path / "fifo")
+    assert "is a device, pipe or socket, which dfs get does not replace" in line
+    assert (tmp_path / "fifo").is_fifo()
+
+
+def test_nothing_is_deleted_where_nobody_says_yes(volume):
+    volume.dfs("volume", "create", "kept")
+    for answer in ("", "n\n", "y"):  # nobody is there, no, and not even a whole line
+        done = volume.dfs("volume", "delete", "kept", input=answer, check=False)
+        if answer == "y":
+            assert done.returncode == 0
+        else:
+            assert done.returncode == 1
+            assert done.stderr.endswith("dfs: volume kept is kept: --yes deletes it unasked\n")
+    assert "no volume is named 'kept'" in refused(volume, "volume", "info", "kept")
 
 
 # ------------------------------------------------------------------------------- peers and addresses
@@ -203,6 +242,7 @@ def test_without_quorum_and_back(tmp_path):
     try:
         c.init().up()
         c.dfs("volume", "create", "v")
+        c.mount("v", tmp_path / "mounted")
         c.kill("node2")
         c.kill("node3")
         commands = [("ls", "v:/"), ("put", "/etc/hostname", "v:/"), ("volume", "list")]
@@ -227,6 +267,9 @@ def test_without_quorum_and_back(tmp_path):
         assert max(map(len, status.stdout.splitlines()[:7])) < 80
 
         c.kill("node1")
+        began = time.monotonic()  # what is mounted would answer in 30 s: it is not asked
+        c.umount(tmp_path / "mounted")
+        assert time.monotonic() - began < 10
         assert "Connection refused): start it with `dfs cluster up`" in refused(c, "ls", "v:/")
 
         # pid files that lie: one names a stranger, one is gone while its process runs

@@ -18,6 +18,7 @@ from dfs.cli.local import (
     stop,
 )
 from dfs.cli.spec import local_nodes, read_spec
+from dfs.cli.updown import after_loss
 from dfs.cluster.map import CHUNK, METADATA, ClusterMap, Params
 from dfs.datadir import MARKER, Marker, read_marker
 from dfs.errors import ConfigError
@@ -44,6 +45,38 @@ def test_create_lays_out_everything(tmp_path, cluster):
     }
     with pytest.raises(ConfigError, match="already"):
         directory.create(cluster, cluster.nodes)
+
+
+def test_maps_that_cannot_be_read_are_no_reason_to_make_a_new_cluster(tmp_path, cluster):
+    with pytest.raises(ConfigError, match=r"there is no cluster in .* `dfs cluster init"):
+        ClusterDir(tmp_path / "none").load_map()
+    directory = ClusterDir(tmp_path / "c")
+    directory.create(cluster, cluster.nodes)
+    for path in (tmp_path / "c").glob("**/map"):
+        path.write_bytes(path.read_bytes()[:-1] + b"?" if path.parent == directory.path else b"")
+    with pytest.raises(ConfigError, match="copy it from another node") as raised:
+        directory.load_map()
+    assert "init" not in str(raised.value)
+    assert str(raised.value).count("is damaged") == 4
+
+
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        (
+            "log x at offset 9: damaged; promises may be lost, so this node must not vote: keep",
+            True,
+        ),
+        ("MANIFEST is no manifest; treat this data directory as a lost disk", True),
+        ("cannot listen at tcp://h:1: Address already in use", False),
+    ],
+)
+def test_a_daemon_whose_data_is_lost_is_to_be_replaced(said, what, cluster):
+    node = cluster.nodes[0]
+    assert bool(after_loss(said, node, METADATA)) == what
+    assert after_loss(said, node, CHUNK) == ""
+    if what:
+        assert "`dfs cluster node replace node1 NEW`" in after_loss(said, node, METADATA)
 
 
 def test_create_overwrites_nothing(tmp_path, cluster):

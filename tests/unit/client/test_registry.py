@@ -105,9 +105,11 @@ def test_cluster_files(tmp_path):
     with pytest.raises(ConfigError, match="dfs cluster init"):
         ClusterRef.load(path)
     for text, why in (
-        ("{", "cannot be read"),
+        ("{", "is damaged: .* copy it from a machine where it works"),
+        ("[]", "is not a cluster file"),
+        ('{"format": 1, "cluster_id": "zz", "seeds": ["a"]}', "is not a cluster file"),
         ('{"format": 9}', "upgrade"),
-        ('{"format": 1, "cluster_id": "00"}', "seeds"),
+        ('{"format": 1, "cluster_id": "00"}', "'seeds' is missing"),
         (json.dumps({"format": 1, "cluster_id": "00" * 16, "seeds": []}), "no seeds"),
         ('{"format": 1, "cluster_id": "00", "seeds": ["a"]}', "32 hex digits"),
         ('{"format": 1, "cluster_id": "00", "seeds": "tcp://h:1"}', "list"),
