@@ -1,7 +1,6 @@
 """Content of files as operations on a transaction: pure, like `dfs.client.namespace` for names."""
 
 import errno
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 from dfs.client.attributes import fs_error, get_inode, patch_inode, without_privileges
@@ -9,7 +8,7 @@ from dfs.client.namespace import Namespace
 from dfs.client.writebuffer import Segment, Upload
 from dfs.volume import effects as fx
 from dfs.volume import extents, items
-from dfs.volume.floor import last_before
+from dfs.volume.floor import Stretch, last_before
 from dfs.volume.items import DIR, REG, Inode
 from dfs.volume.view import Txn
 
@@ -20,7 +19,6 @@ CROWDED = 32  # extents in 4 MiB of a file that call for compaction
 INLINE_SHARE = 8
 SHORT = 128  # bytes of an item beyond which it is an inline extent
 NEAR = 16 << 20  # bytes between extents that are still looked up together
-AT_HAND = 64  # extents after one range that are searched first for the next
 
 
 class Contents:
@@ -121,32 +119,20 @@ def touched(
 ) -> tuple[list[extents.Extent], int]:
     """Committed extents that may overlap ranges (start, end) of a file, and how many there are.
 
-    Both in order; the number is of all around the first to the last range, rounded up, where of
-    inline extents a few count as one.  Extents do not overlap each other, so of those that begin
-    before a range only the last one may reach into it.  The others need no decoding: an append
-    looks at a window full of small ones, and who writes here and there at all that a file has.
+    Both in order; the number is of all around the first to the last range, roughly if they are
+    many, and of inline extents a few count as one.  Extents do not overlap each other, so of those
+    that begin before a range only the last one may reach into it.  The others are not even read: an
+    append looks at a window full of small ones, who writes here and there at all that a file has.
+    The transaction must have changed none that reach there.
     """
-    found = txn.scan_range(*extents.bounds(ino, ranges[0][0], ranges[-1][1]))
-    inline = sum([len(value) > SHORT for _, value in found])
-    seen = len(found) - inline + -(-inline // INLINE_SHARE)
-    keys = [key for key, _ in found]
-    count = len(keys)
-    picked: list[tuple[bytes, bytes]] = []
-    done = 0  # index of the first that is not picked yet, and does not lie before what is
-    for start, end in ranges:
-        key = items.extent_key(ino, start)
-        near = min(done + AT_HAND, count)
-        if near < count and keys[near] < key:
-            first = bisect_left(keys, key, near)
-        else:
-            first = bisect_left(keys, key, done, near)
-        key = items.extent_key(ino, end)
-        stop = first
-        while stop < count and keys[stop] < key:
-            stop += 1
-        picked += found[max(done, first - 1) : stop]
-        done = stop
-    return extents.decode(picked), seen
+    txn.reads(items.group(ino, items.EXTENT))
+    stretch = Stretch(txn.view, *extents.bounds(ino, ranges[0][0], ranges[-1][1]))
+    found = stretch.near(
+        [(items.extent_key(ino, start), items.extent_key(ino, end)) for start, end in ranges]
+    )
+    sample, each = stretch.sample()
+    inline = sum([len(value) > SHORT for _, value in sample])
+    return extents.decode(found), each * (len(sample) - inline + -(-inline // INLINE_SHARE))
 
 
 def reaching(txn: Txn, ino: int, start: int, end: int) -> list[extents.Extent]:

@@ -35,6 +35,7 @@ __all__ = [
     "diff",
     "encode",
     "get",
+    "leaves",
     "missing",
     "node_id",
     "reachable",
@@ -122,6 +123,18 @@ def scan(
     When a node is missing, `Missing` names it and those of its next `ahead` siblings in the range
     that are missing too; of a leaf also some beyond it, as for `get`.
     """
+    for keys, values in leaves(get_node, root, start, end, ahead):
+        yield from zip(keys, values, strict=True)
+
+
+def leaves(
+    get_node: GetNode,
+    root: bytes,
+    start: bytes = b"",
+    end: bytes | None = None,
+    ahead: int = AHEAD,
+) -> Iterator[tuple[Sequence[bytes], Sequence[bytes]]]:
+    """What `scan` finds, as the keys and the values of one leaf at a time."""
     if not root:
         return
     # Children yet to be visited, of which node, and which child of it is the first in the range.
@@ -144,7 +157,7 @@ def scan(
         low = bisect_left(keys, start)
         high = len(keys) if end is None else bisect_left(keys, end, low)
         if node.level == 0:
-            yield from zip(keys[low:high], node.values[low:high], strict=True)
+            yield keys[low:high], node.values[low:high]
         else:  # the child whose last key is the first one past the range may begin inside it
             pending.append((iter(node.values[low : high + 1]), node, low))
 
