@@ -94,7 +94,8 @@ async def _find(file: Path, volume: str) -> None:
 def umount(cluster_path: str | None, lazy: bool, mountpoint: Path) -> None:
     """Unmount MOUNTPOINT; returns when everything written there is in the cluster.
 
-    Also removes what is left of a mount whose process has ended.
+    Also removes what is left of a mount whose process has ended. With --lazy it returns at once if
+    files are open; what is written to them is committed until the last one is closed.
     """
     from dfs.cli.mounts import forget_dead, unmount
     from dfs.errors import ConfigError

@@ -14,6 +14,7 @@ import click
 from dfs.cli.local import ClusterDir, Process, spawn, stop
 from dfs.errors import ConfigError, DfsError
 
+LAZY_PATIENCE = 2.0  # seconds in which a detached mount ends if nothing uses it
 READY_TIMEOUT = 60.0  # seconds a mount may take
 _MODULE = ("-m", "fuse")
 
@@ -94,7 +95,11 @@ def mounts_at(path: Path) -> list[str]:
 
 
 def unmount(path: Path, *, lazy: bool = False) -> None:
-    """Unmount and wait until the mount's process has ended; raises `DfsError`."""
+    """Unmount and wait until the mount's process has ended; raises `DfsError`.
+
+    `lazy`: detach it even if files are open.  Its process ends after the last of them, whenever
+    that is, so it is not waited for.
+    """
     path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() hangs on a dead mount
     pids = [pid for pid in _pids() if _mount_point(pid) == str(path)]
     if not mounts_at(path):
@@ -114,9 +119,17 @@ def unmount(path: Path, *, lazy: bool = False) -> None:
                 "or detach it with `dfs umount --lazy`"
             )
         raise DfsError(text or f"{command[0]} {path} failed with status {done.returncode}")
-    end = time.monotonic() + READY_TIMEOUT
+    end = time.monotonic() + (LAZY_PATIENCE if lazy else READY_TIMEOUT)
     while any(_alive(pid) for pid in pids):
         if time.monotonic() > end:
+            if lazy:
+                who = ", ".join(map(str, pids))
+                click.echo(
+                    f"dfs: {path} is detached; process {who} commits what is still written and ends"
+                    " when the last file is closed",
+                    err=True,
+                )
+                return
             raise DfsError(f"{path} is unmounted, but its process {pids} does not end")
         time.sleep(0.02)
 

@@ -351,8 +351,17 @@ def test_mount_points(volume, tmp_path):
     assert "no volume is named 'none'" in refused(volume, "mount", "none", where)
     volume.mount("v", where)
     assert "mounted on it already" in refused(volume, "mount", "v", where)
-    with (where / "held").open("w"):
+    with (where / "held").open("w") as held:
         assert "is busy: close what uses it" in refused(volume, "umount", where)
+        pid = int((volume.dir / "run" / "mount-v.pid").read_text())
+        began = time.monotonic()
+        done = volume.dfs("umount", "--lazy", where)
+        assert time.monotonic() - began < 20
+        assert f"{where} is detached; process " in done.stderr
+        held.write("written after")
+    wait_gone(pid)
+    assert volume.dfs("cat", "v:/held").stdout == "written after"
+    volume.mount("v", where)
     pid = int((volume.dir / "run" / "mount-v.pid").read_text())
     os.kill(pid, signal.SIGKILL)
     wait_gone(pid)
