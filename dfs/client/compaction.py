@@ -25,7 +25,7 @@ from dfs.volume.view import Txn
 log = logging.getLogger(__name__)
 
 TRANQUILITY = 3.0  # rest after a window, in multiples of the time it took
-CALM = 0.1  # seconds without a sync of the session in which a window is begun
+CALM = 0.1  # seconds without a sync of the session, or a commit, in which a window is begun
 HURRY = 3.0  # seconds after which it is begun all the same
 ATTEMPTS = 6
 # Bytes of an extent that is not joined with others: with those, and what lies between, a window
@@ -106,31 +106,36 @@ class Compactor:
         end = -(-end // MAX_EXTENT) * MAX_EXTENT
         small = await self._session.read(lambda txn: look(txn, start, end))
         windows = dict.fromkeys(offset // MAX_EXTENT for offset, _ in extents.plan_compact(small))
-        done = True
+        done, rest = True, 0.0
         for window in windows:
             low, high = window * MAX_EXTENT, (window + 1) * MAX_EXTENT
-            await self._calm()
+            await self._calm(rest)
             began = trio.current_time()
             found = await self._session.read(lambda txn: look(txn, low, high))  # noqa: B023 - called at once
             for offset, length in extents.plan_compact(found):
                 seen = overlapping(found, offset, offset + length)
                 done = await self._rewrite(file, seen, offset, length) and done
             # Whoever waits for something else goes first: rest in proportion to the work.
-            await trio.sleep(TRANQUILITY * (trio.current_time() - began))
+            rest = TRANQUILITY * (trio.current_time() - began)
+        await trio.sleep(rest)
         return done
 
-    async def _calm(self) -> None:
-        """Wait for a while in which nobody syncs: a program that does waits for the same disks.
+    async def _calm(self, rest: float) -> None:
+        """Rest, and wait for a while in which nobody syncs, or changes anything.
 
-        Not for long, since what is cut to pieces takes memory; but the more pieces are joined at a
-        time, the less is written.
+        A program that does waits for the same disks and processors.  Not for long, since what is
+        cut to pieces takes memory; but the more pieces are joined at a time, the less is written.
         """
-        give_up = trio.current_time() + HURRY
+        session = self._session
+        give_up = trio.current_time() + rest + HURRY
         while True:
-            left = CALM - self._session.calm
-            if left <= 0 or trio.current_time() >= give_up:
+            seq = session.view.seq
+            await trio.sleep(max(rest, CALM - session.calm, CALM / 2))
+            rest = 0.0
+            if session.calm >= CALM and session.view.seq == seq:
                 return
-            await trio.sleep(left)
+            if trio.current_time() >= give_up:
+                return
 
     async def _rewrite(
         self, file: File, seen: list[extents.Extent], offset: int, length: int

@@ -16,6 +16,7 @@ PAGE = 4096
 @pytest.mark.parametrize(("share", "limit"), [(1, 2.5), (contents.INLINE_SHARE, 1.0)])
 async def test_small_appends_are_not_written_again_and_again(monkeypatch, share, limit):
     monkeypatch.setattr(contents, "INLINE_SHARE", share)
+    monkeypatch.setattr(compaction, "HURRY", 0.3)  # often, though somebody always writes
     home = new_home()
     async with filesystem(home) as fs:
         data = random.Random(1).randbytes(700 * PAGE)
@@ -23,7 +24,7 @@ async def test_small_appends_are_not_written_again_and_again(monkeypatch, share,
         for at in range(0, len(data), PAGE):
             await fs.write(fh, at, data[at : at + PAGE])
             await fs.fsync(fh)
-            await trio.sleep(0.002)
+            await trio.sleep(0.01)
         await trio.sleep(5)
         assert fs.files.statistics()["compacted"] > 400
         written = sum(len(chunk) for chunk in home.chunks.stored.values())
@@ -175,5 +176,22 @@ async def test_a_range_that_becomes_crowded_while_another_waits_is_compacted_too
         assert at is None
         await trio.sleep(compaction.STILL + 4)
         assert len(await fs.session.read(lambda t: scan_extents(t, attr.ino, 0, size))) < 20
+        assert await read_file(fs, attr.ino) == content
+        await fs.release(fh)
+
+
+async def test_who_changes_something_is_not_disturbed_for_long(monkeypatch):
+    """Files are made all the while, without a sync: a window is compacted every few seconds."""
+    async with filesystem(new_home()) as fs:
+        size = 8 * items.MAX_EXTENT
+        attr, fh, content, _ = await write_here_and_there(fs, 3, 0, size)
+        began, joined = trio.current_time() + compaction.STILL, []
+        while trio.current_time() < began + 3 * compaction.HURRY:
+            await fs.mkdir(1, b"%d" % len(joined), 0o755)
+            await trio.sleep(compaction.CALM / 4)
+            joined.append(fs.files.statistics()["compacted"])
+        await trio.sleep(8)
+        assert 0 < joined[-1] < 0.7 * fs.files.statistics()["compacted"]
+        assert len(await fs.session.read(lambda t: scan_extents(t, attr.ino, 0, size))) < 40
         assert await read_file(fs, attr.ino) == content
         await fs.release(fh)
