@@ -378,7 +378,8 @@ async def test_a_file_cut_to_pieces_is_compacted_and_stays_the_same():
         await fs.release(fh)
 
 
-async def test_compaction_never_undoes_what_was_written_meanwhile():
+async def test_compaction_never_undoes_what_was_written_meanwhile(monkeypatch):
+    monkeypatch.setattr(compaction, "HURRY", 0.01)  # it waits for nobody
     home = new_home()
     async with filesystem(home) as a, filesystem(home, seed=1) as b:
         ino = await write_file(a, 1, b"a", bytes(MIB))
@@ -406,7 +407,7 @@ async def test_that_test_sees_a_compaction_that_does_not_look_again(monkeypatch)
 
     monkeypatch.setattr(contents.Contents, "replace", replace)
     with pytest.raises(BaseExceptionGroup) as caught:
-        await test_compaction_never_undoes_what_was_written_meanwhile()
+        await test_compaction_never_undoes_what_was_written_meanwhile(monkeypatch)
     assert caught.group_contains(AssertionError, depth=None)
 
 
