@@ -4,13 +4,14 @@ A request keeps its place in the core's queues until its outcome is known.  Its 
 whoever submitted it.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from dfs.errors import InvalidArgument
 from dfs.ids import SessionId
 from dfs.volume.effects import Effect
 from dfs.volume.items import GROUP_SIZE, MAX_KEY
-from dfs.volume.validation import validate
+from dfs.volume.validation import MAX_EFFECTS, validate
 from metadata.sessions import MODES
 
 MAX_REQUEST = 8 << 20  # bytes of effects in one commit
@@ -18,6 +19,7 @@ MAX_TXNS = 4096  # in one commit
 MAX_READS = 1 << 16  # keys and groups of one transaction
 MAX_NAME = 256  # characters of a session's name
 NONCE_SIZE = 16
+MANY = 512  # effects that are checked without giving others a turn: some 2 ms of work
 EFFECT_OVERHEAD = 24  # rough bytes of encoding beyond keys and values
 
 Txn = tuple[tuple[bytes, ...], tuple[bytes, ...], tuple[Effect, ...]]  # (keys, groups, effects)
@@ -146,11 +148,12 @@ class Checkpoint(Request):
         self.tree_bytes = tree_bytes
 
 
-def parse_commit(args: tuple[Any, ...], *, system: bool) -> tuple[Commit, int]:
-    """The request and `have` from (sid, no, base, have, txns, oldest, epoch), as on the wire.
+def check_commit(args: tuple[Any, ...]) -> int:
+    """The number of effects in (sid, no, base, have, txns, oldest, epoch), as on the wire.
 
-    `system` admits items of the system volume.  Raises `InvalidArgument`; what passes can neither
-    make the core fail nor grow its memory beyond `MAX_REQUEST`.
+    Checks everything but the effects themselves; raises `InvalidArgument`.  What passes this and
+    `checks` can neither make the core fail nor, once `made_commit` takes it, grow its memory beyond
+    `MAX_REQUEST`.
     """
     sid, no, base, have, txns, oldest, epoch = args
     for value in (sid, no, base, have, oldest, epoch):
@@ -165,7 +168,30 @@ def parse_commit(args: tuple[Any, ...], *, system: bool) -> tuple[Commit, int]:
             raise InvalidArgument(f"a transaction is (keys, groups, effects), not {txn!r:.80}")
         _check_reads(txn[0], MAX_KEY)
         _check_reads(txn[1], GROUP_SIZE)
-        validate(txn[2], system=system)
+        if type(txn[2]) is not tuple or len(txn[2]) > MAX_EFFECTS:
+            raise InvalidArgument(f"effects are no tuple of at most {MAX_EFFECTS}")
+    return sum(len(txn[2]) for txn in txns)
+
+
+def checks(args: tuple[Any, ...], *, system: bool) -> Iterator[None]:
+    """Check the effects of what passed `check_commit`; yields after some `MANY` of them each time.
+
+    `system` admits items of the system volume.  Raises `InvalidArgument`.
+    """
+    left = MANY
+    for _, _, effects in args[4]:
+        for at in range(0, len(effects), MANY):
+            part = effects[at : at + MANY]
+            validate(part, system=system)
+            left -= len(part)
+            if left <= 0:
+                left = MANY
+                yield
+
+
+def made_commit(args: tuple[Any, ...]) -> tuple[Commit, int]:
+    """The request and `have`, of arguments that passed the checks; or it is too large."""
+    sid, no, base, have, txns, oldest, epoch = args
     request = Commit(sid, no, base, txns, oldest, epoch)
     if request.size > MAX_REQUEST:
         raise InvalidArgument(

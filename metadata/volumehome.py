@@ -56,7 +56,7 @@ CHECKPOINT_RETRY = 30.0  # seconds after a failure
 REST_AFTER = 5.0  # seconds without any session: who opens the volume next wants a short journal
 REST_BYTES = 256 << 10  # of journal that are worth that
 FOLD_BYTES = 32 << 20  # of entries in one fold, at most: it takes some eight times that in memory
-READ_BYTES = 1 << 20  # of entries read without giving others a turn
+READ_BYTES = 128 << 10  # of entries read without giving others a turn: a millisecond or two
 WINDOW_NAMES = 500_000  # keys and groups in the conflict window: fold to shorten it
 
 Folder = Callable[[bytes, bytes, Sequence[bytes]], Awaitable[tuple[bytes, int]]]

@@ -294,7 +294,7 @@ class HomeCore:
         answers: Answers = []
         waiting: deque[Commit] = deque()
         seen: set[SessionId] = set()
-        batch = Window(0, UNBOUNDED)  # what this batch writes, all of it at sequence number 1
+        batch = _brief()  # what this batch writes, all of it at sequence number 1
         size = 0
         queue = self._data
         while queue:
@@ -374,7 +374,7 @@ class HomeCore:
                 return None
             ok = own is None or not own.changed_since(0, keys, groups)
             if ok and effects and len(request.txns) > 1:
-                own = own or Window(0, UNBOUNDED)
+                own = own or _brief()
                 own.record(1, effects)
             verdicts.append(ok)
         return tuple(verdicts)
@@ -478,6 +478,11 @@ _TOO_MANY_SESSIONS = (
     f"the volume has {MAX_SESSIONS} open sessions, which is the limit: unmount some; sessions of"
     " clients that died end after a day"
 )
+
+
+def _brief() -> Window:
+    """A window of one batch: nothing in it is indexed unless somebody asks."""
+    return Window(0, UNBOUNDED, waiting=UNBOUNDED)
 
 
 def _accepted(request: Commit, verdicts: Verdicts) -> tuple[Effect, ...]:

@@ -17,7 +17,17 @@ from metadata.batches import Answer, Verdicts
 from metadata.delegation import SILENCE, Delegated
 from metadata.exclusion import Excluded, in_use, rivals
 from metadata.recall import RECALL_WAIT
-from metadata.requests import Close, Commit, Delegate, Open, Return, parse_commit
+from metadata.requests import (
+    MANY,
+    Close,
+    Commit,
+    Delegate,
+    Open,
+    Return,
+    check_commit,
+    checks,
+    made_commit,
+)
 from metadata.volumehome import VolumeHome, fold_bytes
 from metadata.volumes import HomeCore
 from metadata.waiter import Told, Waiter
@@ -83,8 +93,12 @@ class VolumeService(VolumeHome):
     async def commit(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Judge and commit transactions; the answer of `vol.commit`."""
         await self._slow_down()
+        # Sessions have one commit under way, so another that overtakes this one is not of its own.
+        check_commit(args)
+        for _ in checks(args, system=self.volume == SYSTEM_VOLUME):
+            await trio.lowlevel.checkpoint()
+        request, have = made_commit(args)
         core, recall = self._current(), self._recall
-        request, have = parse_commit(args, system=self.volume == SYSTEM_VOLUME)
         if self._backlog > MAX_BACKLOG:
             raise Busy(f"{self._backlog} bytes of commits wait at volume {self.volume.hex()}")
         sid = request.sid
@@ -141,7 +155,11 @@ class VolumeService(VolumeHome):
         `commit` would raise.  Raises `InvalidArgument`.
         """
         core, recall = self._current(), self._recall
-        request, have = parse_commit(args, system=self.volume == SYSTEM_VOLUME)
+        if check_commit(args) > MANY:
+            return False
+        for _ in checks(args, system=self.volume == SYSTEM_VOLUME):
+            pass
+        request, have = made_commit(args)
         if not request.writing or self._backlog > MAX_BACKLOG or self._behind():
             return False
         sid, size, mark = request.sid, request.size, core.launched

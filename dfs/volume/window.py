@@ -26,10 +26,16 @@ class Window:
     An item without a suffix, as an INODE is, is its group's only one: it is among the keys only.
     """
 
-    __slots__ = ("_entries", "_groups", "_keys", "_ranges", "_waiting", "floor", "limit", "seq")
+    __slots__ = (
+        "_entries", "_groups", "_keys", "_most", "_ranges", "_waiting", "floor", "limit", "seq",
+    )  # fmt: skip
 
-    def __init__(self, floor: int, limit: int = 200_000) -> None:
-        """An empty window that knows everything after `floor`; holds up to `limit` writers."""
+    def __init__(self, floor: int, limit: int = 200_000, *, waiting: int | None = None) -> None:
+        """An empty window that knows everything after `floor`; holds up to `limit` writers.
+
+        `waiting`: effects that may wait, `WAITING` unless given; more for a window that ends soon.
+        """
+        self._most = WAITING if waiting is None else waiting
         self.floor = floor
         self.seq = floor
         self.limit = limit
@@ -47,7 +53,7 @@ class Window:
         self._waiting += len(effects)
         # An effect makes three names at most.  When the limit may be near, `floor` has to be right
         # after each entry, so each is indexed at once.
-        if self._waiting > WAITING or self._indexed() + 3 * self._waiting > self.limit:
+        if self._waiting > self._most or self._indexed() + 3 * self._waiting > self.limit:
             self._index()
 
     def _index(self) -> None:

@@ -24,7 +24,7 @@ from dfs.testing.network import SimNetwork
 from dfs.volume import entries, tree
 from dfs.volume.effects import ADD, PATCH, PUT, SET
 from dfs.volume.items import DIR, F_MODE, F_NLINK, Inode, group, inode_key
-from metadata import volumehome, volumes, volumeservice
+from metadata import requests, volumehome, volumes, volumeservice
 
 VOLUME = b"v" * 16
 
@@ -366,6 +366,41 @@ async def test_what_is_refused():
                 await a.client.ask(bad[0], VOLUME, *bad[1])
         with pytest.raises(InvalidArgument, match="volume id"):
             await a.client.call(1, "vol.sync", b"v")
+
+
+@pytest.mark.parametrize("many", [4, 1000])
+async def test_a_large_commit_is_checked_between_the_turns_of_others(monkeypatch, many):
+    monkeypatch.setattr(requests, "MANY", many)
+    monkeypatch.setattr(volumeservice, "MANY", many)
+    turns, seen = Turns(), []
+    validate = requests.validate
+
+    def noted(effects, **options):
+        seen.append((turns.count, len(effects)))
+        validate(effects, **options)
+
+    async with cluster() as c:
+        a = await opened(c)
+        txns = [txn([put(i) for i in range(2, 12)]), txn([put(20)]), txn([put(21)])]
+        bad = [txn([put(i) for i in range(30, 42)]), txn([(PUT, b"?", b"")])]
+        monkeypatch.setattr(requests, "validate", noted)
+        trio.lowlevel.add_instrument(turns)
+        assert (await a.commit(*txns))[1] == (True, True, True)
+        with pytest.raises(InvalidArgument, match="key"):
+            await a.commit(*bad)
+        trio.lowlevel.remove_instrument(turns)
+    assert max(size for _, size in seen) <= many
+    assert sum(size for _, size in seen) == 12 + 13
+    assert len({turn for turn, _ in seen}) == (7 if many == 4 else 2)
+
+
+class Turns(trio.abc.Instrument):
+    """Counts the turns of tasks."""
+
+    count = 0
+
+    def before_task_step(self, task):
+        self.count += 1
 
 
 async def test_the_number_of_sessions_is_limited(monkeypatch):
