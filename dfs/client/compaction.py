@@ -8,6 +8,7 @@ a file that is written here and there is left alone until that has ended, or wen
 """
 
 import logging
+from collections.abc import Callable
 
 import trio
 
@@ -45,13 +46,16 @@ class Compactor:
         reader: Reader,
         contents: Contents,
         nursery: trio.Nursery,
+        find: Callable[[int], File | None],
     ) -> None:
-        """Compose; `nursery` is where the work is done."""
+        """Compose; `nursery` is where the work is done, `find` tells what is open or dirty now."""
         self._session = session
         self._chunks = chunks
         self._reader = reader
         self._contents = contents
         self._nursery = nursery
+        self._find = find
+        self._running: set[int] = set()  # inodes; a file may be closed and opened meanwhile
         self._clock = session.cluster.clock
         self._wanted: dict[int, tuple[int, int]] = {}  # inode -> range that was found crowded
         self.saved = 0  # extents
@@ -63,42 +67,46 @@ class Compactor:
         """
         low, high = self._wanted.get(file.ino, (start, end))
         self._wanted[file.ino] = min(low, start), max(high, end)
-        if not file.compacting:
-            file.compacting = True
-            self._nursery.start_soon(self._run, file, bulk)
+        if file.ino not in self._running:
+            self._running.add(file.ino)
+            self._nursery.start_soon(self._run, file.ino, bulk)
 
-    async def _run(self, file: File, bulk: bool) -> None:
+    async def _run(self, ino: int, bulk: bool) -> None:
         """Compact a file; a failure leaves all as it was.
 
         Tries again, less and less often, while somebody writes to the very extents.
         """
         try:
-            while file.ino in self._wanted:
+            while ino in self._wanted:
                 if bulk:
-                    await self._still(file)
-                start, end = self._wanted.pop(file.ino)
+                    await self._still(ino)
+                start, end = self._wanted.pop(ino)
                 for attempt in range(ATTEMPTS):
-                    if await self._compact(file, start // MAX_EXTENT * MAX_EXTENT, end):
+                    if await self._compact(ino, start // MAX_EXTENT * MAX_EXTENT, end):
                         break
                     await trio.sleep(0.1 * 2**attempt)
         except DfsError as e:
-            log.info("inode %x is not compacted now: %s", file.ino, e)
+            log.info("inode %x is not compacted now: %s", ino, e)
         finally:
-            file.compacting = False
-            self._wanted.pop(file.ino, None)
+            self._running.discard(ino)
+            self._wanted.pop(ino, None)
 
-    async def _still(self, file: File) -> None:
+    async def _still(self, ino: int) -> None:
         """Wait until nobody has written to a file for a while, but not for ever."""
         give_up = self._clock.monotonic() + ENOUGH
+        since = give_up - ENOUGH
         while (now := self._clock.monotonic()) < give_up:
-            if not file.buffer and now >= file.dirty_since + STILL:
+            file = self._find(ino)
+            if file is not None:
+                since = max(since, file.dirty_since)
+            if (file is None or not file.buffer) and now >= since + STILL:
                 return
             await trio.sleep(STILL / 4)
 
-    async def _compact(self, file: File, start: int, end: int) -> bool:
+    async def _compact(self, ino: int, start: int, end: int) -> bool:
         def look(txn: Txn, start: int, end: int) -> list[extents.Extent]:
-            get_inode(txn, file.ino)
-            found = overlapping(scan_extents(txn, file.ino, start, end), start, end)
+            get_inode(txn, ino)
+            found = overlapping(scan_extents(txn, ino, start, end), start, end)
             # What is large stays as it is: a file that grows by small appends is not written again
             # and again, but once.
             return [e for e in found if e.length < LARGE]
@@ -114,7 +122,7 @@ class Compactor:
             found = await self._session.read(lambda txn: look(txn, low, high))  # noqa: B023 - called at once
             for offset, length in extents.plan_compact(found):
                 seen = overlapping(found, offset, offset + length)
-                done = await self._rewrite(file, seen, offset, length) and done
+                done = await self._rewrite(ino, seen, offset, length) and done
             # Whoever waits for something else goes first: rest in proportion to the work.
             rest = TRANQUILITY * (trio.current_time() - began)
         await trio.sleep(rest)
@@ -138,18 +146,19 @@ class Compactor:
                 return
 
     async def _rewrite(
-        self, file: File, seen: list[extents.Extent], offset: int, length: int
+        self, ino: int, seen: list[extents.Extent], offset: int, length: int
     ) -> bool:
         """Make one extent of those seen in a range; False if they were changed meanwhile."""
         pieces = await self._reader.gather(extents.plan_read(seen, offset, length))
         chunk_id = await self._chunks.put(pieces, durable=True)
         oldest = await self._chunks.sync()
         new = [extents.in_chunk(offset, length, chunk_id, 0, length)]
-        ino = file.ino
         if not await self._session.transact(
             lambda txn: self._contents.replace(txn, ino, seen, new), oldest=oldest
         ):
             return False
-        file.span = None
+        file = self._find(ino)
+        if file is not None:
+            file.span = None
         self.saved += len(seen) - 1
         return True

@@ -87,6 +87,7 @@ class Files:
         self._cache_bytes = cache_bytes
         self._files: dict[int, File] = {}
         self._dirty: dict[int, File] = {}  # in order of becoming dirty
+        self._cutting: dict[int, int] = {}  # sizes that truncations under way give to files
         self._uncommitted = 0
         self._losses: set[int] = set()  # inodes not open here with lost changes, not told yet
         self._uploads: dict[Upload, trio.Event] = {}
@@ -109,7 +110,12 @@ class Files:
             self._cache = ChunkCache(self._chunks, nursery, self._cache_bytes)
             self._reader = Reader(self._session, self._cache)
             self._compactor = Compactor(
-                self._session, self._chunks, self._reader, self._contents, nursery
+                self._session,
+                self._chunks,
+                self._reader,
+                self._contents,
+                nursery,
+                self._files.get,
             )
             task_status.started()
             await self._write_back()
@@ -149,8 +155,8 @@ class Files:
     async def close(self, file: File) -> None:
         """Give up a handle: commit what is left, and purge the file if that was its last hold."""
         if file.buffer and not file.orphan and not self.flush_here(file):
-            try:
-                await self.flush(file)
+            try:  # what went wrong before is left for who has it open still
+                await self._commit(file)
             except FsError as e:
                 log.warning("data of inode %x is not committed yet: %s", file.ino, e)
         file.handles -= 1
@@ -158,36 +164,43 @@ class Files:
             return
         self._foresight.closed(file)
         if file.orphan:
-            self._drop_dirty(file)
-            try:
-                await self._session.transact(lambda txn: self._namespace.purge(txn, file.ino))
-            except FsError as e:
-                log.warning("orphan %x stays for now: %s", file.ino, e)
+            await self._purge(file.ino)
         self._maybe_forget(file)
 
     async def unlinked(self, ino: int) -> None:
         """A name of the file was removed; find out whether it was the last."""
-        file = self._files.get(ino)
-        if file is None:
-            return
         value = await self._session.read(lambda txn: txn.get(items.inode_key(ino)))
         if value is not None and Inode.decode(value).nlink:
             return
-        if value is None:
+        file = self._files.get(ino)
+        if file is not None:
+            file.orphan = value is not None
+            if not file.orphan:
+                self._drop_dirty(file)
+                self._maybe_forget(file)
+        if value is not None and not self.is_open(ino):  # closed while that was on its way
+            await self._purge(ino)
+
+    async def _purge(self, ino: int) -> None:
+        """Remove an orphan that nobody has open here any more."""
+        file = self._files.get(ino)
+        if file is not None:
             self._drop_dirty(file)
             self._maybe_forget(file)
-            return
-        file.orphan = True
-        if not file.handles:  # closed while the transaction was on its way
+        try:
             await self._session.transact(lambda txn: self._namespace.purge(txn, ino))
-            self._maybe_forget(file)
+        except FsError as e:
+            log.warning("orphan %x stays for now: %s", ino, e)
 
     def _maybe_forget(self, file: File) -> None:
-        if not file.handles and not file.buffer and self._files.get(file.ino) is file:
+        held = file.handles or file.pins or file.buffer
+        if not held and self._files.get(file.ino) is file:
             del self._files[file.ino]
 
     def overlay(self, attr: Attr) -> Attr:
         """Put what is not committed yet over committed attributes, in place."""
+        if self._cutting and (size := self._cutting.get(attr.ino)) is not None:
+            attr.size = size
         file = self._dirty.get(attr.ino)
         if file is not None:
             attr.size = max(attr.size, file.buffer.end)
@@ -200,7 +213,7 @@ class Files:
         """Commit dirty data, so that the mode or time set next is not undone by it."""
         file = self._dirty.get(ino)
         if file is not None and not self.flush_here(file):
-            await self.flush(file)
+            await self._commit(file)  # what went wrong before is left for who syncs
 
     def _on_change(self, keys: Sequence[bytes] | None) -> None:
         """Other sessions' commits: forget what was derived from the items they changed."""
@@ -299,7 +312,7 @@ class Files:
 
     async def flush(self, file: File) -> None:
         """Commit the file's dirty data; raises what went wrong with it, now or before, once."""
-        if file.buffer:
+        if file.buffer or file.cut >= 0:
             await self._commit(file)
         self._raise_error(file)
 
@@ -311,7 +324,7 @@ class Files:
         """
         buffer = file.buffer
         if not buffer:
-            return file.error is None
+            return file.error is None and file.cut < 0
         if (
             not self._session.here
             or file.error is not None
@@ -324,7 +337,7 @@ class Files:
         segments = list(buffer)
         try:
             done = self._session.transact_here(
-                self._publication(file, segments, here=True), settling=settling
+                self._publication(file, buffer, segments, here=True), settling=settling
             )
         except FsError:
             return False  # whoever waits for it will meet this again, and can handle it
@@ -368,20 +381,20 @@ class Files:
 
     async def flush_all(self) -> None:
         """Commit everything, many files at a time; raises the first error there is."""
-        failures: list[FsError] = []
+        failures: dict[int, FsError] = {}
 
         async def flush(file: File) -> None:
             try:
                 await self.flush(file)
             except FsError as e:
-                failures.append(e)
+                failures[file.ino] = e
 
-        while self._dirty and not failures:
+        while due := [f for f in self._dirty.values() if f.ino not in failures]:
             async with trio.open_nursery() as nursery:
-                for file in list(self._dirty.values())[:PARALLEL]:
+                for file in due[:PARALLEL]:
                     nursery.start_soon(flush, file)
-        if failures:
-            raise failures[0]
+        for error in failures.values():
+            raise error
 
     async def _commit(self, file: File) -> None:
         async with file.lock:
@@ -389,18 +402,19 @@ class Files:
                 return
             if file.orphan and not file.handles:
                 self._drop_dirty(file)
+                self._maybe_forget(file)
                 return
-            began = self._clock.monotonic()
+            began, buffer = self._clock.monotonic(), file.buffer
             try:
-                segments, oldest = await self._store(file)
-                publication = self._publication(file, segments)
+                segments, oldest = await self._store(buffer)
+                publication = self._publication(file, buffer, segments)
                 size, crowded = await self._session.transact(publication, oldest=oldest, kept=True)
-            except _Dropped:
-                self._raise_error(file)
+            except _Dropped:  # and that is told, if there is anything to tell
                 return
             except FsError as e:
                 if e.errno == errno.ESTALE:  # the file was removed by somebody else
                     self._drop_dirty(file)
+                    self._maybe_forget(file)
                 raise
             except DfsError as e:
                 raise FsError(f"write-back of inode {file.ino:x}: {e}", e.errno) from e
@@ -428,13 +442,12 @@ class Files:
             self._compactor.want(file, segments[0].start, segments[-1].end, bulk=bulk)
         self._maybe_forget(file)
 
-    async def _store(self, file: File) -> tuple[list[Segment], int]:
+    async def _store(self, buffer: WriteBuffer) -> tuple[list[Segment], int]:
         """Make the bytes of the dirty segments durable, unless they are few enough to be inline."""
-        buffer = file.buffer
         limit = INLINE_HERE if self._session.here else INLINE
         if buffer.size <= limit and not any(isinstance(s.source, Upload) for s in buffer):
             return list(buffer), 0
-        self._pack(file)
+        self._pack(buffer)
         # All of them, though some may be written over before the last chunk is stored: what is
         # committed is the file as it was at one moment, and never nothing, however fast it changes.
         segments = list(buffer)
@@ -451,23 +464,23 @@ class Files:
                 raise upload.error
         return segments, await self._chunks.sync()
 
-    def _pack(self, file: File) -> None:
+    def _pack(self, buffer: WriteBuffer) -> None:
         """Send what is in no chunk yet, adjacent pieces together, short ones in shared chunks."""
-        lone = not any(isinstance(s.source, Upload) for s in file.buffer)
-        uploads = file.buffer.pack()
+        lone = not any(isinstance(s.source, Upload) for s in buffer)
+        uploads = buffer.pack()
         for upload in uploads:
             # A lone chunk is synced by its put, which saves the round trip of a barrier.
             self._send(upload, durable=lone and len(uploads) == 1)
 
     def _publication(
-        self, file: File, segments: list[Segment], *, here: bool = False
+        self, file: File, buffer: WriteBuffer, segments: list[Segment], *, here: bool = False
     ) -> Callable[[Txn], tuple[int, bool]]:
-        """The transaction with the extents of stored segments, the size and the times.
+        """The transaction with the extents of stored segments of a buffer, the size and the times.
 
         `here`: it is committed under the delegation; then only one of `LOOK` commits counts the
         extents that are there.
         """
-        ino, mtime, buffer = file.ino, file.mtime, file.buffer
+        ino, mtime = file.ino, file.mtime
         new = extents_of(segments)
         file.looks += 1
         look = not here or file.looks % LOOK == 0
@@ -486,27 +499,70 @@ class Files:
         if size > MAX_SIZE:
             raise fs_error(errno.EFBIG)
         file = self._files.get(ino)
-        now = self._clock.time_ns()
+        if file is None:  # whoever opens it meanwhile shall know of this
+            file = self._files[ino] = File(ino)
+        file.pins += 1
+        try:
+            async with file.lock:
+                await self._truncate(file, size)
+        finally:
+            file.pins -= 1
+            self._maybe_forget(file)
 
-        truncate = self._contents.truncate
-        if file is None:
-            await self._session.transact(lambda txn: truncate(txn, ino, size, now))
-            return
-        async with file.lock:
-            before = file.buffer.size
-            file.buffer.cut(size, sys.maxsize)
-            self._uncommitted -= before - file.buffer.size
-            if not file.buffer:
-                self._dirty.pop(ino, None)
-            held = self._quota.release(file)
+    async def _truncate(self, file: File, size: int) -> None:
+        """From its first step on the file is shown as it will be, and written as if it were so.
+
+        In between it would be neither as before nor as after: what is not committed is cut at once,
+        what is committed when the transaction is.  If that fails, all of it is as it was before.
+        """
+        ino, buffer, truncate = file.ino, file.buffer, self._contents.truncate
+        now = self._clock.time_ns()
+        quota = self._quota
+        if quota.limited:
+            await quota.reserve(file, size)
+
+        def op(txn: Txn) -> None:
+            held = quota.release(file)  # or what this adds would count twice
             try:
-                await self._session.transact(lambda txn: truncate(txn, ino, size, now))
-                file.size = size
+                truncate(txn, ino, size, now)
             finally:
-                self._quota.regain(file, held)
-                if file.size >= 0:
-                    self._quota.settle(file, file.size)
+                quota.regain(file, held)
+
+        # What is held for more than the new size is held on, should the transaction fail.
+        before = file.size if 0 <= file.size < size else size
+        file.counted = before - (file.held - (size - before))
+        cut = buffer.overlapping(size, sys.maxsize)
+        self._resize(file, lambda: buffer.cut(size, sys.maxsize))
+        file.cut = self._cutting[ino] = size
+        try:
+            await self._session.transact(op)
+        except BaseException:
+            if file.buffer is buffer:
+                self._resize(file, lambda: buffer.restore(size, cut))
+            file.cut = -1
+            quota.recount(file)
+            raise
+        else:
+            file.size = size
+            quota.settle(file, size)
+            if file.buffer and not self._kernel_times:
+                file.mtime = max(file.mtime, now)  # or the next commit would set it back
+        finally:
+            file.cut = -1
+            del self._cutting[ino]
             file.span = None
+
+    def _resize(self, file: File, change: Callable[[], None]) -> None:
+        """Change what is in a file's buffer by other means than a write or a commit."""
+        before = file.buffer.size
+        change()
+        self._uncommitted += file.buffer.size - before
+        if not file.buffer:
+            self._dirty.pop(file.ino, None)
+        elif file.ino not in self._dirty:
+            file.dirty_since = self._clock.monotonic()
+            self._dirty[file.ino] = file
+            self._wake.set()
 
     async def _write_back(self) -> None:
         """Commit what has been dirty for `AGE` seconds; sleeps while nothing is dirty."""

@@ -15,9 +15,9 @@ class File:
     """State of one file; owned by `dfs.client.files`, read by `dfs.client.reader`."""
 
     __slots__ = (
-        "before", "buffer", "compacting", "dirty_since", "error", "handles", "held", "ino",
-        "lock", "looks", "lost", "mtime", "orphan", "rhythm", "size", "span", "syncs",
-        "writes",
+        "before", "buffer", "counted", "cut", "dirty_since", "error", "handles",
+        "held", "ino", "lock", "looks", "lost", "mtime", "orphan", "pins", "rhythm", "size", "span",
+        "syncs", "writes",
     )  # fmt: skip
 
     def __init__(self, ino: int) -> None:
@@ -30,12 +30,14 @@ class File:
         self.lost = False  # the session ended while the file was dirty: to be told once
         self.mtime = 0  # of the newest write that is not committed
         self.dirty_since = 0.0
-        self.compacting = False
         self.looks = 0  # commits so far
         self.writes = 0  # since the last sync; see `dfs.client.foresight`
         self.syncs = 0  # of something written
         self.before = 0  # writes before the last sync, 0 = there was none
         self.rhythm = 0  # writes after which a sync is expected, 0 = who knows
+        self.pins = 0  # operations under way that need the file to stay the same object
+        self.cut = -1  # size that a truncation under way gives it; -1 = there is none
+        self.counted = 0  # size beyond which `held` counts meanwhile
         self.orphan = False  # the last name is gone: purge at the last close
         self.size = -1  # committed size; -1 = ask the view
         self.held = 0  # bytes of the volume's quota for what is not committed

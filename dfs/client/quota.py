@@ -44,12 +44,13 @@ class Quota:
     It is true as well while nobody looked since the limits may have changed.
     """
 
-    __slots__ = ("_params", "_session", "full", "full_of_data", "held", "limited")
+    __slots__ = ("_holders", "_params", "_session", "full", "full_of_data", "held", "limited")
 
     def __init__(self, params: dict[str, Any], session: "Session | None" = None) -> None:
         """Of a volume with these genesis parameters; follows the session's view."""
         self._params = params
         self._session = session
+        self._holders: dict[int, File] = {}
         self.held = 0  # bytes accepted and not committed, of all files
         self.limited = True
         self.full = ""  # why nothing may be added to the volume,
@@ -85,6 +86,9 @@ class Quota:
         value = get(items.USAGE_KEY)
         used = items.decode_usage(value) if value is not None else (0, 0)
         if size > 0 and 0 < limits[0] < used[0] + self.held + size:
+            for file in list(self._holders.values()):
+                self.recount(file)
+        if size > 0 and 0 < limits[0] < used[0] + self.held + size:
             raise exceeded("bytes in files", limits[0], used[0] + self.held)
         if inodes > 0 and 0 < limits[1] < used[1] + inodes:
             raise exceeded("files and directories", limits[1], used[1])
@@ -93,10 +97,14 @@ class Quota:
 
     async def hold(self, file: "File", end: int) -> None:
         """Take what a write up to `end` makes the file longer; raises EDQUOT, ENOSPC."""
-        if self._session is None:
-            raise RuntimeError("a quota without a session holds nothing")
         if self.full or (self.full_of_data and end > SMALL):
             raise fs_error(errno.ENOSPC, self.full or self.full_of_data)
+        await self.reserve(file, end)
+
+    async def reserve(self, file: "File", end: int) -> None:
+        """`hold` for what needs no chunkserver."""
+        if self._session is None:
+            raise RuntimeError("a quota without a session holds nothing")
         while True:
             try:
                 self._hold(file, end, self._session.view.get)
@@ -109,29 +117,42 @@ class Quota:
         if file.size < 0:
             value = get(items.inode_key(file.ino))
             file.size = 0 if value is None else Inode.decode(value).size
-        more = end - (file.size if file.cut < 0 else file.cut) - file.held
+        more = end - (file.size if file.cut < 0 else file.counted) - file.held
         if more > 0:
             self.admit(get, more, 0)
             if self.limited:
-                file.held += more
-                self.held += more
+                self.regain(file, more)
 
     def settle(self, file: "File", size: int) -> None:
         """The file has `size` bytes committed: hold no more than what its buffer adds to that."""
-        held = max(0, min(file.held, file.buffer.end - size))
-        self.held += held - file.held
-        file.held = held
+        self.regain(file, min(0, max(0, file.buffer.end - size) - file.held))
+
+    def recount(self, file: "File") -> None:
+        """Settle with the size that is committed as far as the view knows.
+
+        The view has a commit a while before who asked for it goes on; until then what it added is
+        used and held.
+        """
+        if self._session is None or file.cut >= 0:
+            return
+        value = self._session.view.get(items.inode_key(file.ino))
+        file.size, file.span = -1 if value is None else Inode.decode(value).size, None
+        self.settle(file, max(0, file.size))
 
     def release(self, file: "File") -> int:
         """Hold nothing for a file; returns what was held, for `regain`."""
-        held, file.held = file.held, 0
-        self.held -= held
+        held = file.held
+        self.regain(file, -held)
         return held
 
     def regain(self, file: "File", held: int) -> None:
         """Hold again what was released: what it was for is still there."""
         file.held += held
         self.held += held
+        if file.held:
+            self._holders[file.ino] = file
+        else:
+            self._holders.pop(file.ino, None)
 
 
 def limits_of(params: dict[str, Any], value: bytes | None) -> tuple[int, int]:

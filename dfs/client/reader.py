@@ -56,6 +56,8 @@ class Reader:
             scattered=ahead is None and not handle.run,
         )
         # From here to the fetch nothing awaits: buffer and extents belong together.
+        if file.cut >= 0:
+            size, committed = file.cut, shorter(committed, file.cut)
         length = min(length, max(size, file.buffer.end) - offset)
         if length <= 0:
             return b""
@@ -74,7 +76,7 @@ class Reader:
 
     def whole_nowait(self, file: File, limit: int) -> Buffer | None:
         """All of a file of up to `limit` bytes, if it is at hand and all of it is committed."""
-        if file.buffer or not self._session.fresh:
+        if file.buffer or file.cut >= 0 or not self._session.fresh:
             return None
         txn = self._session.view.begin()
         try:
@@ -179,6 +181,11 @@ class Reader:
                 self._cache.prefetch(
                     piece.chunk_id, piece.chunk_offset, piece.length, piece.chunk_length
                 )
+
+
+def shorter(found: Sequence[extents.Extent], size: int) -> list[extents.Extent]:
+    """Extents as they are once the file is cut to `size` bytes."""
+    return [e if e.end <= size else e.part(e.offset, size) for e in found if e.offset < size]
 
 
 def glance(

@@ -302,6 +302,17 @@ class WriteBuffer:
             self._place(start, length, upload, at)
         return upload
 
+    def restore(self, start: int, segments: Sequence[Segment]) -> None:
+        """Put back what was cut from `start` on, except where something was written since."""
+        for segment in segments:
+            at = max(start, segment.start)
+            for now in [*self.overlapping(at, segment.end), None]:
+                end = segment.end if now is None else now.start
+                if at < end:
+                    skipped = at - segment.start
+                    self._place(at, end - at, segment.source, segment.at + skipped)
+                at = at if now is None else max(at, now.end)
+
     def forget(self, committed: Sequence[Segment]) -> None:
         """Drop what was committed, except where it was written over since.
 
