@@ -197,6 +197,8 @@ async def _opened(
                 entered = True
                 yield opened
     except DfsError as e:
+        if not entered and e.errno == errno.ENOSPC:
+            raise FsError(f"{what}: {e}", e.errno) from e
         if volume_id.hex() not in str(e) or "quorum" not in str(e):
             raise
         raise await explain_silence(cluster, what, volume_id, patience()) from e

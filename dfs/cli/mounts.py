@@ -105,6 +105,7 @@ def unmount(path: Path, *, lazy: bool = False) -> None:
     if not mounts_at(path):
         raise ConfigError(f"nothing is mounted on {path}")
     # Without -c it looks at the path first, which takes as long as a mount waits for a quorum.
+    logs = [log for log in map(_log, pids) if log is not None]
     command = ["umount", "-c"] if os.geteuid() == 0 else ["fusermount3", "-u"]
     if lazy:
         command.append("-l" if os.geteuid() == 0 else "-z")
@@ -132,6 +133,13 @@ def unmount(path: Path, *, lazy: bool = False) -> None:
                 return
             raise DfsError(f"{path} is unmounted, but its process {pids} does not end")
         time.sleep(0.02)
+    for log, before in logs:
+        said = log.read_bytes()[before:].decode(errors="replace").strip().rpartition("\n")[2]
+        if said.startswith("error: "):
+            raise DfsError(
+                f"{path} is unmounted, but what was written there last is not in the cluster:"
+                f" {said.removeprefix('error: ')}"
+            )
 
 
 def unmount_all(directory: ClusterDir) -> None:
@@ -141,8 +149,11 @@ def unmount_all(directory: ClusterDir) -> None:
             try:
                 unmount(Path(where))
             except DfsError as e:
-                click.echo(f"{e}; unmounting {where} lazily", err=True)
-                unmount(Path(where), lazy=True)
+                if mounts_at(Path(where)):
+                    click.echo(f"dfs: {e}; unmounting {where} lazily", err=True)
+                    unmount(Path(where), lazy=True)
+                else:
+                    click.echo(f"dfs: {e}", err=True)
             click.echo(f"unmounted {where}")
         stop([process])
         _forget(process)
@@ -213,6 +224,15 @@ def _mount_point(pid: int) -> str | None:
         if arguments[i : i + 2] == [b"-m", b"fuse"]:
             return os.fsdecode(arguments[-1])
     return None
+
+
+def _log(pid: int) -> tuple[Path, int] | None:
+    """The file that a mount's standard error goes to, if it is one, and its size now."""
+    try:
+        path = Path(f"/proc/{pid}/fd/2").readlink()
+        return (path, path.stat().st_size) if path.is_file() else None
+    except OSError:
+        return None
 
 
 def _alive(pid: int) -> bool:

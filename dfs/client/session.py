@@ -25,7 +25,8 @@ from typing import Any, TypeVar
 import trio
 
 from dfs import ids
-from dfs.client.committer import ATTEMPT, Committer
+from dfs.client.capacity import stalled_by_disks
+from dfs.client.committer import ATTEMPT, STALLED, Committer
 from dfs.client.connect import Cluster
 from dfs.client.delegation import LEASE
 from dfs.client.feed import Entries, Feed
@@ -111,7 +112,8 @@ class Session:
         """Open, report started, then serve until cancelled.
 
         Raises what the first open raises: `VolumeNotFound`/`NotFound`, `InUse` when a session that
-        lives keeps this one out, or `FsError` EIO when no home answers within the deadline.
+        lives keeps this one out, or `FsError`: EIO when no home answers within the deadline, ENOSPC
+        when the homes' disks are full.
         """
         await self._open(self._clock.monotonic() + self.deadline)
         task_status.started()
@@ -427,29 +429,32 @@ class Session:
     # ------------------------------------------------------------------ open and loss
 
     async def _open(self, give_up: float) -> None:
-        nonce = self.cluster.random.randbytes(16)
-        mode = "rwx" if self.exclusive else self.mode
-        attempt, began = 0, self._clock.monotonic()
-        while True:
-            asked_at = self._clock.monotonic()
+        """Open the session, or raise why it cannot be: that is known soon if disks are full."""
+        answer: tuple[float, Any] | DfsError
+
+        async def ask(scope: trio.CancelScope) -> None:
+            nonlocal answer
             try:
-                answer = await self.homes.ask(
-                    "vol.open", (self.volume, mode, nonce, self.name), timeout=2 * ATTEMPT
-                )
-                break
-            except (NotFound, InvalidArgument):
-                raise
+                answer = await self._ask_open(give_up)
             except DfsError as e:
-                late = self._clock.monotonic() > give_up
-                if isinstance(e, InUse) and (late or self._alive(e, began)):
-                    raise
-                if late:
-                    raise FsError(
-                        f"{self.homes.no_quorum(self.deadline)}; last: {e}", errno.EIO
-                    ) from e
-                attempt += 1
-                await self.homes.pause(attempt)
-        sid, seq, base, root, tail, owner, params = answer
+                answer = e
+            scope.cancel()
+
+        async def look(scope: trio.CancelScope) -> None:
+            nonlocal answer
+            full = ""
+            while not full:
+                await trio.sleep(STALLED)
+                full = await stalled_by_disks(self.cluster, self.volume)
+            answer = FsError(f"no space left: {full}", errno.ENOSPC)
+            scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask, nursery.cancel_scope)
+            nursery.start_soon(look, nursery.cancel_scope)
+        if isinstance(answer, DfsError):
+            raise answer
+        asked_at, (sid, seq, base, root, tail, owner, params) = answer
         self.params = dict(params)
         self._writers.forget()
         self._feed.start(root, base, self.params["salt"])
@@ -467,6 +472,30 @@ class Session:
         if self.generation > 1:
             for fn in self._on_change:
                 fn(None)
+
+    async def _ask_open(self, give_up: float) -> tuple[float, Any]:
+        """(when the question was asked that was answered, the answer)."""
+        nonce = self.cluster.random.randbytes(16)
+        mode = "rwx" if self.exclusive else self.mode
+        attempt, began = 0, self._clock.monotonic()
+        while True:
+            asked_at = self._clock.monotonic()
+            try:
+                return asked_at, await self.homes.ask(
+                    "vol.open", (self.volume, mode, nonce, self.name), timeout=2 * ATTEMPT
+                )
+            except (NotFound, InvalidArgument):
+                raise
+            except DfsError as e:
+                late = self._clock.monotonic() > give_up
+                if isinstance(e, InUse) and (late or self._alive(e, began)):
+                    raise
+                if late:
+                    raise FsError(
+                        f"{self.homes.no_quorum(self.deadline)}; last: {e}", errno.EIO
+                    ) from e
+                attempt += 1
+                await self.homes.pause(attempt)
 
     def _alive(self, e: InUse, began: float) -> bool:
         """Whether the session that keeps us out was heard of since we asked; else it may be dead.

@@ -170,8 +170,8 @@ def test_chunk_disks_run_full(small, mounted, tmp_path):
     assert "delete data or add capacity" in status
     (tmp_path / "big").write_bytes(random.Random(2).randbytes(8 * MIB))
     refused = small.cluster.refused("put", tmp_path / "big", f"{name}:/big")
-    assert "no space left: too few chunkservers have room" in refused
-    assert "`dfs cluster status` shows the disks" in refused
+    assert "no space left: 0 of 3 chunkservers have room and 2 must; disk full: node" in refused
+    assert "delete data or add capacity (`dfs cluster status`)" in refused
 
     remount(small, name, where)
     assert intact(accepted)
@@ -255,6 +255,10 @@ def test_metadata_disks_with_not_a_byte_left(small, mounted):
         assert synced(where) == errno.ENOSPC
         assert time.monotonic() - began < 3
     assert set(os.listdir(where)) >= moved.keys()
+    began = time.monotonic()
+    for command in (("ls", f"{name}:/"), ("volume", "list")):  # no session can be opened
+        assert "their disks have no room: node" in small.cluster.refused(*command)
+    assert time.monotonic() - began < 10
     small.leave()
     wait_until(lambda: synced(where) == 0, 5, "the same is synced when there is room")
     works_again(where)

@@ -12,6 +12,7 @@ import trio
 
 from dfs.client import committer
 from dfs.client.capacity import stalled_by_disks
+from dfs.client.session import Session
 from dfs.errors import FsError
 from dfs.ids import ROOT_INO
 from tests.unit.client.support import VOLUME, filesystem, names, new_home, read_file, write_file
@@ -223,3 +224,26 @@ async def test_nobody_looks_for_a_reason_while_commits_are_answered():
             await trio.sleep(committer.STALLED / 3)
         await trio.sleep(60)
         assert home.calls.get("node.status", 0) == before
+
+
+@pytest.mark.parametrize("mode", ["rw", "ro", "rwx"])
+async def test_a_session_is_not_opened_and_not_waited_for(mode):
+    home = new_home()
+    home.full = {1, 2}
+    session = Session(home.client(), VOLUME, mode=mode)
+    told = await outcome(session.run)
+    assert told.code == errno.ENOSPC
+    assert told.seconds < SOON
+
+
+async def test_a_lost_session_is_opened_again_when_there_is_room():
+    home = new_home()
+    async with filesystem(home) as fs:
+        await write_file(fs, ROOT_INO, b"f", b"x")
+        home.full = {1, 2, 3}
+        home.fence(VOLUME, fs.session.sid)
+        await trio.sleep(10)
+        assert fs.session.over
+        home.full = set()
+        await trio.sleep(5)
+        assert await names(fs, ROOT_INO) == [b"f"]
