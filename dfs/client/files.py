@@ -51,7 +51,7 @@ from dfs.volume.view import Txn
 
 log = logging.getLogger(__name__)
 
-MAX_DIRTY = 96 << 20  # uncommitted bytes of all files beyond which writers wait
+MAX_DIRTY = 96 << 20  # bytes of all files, uncommitted or on their way, beyond which writers wait
 UPLOADS = 4  # chunks on their way at once
 PARALLEL = 64  # files that the write-back commits at once
 AGE = 1.0  # seconds after which dirty data is committed without being asked
@@ -90,7 +90,8 @@ class Files:
         self._cutting: dict[int, int] = {}  # sizes that truncations under way give to files
         self._uncommitted = 0
         self._losses: set[int] = set()  # inodes not open here with lost changes, not told yet
-        self._uploads: dict[Upload, trio.Event] = {}
+        self._uploads: dict[Upload, trio.Event] = {}  # the oldest first
+        self._sending = 0  # bytes in them; what was written over since is only there
         self._slots = trio.Semaphore(UPLOADS)
         self._wake = trio.Event()  # something became dirty
         self._foresight = Foresight()
@@ -242,6 +243,8 @@ class Files:
         """Buffer a write; waits only when too much is uncommitted."""
         self._raise_error(file)
         length = len(data)
+        if offset < 0:
+            raise fs_error(errno.EINVAL, f"offset {offset}")
         if offset + length > MAX_SIZE:
             raise fs_error(errno.EFBIG)
         if not length:
@@ -263,7 +266,7 @@ class Files:
             for window in range(offset // WINDOW, (offset + length - 1) // WINDOW + 1):
                 if buffer.loose.get(window, 0) == WINDOW:
                     self._upload_window(file, window)
-        if self._uncommitted > MAX_DIRTY:
+        if self._uncommitted > MAX_DIRTY or self._sending > MAX_DIRTY:
             await self._make_room(file)
         return length
 
@@ -283,6 +286,7 @@ class Files:
     def _send(self, upload: Upload, *, durable: bool = False) -> None:
         upload.error = None
         self._uploads[upload] = trio.Event()
+        self._sending += upload.length
         if self._nursery is None:
             raise RuntimeError("Files.run is not running")
         self._nursery.start_soon(self._put, upload, durable)
@@ -293,14 +297,29 @@ class Files:
                 upload.chunk_id = await self._chunks.put(upload.pieces, durable=durable)
         except DfsError as e:
             upload.error = e  # the commit tries again and reports
+        except BaseException:  # the end of the client: nobody may commit what is not stored
+            upload.error = fs_error(errno.EIO, "the client has ended")
+            raise
         finally:
+            self._sending -= upload.length
             self._uploads.pop(upload).set()
 
     async def _make_room(self, file: File) -> None:
-        """Commit the writer's own file, or the one that is dirty longest, until there is room."""
+        """Commit the writer's own file, then those that are dirty longest, until there is room.
+
+        What goes wrong with another file is told to who uses that.  The writer is told, too, if
+        there is no room for that: what it wrote is kept, but it had better not write more.
+        """
         await self._commit(file)
-        while self._uncommitted > MAX_DIRTY:
-            await self._commit(next(iter(self._dirty.values())))
+        while self._uncommitted > MAX_DIRTY and self._dirty:
+            failed: FsError | None = None
+            for other in list(self._dirty.values()):
+                if self._uncommitted > MAX_DIRTY:
+                    failed = await self._commit_quietly(other) or failed
+            if failed is not None and self._uncommitted > MAX_DIRTY:
+                raise FsError(f"too much waits to be committed: {failed}", failed.errno)
+        while self._sending > MAX_DIRTY:
+            await next(iter(self._uploads.values())).wait()
 
     def _drop_dirty(self, file: File) -> None:
         self._uncommitted -= file.buffer.size
@@ -577,14 +596,16 @@ class Files:
                     nursery.start_soon(self._commit_quietly, file)
             await trio.sleep(AGE / 4)
 
-    async def _commit_quietly(self, file: File) -> None:
-        """Commit; an error is kept for the next write, flush or fsync."""
+    async def _commit_quietly(self, file: File) -> FsError | None:
+        """Commit; an error is kept for the next write, flush or fsync, and returned."""
         try:
             await self._commit(file)
         except FsError as e:
             file.error = file.error or e
             file.dirty_since = self._clock.monotonic() + AGE  # not at once again
             log.warning("write-back of inode %x: %s", file.ino, e)
+            return e
+        return None
 
     # ------------------------------------------------------------------ reading
 
@@ -592,6 +613,11 @@ class Files:
         """Up to `length` bytes at `offset`: committed data under what is not committed yet."""
         if self._reader is None:
             raise RuntimeError("Files.run is not running")
+        if offset < 0 or length < 0:
+            raise fs_error(errno.EINVAL, f"{length} bytes at {offset}")
+        if offset + length > MAX_SIZE:
+            length = max(0, MAX_SIZE - offset)
+            offset = min(offset, MAX_SIZE)
         return await self._reader.read(handle, offset, length)
 
     def whole_nowait(self, handle: FileHandle, limit: int) -> Buffer | None:

@@ -428,3 +428,331 @@ async def test_two_first_contents_of_a_file_conflict():
         await fs.session.transact(lambda txn: publish(txn, b"1"))
         assert fs.session.view.changed_since(first.base, first.keys, first.groups)
         assert await extents_of(fs, attr.ino) == [extents.inline(0, b"1")]
+
+
+# ------------------------------------------------------------------ what else happens meanwhile
+
+
+async def meanwhile(first, *others, after=0.02):
+    """Run a call, and others one after the other while it is under way; returns their results."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(first)
+        await trio.sleep(after)
+        return [await other() for other in others]
+
+
+async def test_a_file_is_never_seen_half_truncated():
+    """Neither what is not committed without the rest, nor the rest without that."""
+    home = new_home()
+    async with filesystem(home) as fs:
+        ino = await write_file(fs, 1, b"a", b"a" * 20_000)
+        fh = await fs.open(ino, writable=True)
+        await fs.write(fh, 0, b"b" * 10_000)
+        fs.rpc.delay = 0.1
+        content, attr = await meanwhile(
+            lambda: fs.setattr(ino, size=5000),
+            lambda: fs.read(fh, 0, 30_000),
+            lambda: fs.getattr(ino),
+        )
+        assert bytes(content) == b"b" * 5000
+        assert attr.size == 5000
+        [content] = await meanwhile(
+            lambda: fs.setattr(ino, size=12_000), lambda: fs.read(fh, 0, 30_000)
+        )
+        assert bytes(content) == b"b" * 5000 + bytes(7000)
+        fs.rpc.delay = 0.0
+        await fs.release(fh)
+        assert await read_file(fs, ino) == b"b" * 5000 + bytes(7000)
+
+
+async def test_what_is_written_beyond_a_truncation_under_way_comes_after_it():
+    home = new_home()
+    async with filesystem(home) as fs:
+        ino = await write_file(fs, 1, b"a", b"a" * 20_000)
+        fh = await fs.open(ino, writable=True)
+        fs.rpc.delay = 0.1
+        want = b"a" * 5000 + bytes(3000) + b"c"
+        _, content = await meanwhile(
+            lambda: fs.setattr(ino, size=5000),
+            lambda: fs.write(fh, 8000, b"c"),
+            lambda: fs.read(fh, 0, 30_000),
+        )
+        assert bytes(content) == want
+        fs.rpc.delay = 0.0
+        await fs.release(fh)
+        assert await read_file(fs, ino) == want
+
+
+async def test_a_truncation_that_fails_leaves_what_was_written():
+    home = new_home()
+    async with filesystem(home, deadline=2.0) as fs:
+        ino = await write_file(fs, 1, b"a", b"a" * 100)
+        fh = await fs.open(ino, writable=True)
+        await fs.write(fh, 50, b"b" * 100)
+
+        async def cut():
+            with pytest.raises(FsError):
+                await fs.setattr(ino, size=20)
+
+        fs.rpc.down = {1, 2, 3}
+        await meanwhile(cut, lambda: fs.write(fh, 60, b"c" * 10))
+        assert fs.files.statistics()["uncommitted"] == 100
+        fs.rpc.down = set()
+        await trio.sleep(3)
+        with pytest.raises(FsError):  # the session was lost, too
+            await fs.fsync(fh)
+        await fs.release(fh)
+        want = b"a" * 50 + b"b" * 10 + b"c" * 10 + b"b" * 80
+        assert await read_file(fs, ino) == want
+
+
+async def test_fsync_beside_a_truncation_waits_for_it():
+    """What was written before is durable then, or durably cut."""
+    home = new_home()
+    async with filesystem(home) as fs:
+        ino = await write_file(fs, 1, b"a", b"a" * 20_000)
+        fh = await fs.open(ino, writable=True)
+        await fs.write(fh, 0, b"b" * 20_000)
+        fs.rpc.delay = 0.1
+        async with filesystem(home, seed=1, mode="ro") as other:
+            _, _, found = await meanwhile(
+                lambda: fs.setattr(ino, size=0),
+                lambda: fs.fsync(fh),
+                other.session.refresh,
+                lambda: read_file(other, ino),
+            )
+        assert found == b""
+        fs.rpc.delay = 0.0
+        await fs.release(fh)
+
+
+async def test_who_opens_a_file_while_it_is_truncated_does_not_see_the_rest_afterwards():
+    home = new_home()
+    async with filesystem(home) as fs:
+        ino = await write_file(fs, 1, b"a", b"a" * 20_000)
+        fs.rpc.delay = 0.1
+        opened = []
+
+        async def look():
+            opened.append(await fs.open(ino, writable=True))
+            await fs.read(opened[0], 0, 20_000)
+
+        async def cut():
+            await trio.sleep(0.1)  # the open has looked at the newest state by then
+            await fs.setattr(ino, size=5)
+
+        await meanwhile(cut, look)
+        await trio.sleep(0.5)
+        await fs.write(opened[0], 10, b"x")
+        assert bytes(await fs.read(opened[0], 0, 20_000)) == b"a" * 5 + bytes(5) + b"x"
+        fs.rpc.delay = 0.0
+        await fs.release(opened[0])
+
+
+async def test_the_time_of_a_truncation_is_not_set_back_by_what_was_written_before():
+    home = new_home()
+    async with filesystem(home) as fs:
+        attr, fh = await fs.create(1, b"a", 0o644)
+        await fs.write(fh, 0, b"a" * 100)
+        await fs.setattr(attr.ino, size=50)
+        cut = (await fs.getattr(attr.ino)).mtime
+        await fs.fsync(fh)
+        assert (await fs.getattr(attr.ino)).mtime == cut
+        await fs.release(fh)
+
+
+async def test_data_given_up_while_its_chunks_are_sent_is_not_committed_after_all():
+    """The session was lost with the delegation: others may have changed the file since."""
+    home = new_home()
+    home.delegates = True
+    async with filesystem(home, delegate=True) as fs:
+        ino = await write_file(fs, 1, b"a", b"a" * 50_000)
+        for n in range(5):
+            await write_file(fs, 1, b"f%d" % n, b"")
+            await trio.sleep(0.2)
+        assert fs.session.here
+        fh = await fs.open(ino, writable=True)
+        await fs.session.settle()
+        home.chunks.delay = 3.0
+        await fs.write(fh, 0, b"b" * 50_000)
+
+        async def sync():
+            with pytest.raises(FsError) as caught:
+                await fs.fsync(fh)
+            assert caught.value.errno == errno.EIO
+
+        async def lose():
+            home.revoke(VOLUME)
+
+        await meanwhile(sync, lose)
+        home.chunks.delay = 0.0
+        await fs.fsync(fh)
+        await fs.release(fh)
+        assert await read_file(fs, ino) == b"a" * 50_000
+        async with filesystem(home, seed=1) as other:
+            assert await read_file(other, ino) == b"a" * 50_000
+
+
+@pytest.mark.parametrize("how", ["close", "chmod", "utimes"])
+async def test_an_error_is_told_to_who_syncs_not_spent_on_who_closes_or_sets_a_mode(how):
+    home = new_home()
+    async with filesystem(home) as fs:
+        attr, fh = await fs.create(1, b"a", 0o644)
+        other = await fs.open(attr.ino, writable=True)
+        await fs.write(fh, 0, b"hello")
+        home.fence(VOLUME, fs.session.sid)
+        await trio.sleep(0.05)
+        if how == "close":
+            await fs.release(other)
+        elif how == "chmod":
+            await fs.setattr(attr.ino, mode=0o600)
+        else:
+            await fs.setattr(attr.ino, mtime=5)
+        with pytest.raises(FsError) as caught:
+            await fs.fsync(fh)
+        assert caught.value.errno == errno.EIO
+        await fs.fsync(fh)
+        await fs.release(fh)
+
+
+async def test_a_file_that_is_closed_while_its_last_name_is_removed_is_purged():
+    home = new_home()
+    async with filesystem(home) as fs:
+        ino = await write_file(fs, 1, b"a", b"x" * 10_000)
+        fh = await fs.open(ino)
+        fs.rpc.delay = 0.1
+        await meanwhile(lambda: fs.unlink(1, b"a"), lambda: fs.release(fh))
+        fs.rpc.delay = 0.0
+        await fs.session.refresh()
+        assert (await fs.statfs())[2:4] == (0, 1)
+
+
+async def test_an_unmount_commits_all_files_though_one_cannot_be():
+    home = new_home()
+    async with filesystem(home) as a, filesystem(home, seed=1) as b:
+        stale = await write_file(a, 1, b"gone", b"0")
+        fh = await a.open(stale, writable=True)
+        await b.session.refresh()
+        await b.unlink(1, b"gone")
+        await a.write(fh, 0, b"1")
+        handles = []
+        for n in range(100):
+            attr, handle = await a.create(1, b"f%d" % n, 0o644)
+            await a.write(handle, 0, b"%d" % n)
+            handles.append((attr.ino, handle))
+        with pytest.raises(FsError) as caught:
+            await a.shut_down()
+        assert caught.value.errno == errno.ESTALE
+        for n, (ino, _) in enumerate(handles):
+            assert await read_file(b, ino) == b"%d" % n
+        for _, handle in [(stale, fh), *handles]:
+            await a.release(handle)
+        assert not a.files._files
+
+
+async def test_a_file_that_is_written_over_and_over_does_not_fill_the_memory():
+    home = new_home()
+    home.chunks.delay = 0.5
+    async with filesystem(home) as fs:
+        _, fh = await fs.create(1, b"a", 0o644)
+        data = bytes(4 * MIB)
+        for _ in range(60):
+            await fs.write(fh, 0, data)
+            assert fs.files.statistics()["uploading"] <= 96 / 4 + 1
+        await fs.release(fh)
+
+
+async def test_what_goes_wrong_with_a_file_is_not_told_to_the_writer_of_another(monkeypatch):
+    monkeypatch.setattr("dfs.client.files.MAX_DIRTY", 100_000)
+    home = new_home()
+    async with filesystem(home) as a, filesystem(home, seed=1) as b:
+        stale = await write_file(a, 1, b"gone", b"0")
+        one = await a.open(stale, writable=True)
+        _, two = await a.create(1, b"b", 0o644)
+        await b.session.refresh()
+        await b.unlink(1, b"gone")
+        await a.write(one, 0, bytes(90_000))
+        # While the writer's own file is being committed, there is no room for the other either.
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(a.write, two, 0, bytes(50_000))
+            await trio.sleep(0.0001)
+            await a.write(two, 50_000, bytes(70_000))
+        with pytest.raises(FsError) as caught:
+            await a.fsync(one)
+        assert caught.value.errno == errno.ESTALE
+        await a.release(one)
+        await a.release(two)
+
+
+async def test_a_client_that_ends_commits_no_chunk_that_was_not_stored():
+    home = new_home()
+    async with filesystem(home) as fs:
+        attr, fh = await fs.create(1, b"a", 0o644)
+        real = fs.files._chunks.put
+        broken = trio.Event()
+
+        async def put(pieces, *, durable=False):
+            await broken.wait()
+            raise ValueError("a defect")
+
+        fs.files._chunks.put = put
+        upload = None
+        try:
+            async with trio.open_nursery() as nursery:
+                outer, fs.files._nursery = fs.files._nursery, nursery
+                await fs.write(fh, 0, b"x" * 10_000)
+                fs.files._pack(fs.files._files[attr.ino].buffer)
+                [upload] = fs.files._uploads
+                broken.set()
+        except* ValueError:
+            pass
+        fs.files._nursery, fs.files._chunks.put = outer, real
+        assert isinstance(upload.error, FsError)
+        await fs.fsync(fh)
+        await fs.release(fh)
+        assert await read_file(fs, attr.ino) == b"x" * 10_000
+
+
+LAST = items.MAX_OFFSET
+
+
+async def test_offsets_at_the_limits():
+    home = new_home()
+    async with filesystem(home) as fs:
+        attr, fh = await fs.create(1, b"a", 0o644)
+        for at, length, code in [
+            (-1, 1, errno.EINVAL),
+            (-5, 0, errno.EINVAL),
+            (LAST, 1, errno.EFBIG),
+            (1 << 70, 1, errno.EFBIG),
+        ]:
+            with pytest.raises(FsError) as caught:
+                await fs.write(fh, at, b"x" * length)
+            assert caught.value.errno == code
+        for at, length in [(-1, 5), (0, -5), (-(1 << 70), 1)]:
+            with pytest.raises(FsError) as caught:
+                await fs.read(fh, at, length)
+            assert caught.value.errno == errno.EINVAL
+        for size, code in [(-1, errno.EINVAL), (LAST + 1, errno.EFBIG)]:
+            with pytest.raises(FsError) as caught:
+                await fs.setattr(attr.ino, size=size)
+            assert caught.value.errno == code
+        assert await fs.write(fh, 0, b"") == 0
+        assert bytes(await fs.read(fh, 0, 0)) == b""
+        assert (await fs.getattr(attr.ino)).size == 0
+        for part in (b"tail", b"x" * 50_000):
+            await fs.write(fh, LAST - len(part), part)
+            for _ in range(2):
+                assert bytes(await fs.read(fh, LAST - len(part), 1 << 20)) == part
+                assert bytes(await fs.read(fh, LAST - 1, 10)) == part[-1:]
+                assert bytes(await fs.read(fh, LAST, 10)) == b""
+                assert bytes(await fs.read(fh, 1 << 70, 10)) == b""
+                assert bytes(await fs.read(fh, 1 << 62, 10)) == bytes(10)
+                await fs.fsync(fh)
+        assert (await fs.getattr(attr.ino)).size == LAST
+        await fs.setattr(attr.ino, size=LAST - 10)
+        await fs.setattr(attr.ino, size=LAST)
+        assert bytes(await fs.read(fh, LAST - 20, 100)) == b"x" * 10 + bytes(10)
+        await fs.setattr(attr.ino, size=3)
+        await fs.release(fh)
+        assert await read_file(fs, attr.ino) == bytes(3)
