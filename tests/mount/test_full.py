@@ -173,7 +173,9 @@ def test_chunk_disks_run_full(small, mounted, tmp_path):
     assert "no space left: 0 of 3 chunkservers have room and 2 must; disk full: node" in refused
     assert "delete data or add capacity (`dfs cluster status`)" in refused
 
-    remount(small, name, where)
+    told = small.cluster.refused("umount", where)  # of what was refused before
+    assert "is unmounted, but what was written there last is not in the cluster: write-back" in told
+    small.cluster.mount(name, where)
     assert intact(accepted)
     assert content(where / "small") == b"needs no chunkserver"
     assert not any(path.exists() for path in gone)
