@@ -152,6 +152,7 @@ class _Session:
                     channel.flush()
                 finally:
                     turn.end()
+                events = []  # a chunk that came last would stay until something else comes
 
     def _progress(self) -> None:
         drained = self._drained

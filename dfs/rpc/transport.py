@@ -236,8 +236,9 @@ class Channel:
         self._blocked = False  # the kernel's buffer is full, the sender waits for it
 
     def close(self) -> None:
-        """Close the socket; call it when neither task uses it any more."""
+        """Close the socket and drop what was not sent; when neither task uses it any more."""
         self.sock.close()
+        self.connection.release()
 
     def abort(self) -> None:
         """End both directions: whoever receives meets the end of the stream."""
@@ -248,14 +249,18 @@ class Channel:
         """Events of the next bytes, perhaps none; raises `EOFError` at a clean end."""
         connection, sock = self.connection, self.sock
         buffer = connection.next_buffer()
-        if self._drained:
-            await self._wait(len(buffer))
-        while True:
-            try:
-                n = sock.recv_into(buffer)
-                break
-            except BlockingIOError:
-                await self._wait(len(buffer))
+        size = len(buffer)
+        try:
+            if self._drained:
+                await self._wait(size)
+            while True:
+                try:
+                    n = sock.recv_into(buffer)
+                    break
+                except BlockingIOError:
+                    await self._wait(size)
+        finally:
+            del buffer  # a traceback would keep it: see `Connection.release`
         if not n:
             connection.eof()
             raise EOFError
@@ -263,7 +268,7 @@ class Channel:
         # would cost a system call and an exception.  Bulk keeps coming.
         self._drained = n < _SMALL_RECEIVE
         events = connection.received(n)
-        if n == len(buffer):
+        if n == size:
             await trio.lowlevel.checkpoint()  # a fast peer must not starve the other tasks
         return events
 

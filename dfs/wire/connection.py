@@ -137,6 +137,15 @@ class Connection:
         )
         self.queue.put(priority, head, parts, length)
 
+    def release(self) -> None:
+        """Let go of all buffers, sent or not; the connection is over.
+
+        The traceback of what ended it is a cycle that keeps it until the garbage collector comes,
+        which may be a million objects later.
+        """
+        self._decoder.release()
+        self.queue.clear()
+
     def goodbye(self, reason: DfsError) -> None:
         """Queue the reason why we end this connection; nothing may be sent after it."""
         if self.state is not State.CLOSED:

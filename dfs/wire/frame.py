@@ -192,6 +192,14 @@ class Decoder:
             raise self._fail(RemoteProtocolError("a frame's checksum does not match its bytes"))
         return [(kind, stream, priority, epoch, deadline, meta, body[meta_length:])]
 
+    def release(self) -> None:
+        """Let go of all buffers; nothing can be received any more."""
+        self._error = self._error or LocalProtocolError("the connection is closed")
+        self._scratch = bytearray()
+        self._view = _EMPTY
+        self._start = self._end = 0
+        self._head = self._body = None
+
     def eof(self) -> None:
         """The peer sent everything; raises `RemoteProtocolError` if that ends inside a frame."""
         if self._error is not None:

@@ -74,3 +74,10 @@ class SendQueue:
         del batch[:done]
         if n:
             batch[0] = memoryview(batch[0])[n:]
+
+    def clear(self) -> None:
+        """Drop everything."""
+        for queue in self._queues:
+            queue.clear()
+        self._batch = []
+        self.size = 0

@@ -1,5 +1,6 @@
 """The real endpoint against broken peers, dead peers, slow peers and full memory."""
 
+import gc
 import logging
 import os
 import random
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tracemalloc
 from contextlib import asynccontextmanager, suppress
 
 import pytest
@@ -658,3 +660,28 @@ async def test_requests_may_follow_the_greeting_at_once():
             while not got.endswith(answers):
                 got += await stream.receive_some()
         await stream.aclose()
+
+
+async def test_a_connection_that_broke_keeps_no_memory():
+    """Before the garbage collector comes, which in a node may take an hour."""
+    server = endpoint("server")
+    count, size = 8, 4 * MIB
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        async with running(server) as nursery:
+            address = await serve(nursery, server, {"echo": echo})
+            before = tracemalloc.get_traced_memory()[0]
+            for _ in range(count):
+                with trio.CancelScope() as scope:
+                    caller = endpoint("caller")
+                    async with running(caller):
+                        await caller.call(address, "echo", (), bytes(size), timeout=10)
+                        scope.cancel()
+            await until(lambda: server.statistics()["closed"] == count)
+            kept = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert kept < count * 32 * 1024
