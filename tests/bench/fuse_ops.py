@@ -42,7 +42,7 @@ class FakeFileSystem:
     def __init__(self):
         clock = SimpleNamespace(time_ns=time.time_ns)
         self.session = SimpleNamespace(
-            on_change=lambda fn: None, cluster=SimpleNamespace(clock=clock)
+            on_change=lambda fn: None, cluster=SimpleNamespace(clock=clock), exclusive=False
         )
         self.namespace = SimpleNamespace(
             cookie=lambda name: items.name_hash(b"salt" * 4, name), salt=b"salt" * 4
@@ -66,6 +66,9 @@ class FakeFileSystem:
 
     async def lookup(self, parent, name):
         return self.top if name in (b".", b"..") else self.attr
+
+    async def find(self, parent, name):
+        return self.attr
 
     async def getattr(self, ino):
         return self.attr
