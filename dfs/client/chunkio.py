@@ -39,6 +39,7 @@ from dfs.threads import ThreadPool
 log = logging.getLogger(__name__)
 
 INLINE = 64 << 10  # bytes encoded or verified in the loop rather than on a thread
+SHORT = 64 << 10  # bytes; pieces of a chunk that are shorter on average are copied into one
 IN_FLIGHT = 256 << 20  # bytes of puts that some server has not answered yet
 THREADS = 2  # that hash and compress
 PER_SERVER = 64 << 20  # the same for one server; one that is so far behind is passed over
@@ -252,15 +253,22 @@ class ChunkClient:
         Does not yield up to 64 KiB.  Raises `InvalidArgument` for a size outside the limits.
         """
         pieces = [data] if isinstance(data, bytes | bytearray | memoryview) else list(data)
-        if sum(len(p) for p in pieces) <= INLINE:
-            chunk_id, buffers = chunks.encode(pieces, self._salt, compress=self._compress)
+        if sum([len(p) for p in pieces]) <= INLINE:
+            pieces, chunk_id, buffers = self._encode(pieces)
         else:
-            encode = partial(chunks.encode, pieces, self._salt, compress=self._compress)
-            chunk_id, buffers = await self._offload(encode)
+            pieces, chunk_id, buffers = await self._offload(partial(self._encode, pieces))
         prepared = self._prepared.get(chunk_id)  # equal data under way already: one object for both
         if prepared is None:
             prepared = self._prepared[chunk_id] = Prepared(chunk_id, buffers, pieces)
         return prepared
+
+    def _encode(self, pieces: list[Buffer]) -> tuple[list[Buffer], bytes, list[Buffer]]:
+        """The pieces as they are kept from now on, the chunk's id and its buffers; on a thread."""
+        if len(pieces) > 1 and sum([len(p) for p in pieces]) < SHORT * len(pieces):
+            # Hundreds of buffers would be counted, cut and handed on for each of the servers.
+            pieces = [b"".join([_whole(p) for p in pieces])]
+        chunk_id, buffers = chunks.encode(pieces, self._salt, compress=self._compress)
+        return pieces, chunk_id, buffers
 
     async def put_prepared(self, prepared: Prepared, *, durable: bool = False) -> None:
         """Send a prepared chunk to >= W servers; see `put` for what that means and raises."""
@@ -511,3 +519,10 @@ class ChunkClient:
             "reputs": self._reputs,
             **self._reader.statistics(),
         }
+
+
+def _whole(piece: Buffer) -> Buffer:
+    """The bytes that a view shows all of, else the view: a join of bytes lets other threads run."""
+    if isinstance(piece, memoryview) and type(piece.obj) is bytes and len(piece.obj) == len(piece):
+        return piece.obj
+    return piece

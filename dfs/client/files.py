@@ -294,7 +294,10 @@ class Files:
     async def _put(self, upload: Upload, durable: bool) -> None:
         try:
             async with self._slots:
-                upload.chunk_id = await self._chunks.put(upload.pieces, durable=durable)
+                prepared = await self._chunks.prepare(upload.pieces)
+                upload.exchange(prepared)
+                await self._chunks.put_prepared(prepared, durable=durable)
+                upload.chunk_id = prepared.chunk_id
         except DfsError as e:
             upload.error = e  # the commit tries again and reports
         except BaseException:  # the end of the client: nobody may commit what is not stored

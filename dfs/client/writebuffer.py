@@ -2,8 +2,8 @@
 
 Segments never overlap; writing over a segment cuts it.  A segment's bytes lie in a `Source`: the
 buffer that came with the write, or an `Upload`, a chunk being sent, into which many segments were
-gathered.  Segments are windows on the buffers that the caller handed over, which must not be
-changed afterwards; only short pieces that share a chunk are copied, once, when they are packed.
+gathered.  Nothing is copied: segments are windows on the buffers that the caller handed over, and
+must not be changed afterwards.
 
 Segments are kept by the aligned window of the file that they lie in, and one that crosses an edge
 is two: so a write in the midst of many others moves no more of them than its window holds.
@@ -15,11 +15,11 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
+from dfs.client.store import Prepared
 from dfs.codec import Buffer
 from dfs.volume.extents import plan_pack
 
 WINDOW = 4 << 20  # aligned part of a file that is uploaded as one chunk
-SHORT = 64 << 10  # bytes; pieces of a chunk that are shorter on average are copied into one
 
 
 class Upload:
@@ -38,6 +38,10 @@ class Upload:
         self.length = at
         self.chunk_id = b""
         self.error: BaseException | None = None
+
+    def exchange(self, prepared: Prepared) -> None:
+        """Hold the same bytes as the prepared chunk does: short pieces may be one there."""
+        self.pieces, self.starts = prepared.pieces, prepared.starts
 
     def read(self, offset: int, length: int) -> list[memoryview]:
         """The bytes of a range, as views."""
@@ -285,8 +289,6 @@ class WriteBuffer:
             for s in self.overlapping(start, filled - at + start):
                 begin = max(s.start, start)
                 pieces += s.read(begin, min(s.end, start + length) - begin)
-        if len(pieces) > 1 and filled < SHORT * len(pieces):
-            pieces = [b"".join(pieces)]
         upload = Upload(pieces)
         loose = self.loose
         for window, i, at in single:

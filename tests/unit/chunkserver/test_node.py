@@ -151,6 +151,26 @@ async def test_a_stale_epoch_is_refused():
             await call("chunk.get", chunk_id, 0, -1, epoch=2)
 
 
+@pytest.mark.parametrize("length", [500, 5000, 100_000])
+async def test_short_pieces_of_a_chunk_are_sent_as_one(length):
+    async with chunk_cluster(3) as cluster:
+        client = await connected(cluster)
+        whole = [cluster.random.randbytes(length) for _ in range(30)]
+        pieces = [memoryview(piece) for piece in whole]
+        pieces[3] = pieces[3][10:-10]  # a part only
+        plain = b"".join(pieces)
+        prepared = await client.prepare(pieces)
+        short = length < chunkio.SHORT
+        assert len(prepared.pieces) == (1 if short else len(pieces))
+        assert len(prepared.buffers) == 1 + len(prepared.pieces)
+        assert all(p.obj is w for p, w in zip(prepared.pieces, whole, strict=True)) or short
+        assert prepared.read(0, len(plain)) == plain
+        await client.put_prepared(prepared, durable=True)
+        del prepared
+        assert bytes(await client.read(await client.put(plain), 0, len(plain))) == plain
+        assert client.statistics()["puts"] == 2
+
+
 async def test_a_bad_copy_is_never_returned_and_heals():
     async with chunk_cluster(3) as cluster:
         client = await connected(cluster)

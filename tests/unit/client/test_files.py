@@ -688,14 +688,14 @@ async def test_a_client_that_ends_commits_no_chunk_that_was_not_stored():
     home = new_home()
     async with filesystem(home) as fs:
         attr, fh = await fs.create(1, b"a", 0o644)
-        real = fs.files._chunks.put
+        real = fs.files._chunks.put_prepared
         broken = trio.Event()
 
-        async def put(pieces, *, durable=False):
+        async def put(prepared, *, durable=False):
             await broken.wait()
             raise ValueError("a defect")
 
-        fs.files._chunks.put = put
+        fs.files._chunks.put_prepared = put
         upload = None
         try:
             async with trio.open_nursery() as nursery:
@@ -706,7 +706,7 @@ async def test_a_client_that_ends_commits_no_chunk_that_was_not_stored():
                 broken.set()
         except* ValueError:
             pass
-        fs.files._nursery, fs.files._chunks.put = outer, real
+        fs.files._nursery, fs.files._chunks.put_prepared = outer, real
         assert isinstance(upload.error, FsError)
         await fs.fsync(fh)
         await fs.release(fh)
