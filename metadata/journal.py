@@ -123,7 +123,11 @@ class Replica(Acceptor):
 
     def rule_majority(self, who: Collection[int], members: tuple[int, ...]) -> bool:
         """Only answers of members count, and it takes more than half of them."""
-        return sum(m in who for m in members) > len(members) // 2
+        count = 0
+        for member in members:
+            if member in who:
+                count += 1
+        return count > len(members) // 2
 
     def rule_deciders(self) -> tuple[int, ...]:
         """A config decides from the seq after its own (chosen) one on."""
@@ -141,12 +145,16 @@ class Replica(Acceptor):
         others are asked when these do not answer soon, and told what was chosen many entries at a
         time.  A config is everybody's business.
         """
-        others = tuple(m for m in self.rule_voters(payload) if m != self.me)
-        few = self.partners
-        if self.probes > 0 or not self.owned or config_of(payload) is not None:
-            return others
-        enough = self.rule_majority({self.me, *few}, self.rule_voters(payload))
-        return few if enough and len(few) < len(others) else others
+        voters, few = self.rule_voters(payload), self.partners
+        if (
+            self.probes <= 0
+            and self.owned
+            and len(few) < len(voters) - (self.me in voters)
+            and config_of(payload) is None
+            and self.rule_majority((self.me, *few), voters)
+        ):
+            return few
+        return tuple(m for m in voters if m != self.me)
 
     def rule_config_is_next(self, version: int) -> bool:
         """A config is proposed only as the next version."""
@@ -391,7 +399,7 @@ class Replica(Acceptor):
         self.probes -= not self.left_out
         self.send_pause = RESEND / 2 if self.left_out else RESEND
         self.send_at = self.now + (HEDGE if self.left_out else RESEND)
-        self._on_accept(me, self.ballot, seq, self.head, payload)
+        self._on_accept(me, self.ballot, seq, self.head, payload, here=here)
 
     def _accept_message(self) -> Message:
         assert self.current is not None  # noqa: S101 - callers checked

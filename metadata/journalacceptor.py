@@ -139,7 +139,14 @@ class Acceptor:
         self.out.append((REPLY, sender, (PROMISE, ballot, self.chosen, pending)))
 
     def _on_accept(
-        self, sender: int, ballot: Ballot, seq: int, prev_hash: bytes, payload: bytes
+        self,
+        sender: int,
+        ballot: Ballot,
+        seq: int,
+        prev_hash: bytes,
+        payload: bytes,
+        *,
+        here: bytes | None = None,  # the chain hash, where it is known
     ) -> None:
         if ballot < self.promised:
             self.out.append((SEND, sender, (NACK, ballot, self.promised)))
@@ -151,7 +158,7 @@ class Acceptor:
             pending = None
         if self.rule_on_top(seq, prev_hash):
             if pending is None or pending.ballot != ballot:
-                here = chain(prev_hash, seq, payload)
+                here = here or chain(prev_hash, seq, payload)
                 self.pending = Pending(ballot, payload, here)
                 self.out.append((PERSIST, (ENTRY, seq, ballot, prev_hash, payload, False)))
             self.out.append((REPLY, sender, (ACK, ballot, seq)))

@@ -245,9 +245,6 @@ class Journal:
             self._queue += effects
             return
         host = self._host
-        host.active.add(self)
-        if host.timer_parked is not None:
-            host.timer_parked.set()
         self._busy = True
         try:
             while effects:
@@ -273,6 +270,8 @@ class Journal:
                 effects, self._queue = self._queue, []
         finally:
             self._busy = False
+            if self not in host.active:
+                host.look_after(self)
 
     def _reply(self, to: int, message: Message) -> None:
         host = self._host

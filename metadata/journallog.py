@@ -405,8 +405,10 @@ class JournalLog:
 
     def idle(self, now: float) -> bool:
         """Mark the last sync once the log is idle; whether there is nothing more to mark."""
-        if self._parked is None or self._marked >= self._synced:
-            return self._marked >= self._synced
+        if self._parked is None:
+            return False  # there will be
+        if self._marked >= self._synced:
+            return True
         if now < self._idle_since + IDLE_MARK:
             return False
         segment = self._active
@@ -421,6 +423,11 @@ class JournalLog:
         segment.size = max(segment.size, segment.end)
         self._marked = synced
         return True
+
+    def idle_at(self, now: float) -> float:
+        """When to ask `idle` again that has just said no."""
+        since = now if self._parked is None else self._idle_since
+        return max(since + IDLE_MARK, now + IDLE_MARK / 10)
 
     # ------------------------------------------------------------------------------- collection
 

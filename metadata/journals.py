@@ -63,8 +63,9 @@ class JournalHost:
         self.number = number
         self.log: JournalLog
         self.now = env.clock.monotonic
-        self.active: set[Journal] = set()  # their timers may be due soon
-        self.timer_parked: trio.Event | None = None
+        self.active: set[Journal] = set()  # they have timers that may be due soon
+        self._timers_parked: trio.Event | None = None
+        self._resting = False  # the timers' task waits, and nobody has to be told of any time
         self.errors: dict[str, int] = {}
         self.failed: StoreFailed | None = None
         self._get_map = get_map
@@ -220,13 +221,29 @@ class JournalHost:
                     self.active.discard(journal)
                     if due is not None:
                         self._later[journal] = due
-            if self.active or not self.log.idle(now):
+            marked = self.log.idle(now)
+            if self.active:
                 await trio.sleep(TICK)
                 continue
-            self.timer_parked = event = trio.Event()
-            with trio.move_on_after(IDLE_LOOK if self._later else float("inf")):
+            # Who only votes has no timers, and is not looked at for each vote.
+            pause = IDLE_LOOK if self._later else float("inf")
+            if not marked:
+                pause = min(pause, self.log.idle_at(now) - now)
+            self._resting = marked
+            self._timers_parked = event = trio.Event()
+            with trio.move_on_after(pause):
                 await event.wait()
-            self.timer_parked = None
+            self._timers_parked = None
+            self._resting = False
+
+    def look_after(self, journal: Journal) -> None:
+        """Something happened in a journal that is not `active`: is there a time to look at?"""
+        if journal.replica.due() is not None:
+            self.active.add(journal)
+        elif not self._resting:
+            return
+        if self._timers_parked is not None:
+            self._timers_parked.set()
 
     async def _tidy_up(self) -> None:
         while True:

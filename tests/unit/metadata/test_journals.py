@@ -377,3 +377,39 @@ async def test_a_subscriber_may_act_on_what_it_hears():
         journal.unsubscribe(heard)
         await journal.propose(b"x", 5)
         assert order == [2, 3, 4]
+
+
+def counted(monkeypatch, log):
+    """How often the timers' task of a log's node looks around."""
+    looks = []
+    idle = log.idle
+    monkeypatch.setattr(log, "idle", lambda now: looks.append(now) or idle(now))
+    return looks
+
+
+@pytest.mark.parametrize("told", [True, False])
+async def test_who_only_votes_is_left_alone_until_its_log_is_to_be_marked(monkeypatch, told):
+    if not told:  # the mutant: a task that rests is not told that there is something to mark
+        never = property(lambda _: False, lambda *_: None)
+        monkeypatch.setattr(JournalHost, "_resting", never, raising=False)
+    async with cluster() as c:
+        journal = c.journal(0)
+        await journal.acquire(5)
+        await trio.sleep(60)  # all know everything, nobody has anything to do
+        logs = [c.hosts[i].log for i in HOMES]
+        assert all(log._marked == log._synced for log in logs) == told
+        looks = [counted(monkeypatch, log) for log in logs]
+        await trio.sleep(10)
+        assert not told or max(map(len, looks)) <= 10  # one a second, for what is far away
+        before = [log._synced for log in logs]
+        began, count = trio.current_time(), 0
+        while trio.current_time() < began + 2:
+            await journal.propose(b"x" * 20, 5)
+            count += 1
+        lasted = trio.current_time() - began
+        assert count > 100
+        assert all(log._synced > at for log, at in zip(logs, before, strict=True))
+        assert max(map(len, looks[1:])) < 60, "far fewer looks than votes"
+        assert len(looks[0]) > 0.8 * lasted / 0.02, "the owner has timers to look at"
+        await trio.sleep(0.6)  # the others heard by then of what was chosen without them
+        assert not told or all(log._marked == log._synced for log in logs)
