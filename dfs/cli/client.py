@@ -17,10 +17,13 @@ import trio
 from dfs.chunks.format import encode
 from dfs.cli.context import interruptible, patience
 from dfs.cli.diagnosis import explain_silence, unreachable
+from dfs.cli.place import Place
+from dfs.client.attributes import Attr, fs_error
 from dfs.client.capacity import ClusterWatch
 from dfs.client.chunkio import ChunkClient
 from dfs.client.connect import Cluster, ClusterRef, connect
 from dfs.client.filesystem import FileSystem, open_filesystem
+from dfs.client.paths import resolve
 from dfs.client.quota import read_limits, read_usage
 from dfs.client.registry import Registry, open_registry
 from dfs.client.session import Session, open_session
@@ -204,6 +207,14 @@ async def _opened(
         raise await explain_silence(cluster, what, volume_id, patience()) from e
     if not entered:
         raise await explain_silence(cluster, what, volume_id, patience())
+
+
+async def found(fs: FileSystem, place: Place, *, follow: bool = True) -> Attr:
+    """What is at a place; raises ENOTDIR if its path ends in a slash and it is no directory."""
+    attr = await resolve(fs, place.path, follow=follow or place.directory)
+    if place.directory and not attr.is_dir:
+        raise fs_error(errno.ENOTDIR)
+    return attr
 
 
 @contextlib.contextmanager

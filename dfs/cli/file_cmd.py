@@ -63,12 +63,12 @@ def ls(cluster_path: str | None, as_json: bool, long: bool, directory: bool, pla
     Example:
       dfs ls -l photos:/docs
     """
-    from dfs.cli.client import naming
-    from dfs.client.paths import list_directory, resolve
+    from dfs.cli.client import found, naming
+    from dfs.client.paths import list_directory
 
     async def work(fs: "FileSystem") -> "list[tuple[bytes, Attr]]":
         with naming(place):
-            attr = await resolve(fs, place.path, follow=not directory)
+            attr = await found(fs, place, follow=not directory)
             if directory or not attr.is_dir:
                 return [(place.name or b"/", attr)]
             return sorted([entry async for entry in list_directory(fs, attr.ino)])
@@ -93,13 +93,14 @@ def ls(cluster_path: str | None, as_json: bool, long: bool, directory: bool, pla
 @click.argument("places", type=PLACE, nargs=-1, required=True)
 def cat(cluster_path: str | None, places: tuple[Place, ...]) -> None:
     """Write files of a volume to standard output, one after the other."""
-    from dfs.cli.client import naming
+    from dfs.cli.client import found, naming
     from dfs.client.paths import get_file
 
     out = standard_stream("stdout")
 
     async def work(fs: "FileSystem") -> None:
         with naming(place), writing_stdout():
+            await found(fs, place)
             await get_file(fs, place.path, out)
             out.flush()
 
@@ -113,12 +114,11 @@ def cat(cluster_path: str | None, places: tuple[Place, ...]) -> None:
 @click.argument("place", type=PLACE)
 def stat(cluster_path: str | None, as_json: bool, place: Place) -> None:
     """Show what is known about a file of a volume."""
-    from dfs.cli.client import naming
-    from dfs.client.paths import resolve
+    from dfs.cli.client import found, naming
 
     async def work(fs: "FileSystem") -> "tuple[Attr, bytes]":
         with naming(place):
-            attr = await resolve(fs, place.path, follow=False)
+            attr = await found(fs, place, follow=False)
             return attr, await fs.readlink(attr.ino) if attr.is_symlink else b""
 
     attr, target = _on_volume(cluster_path, place.volume, work)
@@ -167,7 +167,7 @@ def mkdir(cluster_path: str | None, parents: bool, places: tuple[Place, ...]) ->
 @click.argument("target", type=PLACE)
 def mv(cluster_path: str | None, source: Place, target: Place) -> None:
     """Rename SOURCE to TARGET, or into TARGET if that is a directory."""
-    from dfs.cli.client import naming
+    from dfs.cli.client import found, naming
     from dfs.client.paths import resolve, resolve_parent
     from dfs.errors import FsError, InvalidArgument
 
@@ -179,8 +179,8 @@ def mv(cluster_path: str | None, source: Place, target: Place) -> None:
 
     async def work(fs: "FileSystem") -> None:
         with naming(source):
+            await found(fs, source, follow=False)
             parent, name = await resolve_parent(fs, source.path)
-            await fs.lookup(parent, name)
         with naming(target):
             try:
                 into = await resolve(fs, target.path)
@@ -209,13 +209,15 @@ def rm(cluster_path: str | None, recursive: bool, force: bool, places: tuple[Pla
     """
     import errno
 
-    from dfs.cli.client import naming
+    from dfs.cli.client import found, naming
     from dfs.client.paths import remove_tree, resolve_parent
     from dfs.errors import FsError, InvalidArgument
 
     async def work(fs: "FileSystem") -> None:
         try:
             with naming(place):
+                if place.directory:
+                    await found(fs, place)
                 if recursive:
                     await remove_tree(fs, place.path)
                 else:

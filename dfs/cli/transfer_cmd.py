@@ -114,6 +114,8 @@ def get(
     volumes = {source.volume for source in sources}
     if len(volumes) > 1:
         raise click.UsageError("dfs get copies from one volume at a time")
+    if is_place(target) and not Path(target).parent.exists():
+        raise click.UsageError(f"{target} is in a volume: dfs get copies to local files")
     if target == "-" and (recursive or len(sources) > 1):
         raise click.UsageError("only one file can be written to standard output")
     file = cluster_file(cluster_path)

@@ -167,6 +167,7 @@ def test_names(dfs):
         ("put", "files:/a", "files:/b"),
         ("get", "files:/a", "other:/b", "t"),
         ("get", "-r", "files:/a", "-"),
+        ("get", "files:/a", "files:/b"),
         ("mv", "files:/a", "other:/a"),
         ("put", "-", "-", "files:/a"),
     ],

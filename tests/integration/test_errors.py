@@ -158,6 +158,13 @@ def test_what_cannot_be_read_keeps_nothing_else_from_being_copied(volume, tmp_pa
     volume.dfs("rm", "-r", "v:/some")
 
 
+def test_a_slash_at_the_end_means_a_directory(volume):
+    volume.dfs("put", "/etc/hostname", "v:/file")
+    for command in (("rm", "-r"), ("ls",), ("cat",)):
+        assert "v:/file: Not a directory" in refused(volume, *command, "v:/file/")
+    volume.dfs("rm", "v:/file")
+
+
 def test_a_device_is_not_replaced(volume, tmp_path):
     os.mkfifo(tmp_path / "fifo")
     volume.dfs("put", "/etc/hostname", "v:/hostname")
