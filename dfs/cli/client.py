@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import trio
 
-from dfs.chunks.format import encode
 from dfs.cli.context import interruptible, patience
 from dfs.cli.diagnosis import explain_silence, unreachable
 from dfs.cli.place import Place
@@ -27,7 +26,7 @@ from dfs.client.paths import resolve
 from dfs.client.quota import read_limits, read_usage
 from dfs.client.registry import Registry, open_registry
 from dfs.client.session import Session, open_session
-from dfs.env import Buffers
+from dfs.client.store import Prepared
 from dfs.errors import DfsError, FsError, Unreachable, WrongCluster
 from dfs.ids import SYSTEM_VOLUME
 
@@ -49,23 +48,21 @@ class DedupChunks(ChunkClient):
     seen, that is all that goes over the network.
     """
 
-    def __init__(self, *args: Any, salt: bytes, **options: Any) -> None:
+    def __init__(self, *args: Any, **options: Any) -> None:
         """As `ChunkClient`."""
-        super().__init__(*args, salt=salt, **options)
-        self._family = salt
+        super().__init__(*args, **options)
         self.known_bytes = 0  # plain bytes that did not have to be sent
 
-    async def put(self, data: Buffers, *, durable: bool = False) -> bytes:
-        """See `ChunkClient.put`."""
-        chunk_id, _ = encode(data, self._family, compress=False)
+    async def put_prepared(self, prepared: Prepared, *, durable: bool = False) -> None:
+        """See `ChunkClient.put_prepared`."""
         held = False
         with trio.move_on_after(TOUCH_PATIENCE):
-            (held,) = await self.touch([chunk_id])
+            (held,) = await self.touch([prepared.chunk_id])
         if held:
-            pieces = [data] if isinstance(data, bytes | bytearray | memoryview) else data
-            self.known_bytes += sum(len(piece) for piece in pieces)
-            return chunk_id
-        return await super().put(data, durable=durable)
+            self._prepared.pop(prepared.chunk_id, None)
+            self.known_bytes += prepared.length
+        else:
+            await super().put_prepared(prepared, durable=durable)
 
 
 @contextlib.asynccontextmanager
