@@ -13,6 +13,7 @@ import trio
 
 from dfs.errors import Busy, Corrupt, DfsError, Fenced, InvalidArgument
 from dfs.ids import SYSTEM_VOLUME, SessionId
+from dfs.volume.validation import validate
 from metadata.batches import Answer, Verdicts
 from metadata.delegation import SILENCE, Delegated
 from metadata.exclusion import Excluded, in_use, rivals
@@ -157,8 +158,8 @@ class VolumeService(VolumeHome):
         core, recall = self._current(), self._recall
         if check_commit(args) > MANY:
             return False
-        for _ in checks(args, system=self.volume == SYSTEM_VOLUME):
-            pass
+        for _, _, effects in args[4]:
+            validate(effects, system=self.volume == SYSTEM_VOLUME)
         request, have = made_commit(args)
         if not request.writing or self._backlog > MAX_BACKLOG or self._behind():
             return False

@@ -384,6 +384,7 @@ async def test_a_large_commit_is_checked_between_the_turns_of_others(monkeypatch
         txns = [txn([put(i) for i in range(2, 12)]), txn([put(20)]), txn([put(21)])]
         bad = [txn([put(i) for i in range(30, 42)]), txn([(PUT, b"?", b"")])]
         monkeypatch.setattr(requests, "validate", noted)
+        monkeypatch.setattr(volumeservice, "validate", noted)
         trio.lowlevel.add_instrument(turns)
         assert (await a.commit(*txns))[1] == (True, True, True)
         with pytest.raises(InvalidArgument, match="key"):
