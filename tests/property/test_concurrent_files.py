@@ -14,9 +14,13 @@ from functools import partial
 import pytest
 import trio
 
-from dfs.client import contents, files, writebuffer
+from dfs.client import contents, files, reader, writebuffer
+from dfs.client.files import Files
 from dfs.client.foresight import Foresight
-from dfs.errors import DiskFull, FsError, NoQuorum
+from dfs.client.openfile import File
+from dfs.client.quota import Quota
+from dfs.client.writebuffer import WriteBuffer
+from dfs.errors import DiskFull, FsError, NoQuorum, leaves
 from dfs.ids import ROOT_INO
 from dfs.testing.fakehome import FakeChunks
 from dfs.volume import extents, items
@@ -152,7 +156,7 @@ class Crowd:
         for model in self.models:
             left = self.disk.content(model.ino)
             if all(left != c for c, _ in model.states) and model.cutting is None:
-                model.owed = True
+                model.owed = model.handles > 0
             if held and left is not None:
                 model.check_disk(left, model.floor)
                 model.rebase(left)
@@ -193,6 +197,8 @@ class Crowd:
             if what in ("open", "unlink", "rename", "link"):
                 if not self.loses:
                     await self.name(what, rnd.choice(NAMES), rnd.choice(NAMES))
+                elif what == "open":  # a loss takes names back, and not only the last one
+                    await self.open_again(rnd.choice(self.models))
                 continue
             if what == "pause":
                 await trio.sleep(rnd.choice([0.001, 0.01, 0.1, 1.5]))
@@ -254,6 +260,15 @@ class Crowd:
             model.names.add(name)
             self.models.append(model)
         assert model.ino == attr.ino
+        model.handles += 1
+        self.handles.append(Handle(model, number))
+
+    async def open_again(self, model):
+        try:
+            number = await self.fs.open(model.ino, writable=True)
+        except FsError as e:
+            self.excuse(e)
+            return
         model.handles += 1
         self.handles.append(Handle(model, number))
 
@@ -401,6 +416,8 @@ class Crowd:
         await self.fs.release(h.number)
         model.leaving -= 1
         self.left(model)
+        if not model.handles:  # nobody is left to be told
+            model.owed = False
 
     async def crash(self, _h, model):
         if model.names:
@@ -471,7 +488,7 @@ async def run(seed, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_read_and_what_is_kept_is_what_was_written(mode):
-    for seed in range(25):
+    for seed in range(20):
         run_seeded(run, seed, mode, seed=seed)
 
 
@@ -480,3 +497,163 @@ def test_what_is_read_and_what_is_kept_is_what_was_written(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_so_it_is_with_many_more_programs(seed, mode):
     run_seeded(run, 1000 + seed, mode, seed=seed)
+
+
+# ------------------------------------------------------------------------------------ mutants
+
+
+def forgets_later_writes(patch):
+    """What was written during a commit is forgotten with what was committed."""
+
+    def forget(self, committed):
+        for segment in committed:
+            self.cut(segment.start, segment.end)
+
+    patch(WriteBuffer, "forget", forget)
+
+
+def commits_what_is_left(patch):
+    """Of what was sent, only that is committed which was not written over meanwhile."""
+    real = Files._store
+
+    async def store(self, buffer):
+        segments, oldest = await real(self, buffer)
+        left = set(map(id, buffer))
+        return [s for s in segments if id(s) in left], oldest
+
+    patch(Files, "_store", store)
+
+
+def cuts_beside_commits(patch):
+    """A truncation does not wait for a commit, nor a commit for a truncation."""
+
+    async def truncate(self, ino, size):
+        file = self._files.get(ino) or File(ino)
+        if file.cut < 0:
+            await self._truncate(file, size)
+
+    patch(Files, "truncate", truncate)
+
+
+def cuts_what_is_dirty_only(patch):
+    """While a truncation is under way, what is committed is shown as it was."""
+    patch(reader, "shorter", lambda found, _size: found)
+    patch(Files, "overlay", lambda _, attr: attr)
+
+
+def does_not_wait_for_cuts(patch):
+    """fsync does not wait for a truncation under way."""
+
+    async def flush(self, file):
+        if file.buffer:
+            await self._commit(file)
+        self._raise_error(file)
+
+    patch(Files, "flush", flush)
+
+
+def commits_what_was_dropped(patch):
+    """What was given up with the session is committed to the next one."""
+    real = Files._publication
+
+    def publication(self, file, _buffer, segments, **more):
+        return real(self, file, file.buffer, segments, **more)
+
+    patch(Files, "_publication", publication)
+
+
+def loses_what_it_cut(patch):
+    """A truncation that fails does not give back what it cut from the buffer."""
+    patch(WriteBuffer, "restore", lambda *_: None)
+
+
+def spends_errors(patch):
+    """A close takes the error that a sync should tell."""
+    real = Files.close
+
+    async def close(self, file):
+        file.error, file.lost = None, False
+        await real(self, file)
+
+    patch(Files, "close", close)
+
+
+def counts_twice(patch):
+    """What a commit added is used and held for a while."""
+    patch(Quota, "recount", lambda *_: None)
+
+
+def does_not_reserve(patch):
+    """What a truncation adds is not held while it is under way."""
+
+    async def reserve(self, file, end):
+        await trio.lowlevel.checkpoint()
+
+    async def hold(self, file, end):
+        await real(self, file, end)
+
+    real = Quota.reserve
+    patch(Quota, "hold", hold)
+    patch(Quota, "reserve", reserve)
+
+
+def leaves_orphans(patch):
+    """A file that was closed while it was unlinked is not purged."""
+    real = Files.unlinked
+
+    async def unlinked(self, ino):
+        if ino in self._files:
+            await real(self, ino)
+
+    patch(Files, "unlinked", unlinked)
+
+
+def syncs_nothing(patch):
+    """A commit does not wait until its chunks are durable."""
+
+    async def sync(self):
+        await trio.lowlevel.checkpoint()
+        return 0
+
+    patch(Moody, "sync", sync)
+
+
+def sets_times_back(patch):
+    """A mode or time that is set does not wait for what was written before."""
+
+    async def settle(self, ino):
+        await trio.lowlevel.checkpoint()
+
+    patch(Files, "settle", settle)
+
+
+# Each mutant with a mode in which it shows, and the first program to try.
+MUTANTS = {
+    forgets_later_writes: ("shared", 0),
+    commits_what_is_left: ("shared", 3),
+    cuts_beside_commits: ("failing", 6),
+    cuts_what_is_dirty_only: ("shared", 0),
+    does_not_wait_for_cuts: ("shared", 91),
+    commits_what_was_dropped: ("lost_delegated", 6),
+    loses_what_it_cut: ("lost", 251),
+    spends_errors: ("lost", 30),
+    counts_twice: ("limited", 58),
+    does_not_reserve: ("limited", 131),
+    leaves_orphans: ("shared", 38),
+    syncs_nothing: ("failing", 0),
+    sets_times_back: ("shared", 3),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.__name__)
+def test_a_broken_client_is_found(monkeypatch, mutant):
+    mutant(monkeypatch.setattr)
+    mode, first = MUTANTS[mutant]
+    for seed in range(first, first + 400):  # what draws a number more or less shifts them all
+        try:
+            run_seeded(run, seed, mode, seed=seed)
+        except BaseException as e:
+            found = set(map(type, leaves(e)))
+            assert found <= {AssertionError, FsError, trio.TooSlowError, trio.Cancelled}, found
+            return
+    raise AssertionError("no program shows it")
