@@ -247,3 +247,47 @@ async def test_a_lost_session_is_opened_again_when_there_is_room():
         home.full = set()
         await trio.sleep(5)
         assert await names(fs, ROOT_INO) == [b"f"]
+
+
+# ------------------------------------------------------------------------------------ mutants
+
+
+def late(monkeypatch):
+    monkeypatch.setattr(committer, "STALLED", 5.0)
+    return test_fsync_under_the_delegation_says_so_and_the_next_one_succeeds(100)
+
+
+def any_reason(monkeypatch):
+    async def always(*_):
+        return "silence is taken for full disks"
+
+    monkeypatch.setattr(committer, "stalled_by_disks", always)
+    return test_one_full_disk_is_not_the_reason_and_neither_is_silence()
+
+
+def gives_up(monkeypatch):
+    real = committer.Committer._note_full
+
+    def note_full(self, full):
+        real(self, full)
+        if full:
+            self._session.lose("the disks are full")
+
+    monkeypatch.setattr(committer.Committer, "_note_full", note_full)
+    return test_fsync_under_the_delegation_says_so_and_the_next_one_succeeds(100)
+
+
+def for_certain(monkeypatch):
+    """Also who waits for the request on its way is told that nothing was done."""
+    real = committer.Submission.__init__
+    monkeypatch.setattr(
+        committer.Submission, "__init__", lambda self, *a, **_: real(self, *a, kept=True)
+    )
+    return test_an_operation_that_never_left_is_refused_for_certain()
+
+
+@pytest.mark.parametrize("mutant", [late, any_reason, gives_up, for_certain])
+async def test_a_broken_one_is_found(mutant, monkeypatch):
+    with pytest.raises(BaseException) as caught:  # noqa: PT011 - a group of any
+        await mutant(monkeypatch)
+    assert caught.group_contains(AssertionError, depth=None) or caught.type is AssertionError
