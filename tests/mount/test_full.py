@@ -255,14 +255,14 @@ def test_metadata_disks_with_not_a_byte_left(small, mounted):
     for _ in range(2):
         began = time.monotonic()
         assert synced(where) == errno.ENOSPC
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 10  # resent until its deadline it would take 30
     assert set(os.listdir(where)) >= moved.keys()
     began = time.monotonic()
     for command in (("ls", f"{name}:/"), ("volume", "list")):  # no session can be opened
         assert "their disks have no room: node" in small.cluster.refused(*command)
     assert time.monotonic() - began < 10
     small.leave()
-    wait_until(lambda: synced(where) == 0, 5, "the same is synced when there is room")
+    wait_until(lambda: synced(where) == 0, 15, "the same is synced when there is room")
     works_again(where)
     remount(small, name, where)
     assert intact(accepted)
