@@ -44,6 +44,10 @@ class _Fetch:
         self.error: DfsError | None = None
 
 
+def _ended() -> DfsError:
+    return DfsError("the client has ended")
+
+
 class ChunkCache:
     """Least recently used parts of chunks; see the module's docstring."""
 
@@ -162,9 +166,11 @@ class ChunkCache:
             for key in run:
                 self._nursery.start_soon(self._run, key, chunk_length, self._fetches[key])
             return
-        except BaseException:  # the end of the mount
+        except BaseException:  # the end of the mount: who waits must not go on without the bytes
             for key in run:
-                self._fetches.pop(key).done.set()
+                fetch = self._fetches.pop(key)
+                fetch.error = _ended()
+                fetch.done.set()
             raise
         for at, key in enumerate(run):
             fetch = self._fetches.pop(key)
@@ -181,6 +187,9 @@ class ChunkCache:
             self._add(key, fetch.data)
         except DfsError as e:
             fetch.error = e
+        except BaseException:
+            fetch.error = _ended()
+            raise
         finally:
             del self._fetches[key]
             fetch.done.set()

@@ -561,8 +561,9 @@ class Files:
         except BaseException:
             if file.buffer is buffer:
                 self._resize(file, lambda: buffer.restore(size, cut))
-            file.cut = -1
-            quota.recount(file)
+            file.size = -1
+            if not file.buffer:
+                quota.release(file)
             raise
         else:
             file.size = size

@@ -374,7 +374,11 @@ class FileSystem:
             if attr.kind != REG:
                 raise fs_error(errno.EISDIR if attr.is_dir else errno.ELOOP, repr(name)) from None
             handle = await self.open(attr.ino, readable=readable, writable=True, truncate=truncate)
-            return await self.getattr(attr.ino), handle
+            try:
+                return await self.getattr(attr.ino), handle
+            except FsError:
+                await self.release(handle)
+                raise
         return attr, self._open(attr.ino, readable=readable, writable=True)
 
     async def open(
@@ -391,8 +395,8 @@ class FileSystem:
         if truncate:  # an empty file too: its times change
             try:
                 await self.files.truncate(ino, 0)
-            except BaseException:
-                self._close(handle)
+            except FsError:
+                await self.release(handle)
                 raise
         return handle
 
@@ -458,11 +462,6 @@ class FileSystem:
         h = self.handles.pop(handle)
         if isinstance(h, FileHandle):
             await self.files.close(h.file)
-
-    def _close(self, handle: int) -> None:
-        h = self.handles.pop(handle)
-        if isinstance(h, FileHandle):
-            h.file.handles -= 1
 
     # ------------------------------------------------------------------ directories
 

@@ -756,3 +756,77 @@ async def test_offsets_at_the_limits():
         await fs.setattr(attr.ino, size=3)
         await fs.release(fh)
         assert await read_file(fs, attr.ino) == bytes(3)
+
+
+async def test_an_open_that_cannot_truncate_leaves_nothing_open():
+    home = new_home()
+    async with filesystem(home, deadline=2.0) as fs:
+        ino = await write_file(fs, 1, b"a", b"a" * 100)
+        real = fs.files.truncate
+
+        async def truncate(ino, size):
+            fs.rpc.down = {1, 2, 3}
+            await real(ino, size)
+
+        fs.files.truncate = truncate
+        with pytest.raises(FsError):
+            await fs.open(ino, writable=True, truncate=True)
+        assert len(fs.handles) == 0
+        assert not fs.files._files
+        fs.rpc.down = set()
+        await trio.sleep(3)
+        assert await read_file(fs, ino) == b"a" * 100
+
+
+async def test_a_file_may_be_closed_and_opened_while_it_waits_for_compaction(monkeypatch):
+    monkeypatch.setattr(contents, "CROWDED", 2)
+    home = new_home()
+    async with filesystem(home) as fs:
+        ino = await write_file(fs, 1, b"a", b"a" * MIB)
+        for _ in range(3):
+            fh = await fs.open(ino, writable=True)
+            for n in range(40):
+                await fs.write(fh, n * 20_000, b"b" * 5000)
+            await fs.fsync(fh)
+            await fs.release(fh)
+            await trio.sleep(0.1)
+        await trio.sleep(30)
+        assert fs.files.statistics()["compacted"]
+        want = bytearray(b"a" * MIB)
+        for n in range(40):
+            want[n * 20_000 : n * 20_000 + 5000] = b"b" * 5000
+        assert await read_file(fs, ino) == bytes(want)
+
+
+@pytest.mark.parametrize("length", [100_000, 3 * MIB])
+async def test_a_reader_gets_no_less_when_a_fetch_has_a_defect(length):
+    home = new_home()
+    async with filesystem(home) as fs:
+        ino = await write_file(fs, 1, b"a", b"a" * length)
+        fh = await fs.open(ino)
+        cache = fs.files._cache
+        found = []
+
+        async def read(*_):
+            await trio.sleep(0.1)
+            raise ValueError("a defect")
+
+        async def reader():
+            try:
+                with trio.CancelScope(shield=True):
+                    found.append(await fs.read(fh, 0, length))
+            except FsError as e:
+                found.append(e.errno)
+
+        cache._chunks.read = read
+        try:
+            async with trio.open_nursery() as nursery:
+                outer, cache._nursery = cache._nursery, nursery
+                nursery.start_soon(reader)
+        except* ValueError:
+            pass
+        assert found == [errno.EIO]
+        del cache._chunks.read
+        cache._nursery = outer
+        assert len(await fs.read(fh, 0, length)) == length
+        await fs.release(fh)
