@@ -1,11 +1,11 @@
 """File data of one client: write-back, commit, read-ahead.
 
 Writes go to the file's `WriteBuffer`.  Whole 4 MiB windows are uploaded at once, in the background;
-the rest when the file is committed: by flush or fsync, by a task a second after the first write, or
-because too much is uncommitted.  A commit is, in this order: upload what is left, packed into
-shared chunks; a `sync` barrier, after which the chunks are durable on W servers; one transaction
-with the extents, size and times.  So a commit never names a chunk that could be lost.  Up to 4 KiB
-need no chunk at all: they are inline extents.
+the rest when the file is committed: by flush or fsync, by a task a second after the first write or
+once there are many pieces, or because too much is uncommitted.  A commit is, in this order: upload
+what is left, packed into shared chunks; a `sync` barrier, after which the chunks are durable on W
+servers; one transaction with the extents, size and times.  So a commit never names a chunk that
+could be lost.  Up to 4 KiB need no chunk at all: they are inline extents.
 
 Concurrency contract.  One loop; code between awaits is atomic.  `File.lock` is held by commits and
 truncation of a file, never by reads or writes.  While a commit waits, writes go on: they cut the
@@ -55,6 +55,8 @@ MAX_DIRTY = 96 << 20  # bytes of all files, uncommitted or on their way, beyond 
 UPLOADS = 4  # chunks on their way at once
 PARALLEL = 64  # files that the write-back commits at once
 AGE = 1.0  # seconds after which dirty data is committed without being asked
+# Pieces of dirty data that are committed earlier: nobody is answered while a commit works them out.
+MANY = 2000
 MAX_SIZE = items.MAX_OFFSET
 LOOK = 32  # commits of a file, of which one looks whether it is cut to pieces
 INLINE_HERE = 16 << 10  # bytes that need no chunk under the delegation: many share one entry
@@ -588,13 +590,17 @@ class Files:
             self._wake.set()
 
     async def _write_back(self) -> None:
-        """Commit what has been dirty for `AGE` seconds; sleeps while nothing is dirty."""
+        """Commit what was dirty for `AGE` seconds, or is much; sleeps while nothing is dirty."""
         while True:
             if not self._dirty:
                 self._wake = trio.Event()
                 await self._wake.wait()
             now = self._clock.monotonic()
-            due = [f for f in self._dirty.values() if now - f.dirty_since >= AGE]
+            due = [
+                f
+                for f in self._dirty.values()
+                if (age := now - f.dirty_since) >= AGE or (age >= 0 and len(f.buffer) >= MANY)
+            ]
             async with trio.open_nursery() as nursery:
                 for file in due[:PARALLEL]:
                     nursery.start_soon(self._commit_quietly, file)

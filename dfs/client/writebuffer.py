@@ -117,6 +117,11 @@ class WriteBuffer:
         """Whether there is anything uncommitted."""
         return bool(self._order)
 
+    def __len__(self) -> int:
+        """Number of segments."""
+        windows = self._windows.values()
+        return sum([len(window.segments) for window in windows])
+
     def __iter__(self) -> Iterator[Segment]:
         """Segments in order of offsets."""
         windows = self._windows

@@ -6,7 +6,7 @@ import random
 import pytest
 import trio
 
-from dfs.client import compaction, contents
+from dfs.client import compaction, contents, files
 from dfs.errors import FsError
 from dfs.volume import extents, items
 from tests.unit.client.support import VOLUME, filesystem, new_home, read_file, write_file
@@ -711,6 +711,42 @@ async def test_a_client_that_ends_commits_no_chunk_that_was_not_stored():
         await fs.fsync(fh)
         await fs.release(fh)
         assert await read_file(fs, attr.ino) == b"x" * 10_000
+
+
+@pytest.mark.parametrize("many", [True, False])
+async def test_many_pieces_are_committed_early(many):
+    async with filesystem(new_home()) as fs:
+        attr, fh = await fs.create(1, b"a", 0o644)
+        await trio.sleep(2 * files.AGE)
+        for n in range(files.MANY + 1 if many else files.MANY // 2):
+            await fs.write(fh, n * 9000, b"%d" % n)
+        await trio.sleep(0.5 * files.AGE)
+        assert fs.files.is_dirty(attr.ino) != many
+        await trio.sleep(files.AGE)
+        assert not fs.files.is_dirty(attr.ino)
+        await fs.release(fh)
+
+
+async def test_many_pieces_that_cannot_be_stored_are_not_tried_again_at_once():
+    home = new_home()
+    async with filesystem(home) as fs:
+        _, fh = await fs.create(1, b"a", 0o644)
+        home.chunks.full = True
+        tried = []
+        real = fs.files._commit
+
+        async def commit(file):
+            tried.append(trio.current_time())
+            await real(file)
+
+        fs.files._commit = commit
+        for n in range(files.MANY + 1):
+            await fs.write(fh, n * 9000, b"%d" % n)
+        await trio.sleep(10 * files.AGE)
+        assert 2 <= len(tried) <= 11
+        home.chunks.full = False
+        await fs.fsync(fh)
+        await fs.release(fh)
 
 
 LAST = items.MAX_OFFSET

@@ -27,6 +27,7 @@ def check(buffer, model):
         held.update({s.start + i: whole[i] for i in range(s.length)})
     assert held == {k: v[0] for k, v in model.items()}
     assert bool(buffer) == bool(model)
+    assert len(buffer) == sum(1 for _ in buffer)
     assert buffer.size == len(model)
     assert buffer.end == max(model, default=-1) + 1
     loose = {}
