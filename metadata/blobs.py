@@ -24,7 +24,7 @@ from metadata.store.options import MAX_VALUE
 
 PREFIX = b"b"  # of the keys in the store: PREFIX + hash
 MAX_ERRORS = 100  # texts kept
-BATCH = 8 << 20  # bytes written to the store at once
+BATCH = 1 << 20  # bytes checked or written to the store at once: others wait for a ms or two
 REPLY = 48 << 20  # bytes of data in one answer
 
 
@@ -96,6 +96,7 @@ class Blobs:
             if size >= BATCH:
                 await self._write(missing)
                 missing, size = [], 0
+                await trio.lowlevel.checkpoint()
         if missing:
             await self._write(missing)
         await self._store.sync()  # the held ones may be on their way only
@@ -185,9 +186,12 @@ class Blobs:
     async def _put(self, _ctx: Context, args: tuple[Any, ...], data: memoryview) -> Reply:
         (wanted,) = args
         blobs = []
-        at = 0
+        at = pause = 0
         for blob_hash, length in wanted:
             _check_hash(blob_hash)
+            if at - pause >= BATCH:
+                pause = at
+                await trio.lowlevel.checkpoint()
             if type(length) is not int or not 0 <= length <= min(MAX_VALUE, len(data) - at):
                 raise InvalidArgument(f"blob {blob_hash.hex()[:16]} of {length!r} bytes at {at}")
             blob = bytes(data[at : at + length])

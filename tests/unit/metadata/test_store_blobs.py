@@ -11,6 +11,7 @@ from dfs.errors import Corrupt, DiskFull, InvalidArgument
 from dfs.hashing import digest
 from dfs.testing.disk import SimDisk
 from dfs.testing.processes import SimProcesses
+from metadata import blobs as module
 from metadata.blobs import PREFIX, REPLY, Blobs
 from metadata.merkle import BLOBS, Digests, partition_of_row, recompute
 from metadata.store.engine import Store
@@ -55,6 +56,39 @@ async def test_reads_that_need_no_repair_run_inline():
     await put(blobs, b"a")
     reply = blobs.handlers()["blob.get"](CONTEXT, ((digest(b"a"),),), memoryview(b""))
     assert isinstance(reply, tuple)
+
+
+@pytest.mark.parametrize(("batch", "pieces"), [(1000, True), (1 << 20, False)])
+async def test_many_blobs_are_put_between_the_turns_of_others(monkeypatch, batch, pieces):
+    """With pieces that are large enough there are no others: the measure can tell."""
+    monkeypatch.setattr(module, "BATCH", batch)
+    blobs = Blobs(await Store.open(make_env()))
+    values = [b"%03d" % n * 100 for n in range(40)]
+    turns, seen = Turns(), []
+    batches = blobs._store.batch
+
+    async def noted(ops, **options):
+        seen.append((turns.count, len(ops)))
+        await batches(ops, **options)
+
+    monkeypatch.setattr(blobs._store, "batch", noted)
+    trio.lowlevel.add_instrument(turns)
+    await trio.lowlevel.checkpoint()
+    await put(blobs, *values)
+    trio.lowlevel.remove_instrument(turns)
+    assert sum(count for _, count in seen) == 40
+    assert (len({turn for turn, _ in seen}) == 10) == pieces
+    assert (seen[0][0] > 8) == pieces, "they are checked in pieces, too"
+    assert all(blobs.get(digest(v)) == v for v in values)
+
+
+class Turns(trio.abc.Instrument):
+    """Counts the turns of tasks."""
+
+    count = 0
+
+    def before_task_step(self, task):
+        self.count += 1
 
 
 async def test_put_refuses_wrong_bytes():
