@@ -20,6 +20,7 @@ from dfs.errors import Corrupt, DiskFull
 from metadata.store import expiry, recovery, report
 from metadata.store.losses import Loss, clip, union
 from metadata.store.maintenance import Maintenance
+from metadata.store.manifest import note_made
 from metadata.store.ops import Op, measure
 from metadata.store.options import StoreOptions
 from metadata.store.snapshot import SCAN_LIMIT, Item, Snapshot, bounds
@@ -50,6 +51,7 @@ class Store:
         loaded = await env.disk.run(recovery.load, env.disk, prefix, options)
         state = State(env, prefix, options, loaded)
         state.memtable.segments.append(await state.log.rotate())
+        await env.disk.run(note_made, env.disk, prefix)
         await state.reserve.restore()
         if options.own:
             try:

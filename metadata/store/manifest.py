@@ -8,11 +8,12 @@ is still read, has losses without the table's name and tables without what expir
 """
 
 import struct
+from contextlib import suppress
 from typing import NamedTuple
 
 from dfs.codec import pack, unpack
 from dfs.env import Disk
-from dfs.errors import Corrupt, RemoteProtocolError
+from dfs.errors import Corrupt, DiskFull, RemoteProtocolError
 from dfs.hashing import crc32
 from metadata.store.losses import Loss
 from metadata.store.table import Meta
@@ -81,7 +82,7 @@ def decode(data: bytes, path: str) -> Manifest:
 def read(disk: Disk, prefix: str) -> Manifest | None:
     """The manifest of a store, None where there has never been a store.
 
-    Raises `Corrupt` when it is unreadable, or absent where tables or segments are.
+    Raises `Corrupt` when it is unreadable, or absent where tables or segments are, or were.
     """
     name = f"{prefix}/MANIFEST"
     if disk.exists(name):
@@ -95,7 +96,24 @@ def read(disk: Disk, prefix: str) -> Manifest | None:
             f"{disk.path(name)} is missing but {orphans[0]} is there; "
             "restore it or treat this data directory as a lost disk"
         )
+    if disk.exists(made(prefix)):
+        raise Corrupt(
+            f"{disk.path(prefix)} is empty, but it was not;"
+            " restore it or treat this data directory as a lost disk"
+        )
     return None
+
+
+def made(prefix: str) -> str:
+    """Name of the file that says, beside a store's directory, that there is a store."""
+    return f"{prefix}.made"
+
+
+def note_made(disk: Disk, prefix: str) -> None:
+    """Make that file, if it is not there: a store that vanishes later is not begun anew."""
+    if not disk.exists(made(prefix)):
+        with suppress(DiskFull):  # then the next start makes it
+            disk.write_atomic(made(prefix), MAGIC)
 
 
 def write(disk: Disk, prefix: str, manifest: Manifest) -> None:

@@ -7,7 +7,7 @@ import trio
 
 from dfs.clock import SystemClock
 from dfs.env import Env
-from dfs.errors import Corrupt
+from dfs.errors import Corrupt, DiskFull
 from dfs.testing.disk import SimDisk
 from dfs.testing.processes import SimProcesses
 from metadata.store.engine import Store
@@ -289,3 +289,34 @@ async def test_a_writer_that_must_merge_first_is_not_refused_for_damage():
     assert store.statistics()["merges"]
     assert set(store.quarantined) == set(damaged)
     assert 0 < len(audit(store, model)) < 40
+
+
+async def test_a_store_that_vanished_is_not_begun_anew():
+    env = make_env()
+    store, _ = await filled(env, count=3)
+    store.close()
+    for name in env.disk.listdir("lsm"):
+        env.disk.unlink(f"lsm/{name}")
+    with pytest.raises(Corrupt, match=r"lsm is empty, but it was not; .* as a lost disk"):
+        await Store.open(env, options=SMALL)
+    assert env.disk.listdir("lsm") == []
+
+
+async def test_a_store_of_before_there_was_a_mark_gets_one_once_there_is_room():
+    env = make_env()
+    store, model = await filled(env, count=3)
+    store.close()
+    env.disk.unlink("lsm.made")
+    real = env.disk.write_atomic
+
+    def full(name, data):
+        if name == "lsm.made":
+            raise DiskFull("no room")
+        real(name, data)
+
+    for write, marked in ((full, False), (real, True)):
+        env.disk.write_atomic = write
+        store = await Store.open(env, options=SMALL)
+        assert all(store.get(key) == value for key, value in model.items())
+        assert env.disk.exists("lsm.made") == marked
+        store.close()
