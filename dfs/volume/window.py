@@ -108,12 +108,18 @@ class Window:
         """Forget writers up to `floor`; transactions that read before it conflict from now on."""
         if floor <= self.floor:
             return
-        self.floor = floor
+        before, self.floor = self.floor, floor
         known = self._entries
         if known and known[0][0] <= floor:
             self._entries = [entry for entry in known if entry[0] > floor]
             self._waiting = sum(len(effects) for _, effects in self._entries)
-        for table in (self._keys, self._groups, self._ranges):
+        if not self._indexed():
+            return
+        tables = self._keys, self._groups, self._ranges
+        if self.seq - floor < floor - before:  # few entries stay, and probably few names
+            self._keys, self._groups, self._ranges = (_newer(table, floor) for table in tables)
+            return
+        for table in tables:
             stale = []
             for name, seq in table.items():
                 if seq > floor:
@@ -132,3 +138,13 @@ class Window:
         if self._entries:
             self._index()
         return self._indexed()
+
+
+def _newer(table: dict[bytes, int], floor: int) -> dict[bytes, int]:
+    """What a table, in the order of last writing, has from after `floor`."""
+    kept = []
+    for item in reversed(table.items()):
+        if item[1] <= floor:
+            break
+        kept.append(item)
+    return dict(reversed(kept))
