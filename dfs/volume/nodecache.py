@@ -164,7 +164,9 @@ class NodeCache:
                 continue
             left -= node.cost
             if compress is not None and name not in packed:
-                packed[name] = data = compress(encode(node.level, node.keys, node.values))
+                data = compress(encode(node.level, node.keys, node.values))
+                # A copy: what zstd returns keeps the memory that it might have needed, 8 KiB.
+                packed[name] = data = bytes(memoryview(data))
                 cost = _cost(data)
                 self.packed += cost
                 left += cost

@@ -1,5 +1,6 @@
 """The cache of tree nodes keeps to its budget however nodes come; those used longest ago go first."""
 
+import tracemalloc
 from random import Random
 
 import pytest
@@ -82,6 +83,23 @@ def test_what_does_not_fit_decoded_is_kept_compressed_and_comes_back_equal():
     statistics = cache.statistics()
     assert (statistics["nodes"], statistics["evicted"], statistics["misses"]) == (150, 0, 0)
     assert 300 < statistics["unpacked"] <= 450
+
+
+def test_compressed_nodes_take_the_memory_that_is_counted():
+    made = blobs(0, 150)
+    tracemalloc.start()
+    try:
+        cache = NodeCache(BUDGET)
+        cache.add(made)
+        took = sum(
+            trace.size
+            for trace in tracemalloc.take_snapshot().traces
+            if trace.traceback[0].filename.endswith("nodecache.py")
+        )
+    finally:
+        tracemalloc.stop()
+    assert len(cache) == 150
+    assert took < 2 * cache.packed
 
 
 def test_compressed_nodes_have_a_share_and_those_used_longest_ago_go_first():
