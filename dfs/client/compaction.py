@@ -13,7 +13,7 @@ from collections.abc import Callable
 import trio
 
 from dfs.client.attributes import get_inode
-from dfs.client.contents import Contents, overlapping, scan_extents
+from dfs.client.contents import Contents, crowded_windows, overlapping, scan_extents
 from dfs.client.openfile import File
 from dfs.client.reader import Reader
 from dfs.client.session import Session
@@ -112,11 +112,17 @@ class Compactor:
             return [e for e in found if e.length < LARGE]
 
         end = -(-end // MAX_EXTENT) * MAX_EXTENT
-        small = await self._session.read(lambda txn: look(txn, start, end))
-        windows = dict.fromkeys(offset // MAX_EXTENT for offset, _ in extents.plan_compact(small))
+        # By their keys alone: to decode all that a large file has would keep everybody waiting.
+        windows = await self._session.read(
+            lambda txn: crowded_windows(txn, ino, start, end, extents.FRAGMENTED)
+        )
         done, rest = True, 0.0
         for window in windows:
             low, high = window * MAX_EXTENT, (window + 1) * MAX_EXTENT
+            found = await self._session.read(lambda txn: look(txn, low, high))  # noqa: B023 - called at once
+            if not extents.plan_compact(found):
+                await trio.lowlevel.checkpoint()
+                continue
             await self._calm(rest)
             began = trio.current_time()
             found = await self._session.read(lambda txn: look(txn, low, high))  # noqa: B023 - called at once

@@ -135,6 +135,21 @@ def touched(
     return extents.decode(found), each * (len(sample) - inline + -(-inline // INLINE_SHARE))
 
 
+def crowded_windows(txn: Txn, ino: int, start: int, end: int, many: int) -> list[int]:
+    """Numbers of the aligned windows of 4 MiB of a range in which `many` extents or more begin.
+
+    Some more are named where extents were replaced or removed lately.
+    """
+    size = items.MAX_EXTENT
+
+    def edge(key: bytes) -> bytes:
+        return items.extent_key(ino, (items.suffix_u64(key) // size + 1) * size)
+
+    parts = Stretch(txn.view, *extents.bounds(ino, start, end)).parts(edge)
+    numbers = [items.suffix_u64(key) // size - 1 for key, count in parts.items() if count >= many]
+    return sorted(number for number in numbers if number >= start // size)
+
+
 def reaching(txn: Txn, ino: int, start: int, end: int) -> list[extents.Extent]:
     """Committed extents that may overlap a range of a file, in order, and no others.
 

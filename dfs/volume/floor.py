@@ -8,7 +8,7 @@ from its leaves, which costs next to nothing for each, and are searched: `Stretc
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from dfs.volume import tree
 from dfs.volume.node import GetNode
@@ -141,6 +141,22 @@ class Stretch:
             part.sort()
             found += part
             done, own_done = stop, own_stop
+        return found
+
+    def parts(self, edge: Callable[[bytes], bytes]) -> dict[bytes, int]:
+        """Parts of the stretch that hold something: where each ends, and about how many items.
+
+        `edge(key)`: the end of the part that a key is in.  Counts are never too low; items that
+        were changed or removed since the tree may count twice, or all the same.
+        """
+        found: dict[bytes, int] = {}
+        for keys in (self._keys, self._own):
+            i, count = 0, len(keys)
+            while i < count:
+                end = edge(keys[i])
+                j = bisect_left(keys, end, i + 1)
+                found[end] = found.get(end, 0) + j - i
+                i = j
         return found
 
     def sample(self) -> tuple[list[Item], int]:

@@ -6,7 +6,7 @@ import pytest
 import trio
 
 from dfs.client import compaction, contents, files
-from dfs.client.contents import overlapping, reaching, scan_extents, touched
+from dfs.client.contents import crowded_windows, overlapping, reaching, scan_extents, touched
 from dfs.volume import extents, items
 from tests.unit.client.support import filesystem, new_home, read_file
 
@@ -195,3 +195,30 @@ async def test_who_changes_something_is_not_disturbed_for_long(monkeypatch):
         assert len(await fs.session.read(lambda t: scan_extents(t, attr.ino, 0, size))) < 40
         assert await read_file(fs, attr.ino) == content
         await fs.release(fh)
+
+
+async def test_windows_with_many_extents_are_named():
+    rng, size = random.Random(5), items.MAX_EXTENT
+    async with filesystem(new_home()) as fs:
+        attr = await fs.mknod(1, b"a", 0o100644)
+        placed = [extents.inline(0, b"z")]
+        for _ in range(600):
+            at = placed[-1].end + rng.choice([0, 5, 9000, 300_000])
+            if rng.random() < 0.02:
+                at += 3 * size
+            placed.append(extents.inline(at, b"x" * rng.choice([1, 50])))
+        await fs.session.transact(lambda t: t.extend([e.put(attr.ino) for e in placed]))
+        last = placed[-1].offset // size
+        counts = [sum(e.offset // size == w for e in placed) for w in range(last + 1)]
+        for removed in range(2):
+            txn = fs.session.view.begin()
+            for many in range(1, max(counts) + 2):
+                low, high = sorted(rng.choices(range(last + 2), k=2))
+                named = crowded_windows(txn, attr.ino, low * size, high * size, many)
+                wanted = [w for w in range(low, min(high, last + 1)) if counts[w] >= many]
+                assert named == wanted
+            if not removed:  # those that are gone still count, and no others
+                gone = [e for e in placed if e.offset // size == last // 2]
+                await fs.session.transact(
+                    lambda t: [t.delete(e.put(attr.ino)[1]) for e in gone]  # noqa: B023
+                )
