@@ -58,6 +58,13 @@ def load(disk: Disk, prefix: str, options: StoreOptions) -> Loaded:
         runs.append(Run(run.level, tables, lost))
 
     first = manifest.first_segment
+    if disk.exists(manifests.made(prefix)) and not [
+        n for n in wal.numbers(disk, prefix) if n >= first
+    ]:
+        raise Corrupt(
+            f"{disk.path(prefix)} has no log from segment {first} on, but it had;"
+            " restore it or treat this data directory as a lost disk"
+        )
     memtables = [Memtable([])]
     base = manifest.first_base
     last = wal.Recovered(first - 1, base, base, [], "", 0)

@@ -302,6 +302,17 @@ async def test_a_store_that_vanished_is_not_begun_anew():
     assert env.disk.listdir("lsm") == []
 
 
+async def test_a_log_that_vanished_is_not_begun_anew():
+    env = make_env()
+    store, _ = await filled(env, count=3)
+    store.close()
+    for name in env.disk.listdir("lsm"):
+        if name.endswith(".wal"):
+            env.disk.unlink(f"lsm/{name}")
+    with pytest.raises(Corrupt, match=r"lsm has no log from segment \d+ on, but it had"):
+        await Store.open(env, options=SMALL)
+
+
 async def test_a_store_of_before_there_was_a_mark_gets_one_once_there_is_room():
     env = make_env()
     store, model = await filled(env, count=3)
