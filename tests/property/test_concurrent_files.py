@@ -39,6 +39,8 @@ MODES = {
     "shared": {},
     "delegated": {"delegates": True},
     "exclusive": {"delegates": True, "mode": "rwx"},
+    "recalled": {"delegates": True, "rivals": True},
+    "recalled_failing": {"delegates": True, "rivals": True, "fails": True},
     "limited": {"quota": True},
     "limited_delegated": {"quota": True, "delegates": True},
     "failing": {"fails": True},
@@ -134,6 +136,7 @@ class Crowd:
         self.home, self.fs, self.rnd = home, fs, rnd
         self.limited, self.fails = mode.get("quota"), mode.get("fails", False)
         self.loses, self.delegates = mode.get("loses", False), mode.get("delegates", False)
+        self.rivals = mode.get("rivals", False)
         self.disk = Disk(home)
         self.models = []
         self.handles = []
@@ -188,6 +191,8 @@ class Crowd:
                 nursery.start_soon(self.task)
             if self.loses:
                 nursery.start_soon(self.lose)
+            if self.rivals:
+                nursery.start_soon(self.look_from_elsewhere)
         await self.quiet()
 
     async def task(self):
@@ -217,6 +222,23 @@ class Crowd:
             self.home.revoke(VOLUME)
         else:
             self.home.fence(VOLUME, self.fs.session.sid)
+
+    async def look_from_elsewhere(self):
+        """Other clients see what was synced, and take the delegation away."""
+        for seed in range(2, 6):
+            await trio.sleep(self.rnd.choice([0.01, 0.1, 0.5]))
+            mode = self.rnd.choice(["ro", "rw"])
+            async with filesystem(self.home, seed=seed, mode=mode) as other:
+                for model in [m for m in self.models if m.names]:
+                    since = model.floor
+                    try:
+                        found = await read_file(other, model.ino, MOST + 1)
+                    except FsError as e:
+                        if model.names:
+                            self.excuse(e)
+                    else:
+                        model.check_disk(found, since)
+                await trio.sleep(self.rnd.choice([0, 0.3]))
 
     async def name(self, what, name, other):
         fs = self.fs
@@ -442,6 +464,7 @@ class Crowd:
             await fs.session.settle()
         await trio.sleep(20)  # compaction has ended too
         assert fs.session.statistics()["opens"] == 1 + self.loses
+        assert fs.session.here == self.delegates or self.loses
         found = fs.files.statistics()
         assert [found[k] for k in ("open", "dirty", "uncommitted", "uploading")] == [0] * 4, found
         assert not fs.files._files, "files that nobody has open are kept"
