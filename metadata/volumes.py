@@ -482,7 +482,7 @@ _TOO_MANY_SESSIONS = (
 
 def _brief() -> Window:
     """A window of one batch: nothing in it is indexed unless somebody asks."""
-    return Window(0, UNBOUNDED, waiting=UNBOUNDED)
+    return Window(0, brief=True)
 
 
 def _accepted(request: Commit, verdicts: Verdicts) -> tuple[Effect, ...]:

@@ -13,11 +13,14 @@ the same item only the last is entered.  No answer depends on when that happens.
 """
 
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 
 from dfs.volume.effects import DELETE_RANGE, PATCH, Effect, commutes
 from dfs.volume.items import GROUP_SIZE
 
-WAITING = 512  # effects that are not indexed; they are kept whole, so not too many
+WAITING = 512  # effects that are not indexed; they are kept whole, so not too many,
+HELD = 1 << 20  # nor with values of more bytes than this
+_operand = itemgetter(-1)
 
 
 class Window:
@@ -27,15 +30,16 @@ class Window:
     """
 
     __slots__ = (
-        "_entries", "_groups", "_keys", "_most", "_ranges", "_waiting", "floor", "limit", "seq",
+        "_brief", "_entries", "_groups", "_held", "_keys", "_ranges", "_waiting",
+        "floor", "limit", "seq",
     )  # fmt: skip
 
-    def __init__(self, floor: int, limit: int = 200_000, *, waiting: int | None = None) -> None:
+    def __init__(self, floor: int, limit: int = 200_000, *, brief: bool = False) -> None:
         """An empty window that knows everything after `floor`; holds up to `limit` writers.
 
-        `waiting`: effects that may wait, `WAITING` unless given; more for a window that ends soon.
+        A `brief` one ends soon: it has no limit, and everything waits until somebody asks.
         """
-        self._most = WAITING if waiting is None else waiting
+        self._brief = brief
         self.floor = floor
         self.seq = floor
         self.limit = limit
@@ -44,16 +48,24 @@ class Window:
         self._ranges: dict[bytes, int] = {}  # groups that lost keys nobody listed
         self._entries: list[tuple[int, Sequence[Effect]]] = []  # those that are not indexed
         self._waiting = 0  # effects of them
+        self._held = 0  # bytes of their values
 
     def record(self, seq: int, effects: Iterable[Effect]) -> None:
         """Note what the effects of entry `seq` write; sequence numbers never decrease."""
         effects = tuple(effects)
         self.seq = seq
         self._entries.append((seq, effects))
+        if self._brief:
+            return
         self._waiting += len(effects)
+        self._held += sum(map(len, map(_operand, effects)))
         # An effect makes three names at most.  When the limit may be near, `floor` has to be right
         # after each entry, so each is indexed at once.
-        if self._waiting > self._most or self._indexed() + 3 * self._waiting > self.limit:
+        if (
+            self._waiting > WAITING
+            or self._held > HELD
+            or self._indexed() + 3 * self._waiting > self.limit
+        ):
             self._index()
 
     def _index(self) -> None:
@@ -74,14 +86,14 @@ class Window:
                 elif name not in ranges:
                     ranges[name] = seq
         self._entries = []
-        self._waiting = 0
+        self._waiting = self._held = 0
         # Popping first keeps the dicts in the order of last writing, which forgetting relies on.
         for table, new in ((self._keys, keys), (self._groups, groups), (self._ranges, ranges)):
             for name in reversed(new):
                 table.pop(name, None)
                 if new is not groups or self._keys.get(name) != new[name]:
                     table[name] = new[name]
-        if self._indexed() > self.limit:
+        if self._indexed() > self.limit and not self._brief:
             self._forget()
 
     def _indexed(self) -> int:
@@ -113,6 +125,7 @@ class Window:
         if known and known[0][0] <= floor:
             self._entries = [entry for entry in known if entry[0] > floor]
             self._waiting = sum(len(effects) for _, effects in self._entries)
+            self._held = sum(len(e[-1]) for _, effects in self._entries for e in effects)
         if not self._indexed():
             return
         tables = self._keys, self._groups, self._ranges

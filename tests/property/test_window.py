@@ -119,6 +119,10 @@ def test_what_waits_is_bounded():
         w.record(seq, [(fx.PUT, items.inode_key(seq), b"x" * 100)] * 3)
         assert sum(len(effects) for _, effects in w._entries) <= window.WAITING
     assert w.changed_since(4998, [items.inode_key(4999)])
+    values = [b"%05d" % n * 10_000 for n in range(30)]
+    for value in values:
+        w.record(4999, [(fx.PUT, KEYS[1], value)])
+        assert sum(len(e[2]) for _, effects in w._entries for e in effects) <= window.HELD
     w.record(5000, [(fx.PUT, KEYS[0], b"")])
     w.forget(5000)
     assert not w._entries
