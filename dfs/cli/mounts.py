@@ -15,6 +15,7 @@ from dfs.cli.local import ClusterDir, Process, spawn, stop
 from dfs.errors import ConfigError, DfsError
 
 LAZY_PATIENCE = 2.0  # seconds in which a detached mount ends if nothing uses it
+LINKS = 40  # symbolic links that are followed, as in the kernel
 READY_TIMEOUT = 60.0  # seconds a mount may take
 _MODULE = ("-m", "fuse")
 
@@ -51,7 +52,7 @@ def start_mount(
 
 def check_mount_point(where: Path) -> Path:
     """The absolute mount point; raises `ConfigError` if nothing can be mounted there."""
-    path = Path(os.path.abspath(where))  # noqa: PTH100 - resolve() hangs on a dead mount
+    path = canonical(where)
     mounted = mounts_at(path)
     if mounted:
         if not any(_mount_point(pid) == str(path) for pid in _pids()) and _is_dead(path):
@@ -83,6 +84,26 @@ def _is_dead(path: Path) -> bool:
     return False
 
 
+def canonical(path: Path) -> Path:
+    """The path without symbolic links, without a look at what is mounted there.
+
+    `Path.resolve` asks for its attributes, and a mount without a quorum answers in half a minute.
+    """
+    path = Path(os.path.abspath(path))  # noqa: PTH100 - see above
+    for _ in range(LINKS):
+        if mounts_at(path):
+            break
+        path = path.parent.resolve() / path.name
+        if mounts_at(path):
+            break
+        try:
+            target = path.readlink()
+        except OSError:  # no link: this is it
+            break
+        path = Path(os.path.abspath(path.parent / target))  # noqa: PTH100 - see above
+    return path
+
+
 def mounts_at(path: Path) -> list[str]:
     """File system types mounted at exactly this path, the visible one last."""
     found = []
@@ -100,7 +121,7 @@ def unmount(path: Path, *, lazy: bool = False) -> None:
     `lazy`: detach it even if files are open.  Its process ends after the last of them, whenever
     that is, so it is not waited for.
     """
-    path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() hangs on a dead mount
+    path = canonical(path)
     pids = [pid for pid in _pids() if _mount_point(pid) == str(path)]
     if not mounts_at(path):
         raise ConfigError(f"nothing is mounted on {path}")
@@ -121,7 +142,8 @@ def unmount(path: Path, *, lazy: bool = False) -> None:
             )
         raise DfsError(text or f"{command[0]} {path} failed with status {done.returncode}")
     end = time.monotonic() + (LAZY_PATIENCE if lazy else READY_TIMEOUT)
-    while any(_alive(pid) for pid in pids):
+    # One that is mounted beneath, or was detached while files were open, goes on.
+    while pids and all(_alive(pid) for pid in pids):
         if time.monotonic() > end:
             if lazy:
                 who = ", ".join(map(str, pids))

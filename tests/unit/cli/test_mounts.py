@@ -1,8 +1,10 @@
 """Unmounting, without a kernel: what is told when a mount's process ends badly, or not at all."""
 
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +25,7 @@ class Mount:
             )
         monkeypatch.setattr(mounts, "_pids", lambda: [self.process.pid])
         monkeypatch.setattr(mounts, "_mount_point", self.mount_point)
+        monkeypatch.setattr(mounts, "canonical", lambda path: path)
         monkeypatch.setattr(mounts, "mounts_at", lambda _: ["fuse.dfs"])
         monkeypatch.setattr(subprocess, "run", self.run)
 
@@ -82,3 +85,34 @@ def test_who_holds_files_is_not_waited_for_when_it_is_detached(mount, monkeypatc
 def test_nothing_to_unmount(tmp_path):
     with pytest.raises(ConfigError, match="nothing is mounted on"):
         mounts.unmount(tmp_path)
+
+
+def test_one_that_is_mounted_beneath_is_not_waited_for(mount, monkeypatch):
+    m = mount("")
+    monkeypatch.setattr(mounts, "_pids", lambda: [1, m.process.pid])
+    monkeypatch.setattr(
+        mounts, "_mount_point", lambda pid: str(m.path) if pid == 1 else m.mount_point(pid)
+    )
+    mounts.unmount(m.path)
+
+
+def test_links_are_followed_up_to_what_is_mounted(tmp_path, monkeypatch):
+    (tmp_path / "real" / "m").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "to_m").symlink_to("link/m")
+    (tmp_path / "loop").symlink_to("loop")
+    looked = []
+    wanted = tmp_path.resolve() / "real" / "m"
+    monkeypatch.setattr(mounts, "mounts_at", lambda path: ["fuse.dfs"] if path == wanted else [])
+    for name in ("stat", "lstat"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda path, *a, real=real, **kw: looked.append(path) or real(path, *a, **kw)
+        )
+    for path in ("to_m", "link/m", "real/m", "real/../link/m"):
+        assert mounts.canonical(tmp_path / path) == wanted
+    assert looked
+    assert wanted not in map(Path, looked)
+    monkeypatch.undo()
+    assert mounts.canonical(tmp_path / "none" / "x") == tmp_path.resolve() / "none" / "x"
+    assert mounts.canonical(tmp_path / "loop").name == "loop"
