@@ -11,7 +11,9 @@ Concurrency contract.  One loop; code between awaits is atomic.  `File.lock` is 
 truncation of a file, never by reads or writes.  While a commit waits, writes go on: they cut the
 segments under commit, and `WriteBuffer.forget` afterwards drops only what is still as it was
 committed.  A reader takes committed extents and dirty segments in one step, so it sees a write
-either in the buffer or in the extents; chunk bytes are fetched afterwards and are immutable.
+either in the buffer or in the extents; chunk bytes are fetched afterwards and are immutable.  What
+a commit or truncation looked at before it waited may be gone afterwards: the buffer is another
+object if its data was given up, and the `File` if it was closed and opened (`File.pins` prevents that).
 
 What a write adds to its file is taken from the volume's quota when the write is accepted (`quota`).
 
@@ -523,6 +525,8 @@ class Files:
         if size > MAX_SIZE:
             raise fs_error(errno.EFBIG)
         file = self._files.get(ino)
+        if self._truncate_here(file, ino, size):
+            return
         if file is None:  # whoever opens it meanwhile shall know of this
             file = self._files[ino] = File(ino)
         file.pins += 1
@@ -532,6 +536,19 @@ class Files:
         finally:
             file.pins -= 1
             self._maybe_forget(file)
+
+    def _truncate_here(self, file: File | None, ino: int, size: int) -> bool:
+        """Truncate under the delegation, where nothing of the file waits to be committed."""
+        if not self._session.here or (
+            file is not None and (file.buffer or file.held or file.lock.locked())
+        ):
+            return False
+        truncate, now = self._contents.truncate, self._clock.time_ns()
+        if self._session.transact_here(lambda txn: truncate(txn, ino, size, now)) is None:
+            return False
+        if file is not None:
+            file.size, file.span = size, None
+        return True
 
     async def _truncate(self, file: File, size: int) -> None:
         """From its first step on the file is shown as it will be, and written as if it were so.
