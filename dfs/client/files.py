@@ -13,7 +13,7 @@ segments under commit, and `WriteBuffer.forget` afterwards drops only what is st
 committed.  A reader takes committed extents and dirty segments in one step, so it sees a write
 either in the buffer or in the extents; chunk bytes are fetched afterwards and are immutable.  What
 a commit or truncation looked at before it waited may be gone afterwards: the buffer is another
-object if its data was given up, and the `File` if it was closed and opened (`File.pins` prevents that).
+object if its data was given up, and the `File` if it was closed and opened (`pins` prevent that).
 
 What a write adds to its file is taken from the volume's quota when the write is accepted (`quota`).
 
