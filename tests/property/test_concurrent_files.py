@@ -47,6 +47,7 @@ MODES = {
     "failing_delegated": {"fails": True, "delegates": True},
     "lost": {"fails": True, "loses": True},
     "lost_delegated": {"fails": True, "loses": True, "delegates": True},
+    "lost_limited": {"fails": True, "loses": True, "delegates": True, "quota": True},
 }
 OPS = {
     "write": 12,
@@ -511,7 +512,7 @@ async def run(seed, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_read_and_what_is_kept_is_what_was_written(mode):
-    for seed in range(20):
+    for seed in range(15):
         run_seeded(run, seed, mode, seed=seed)
 
 
