@@ -95,12 +95,12 @@ def patch_creates(target, effects, _apply=fx.apply):
         _apply(target, (e,))
 
 
-def no_ranges(effects, _writes=window.writes):
-    return _writes([e for e in effects if e[0] != fx.DELETE_RANGE])
+def no_ranges(self, seq, effects, _record=window.Window.record):
+    _record(self, seq, [e for e in effects if e[0] != fx.DELETE_RANGE])
 
 
-def no_groups(effects, _writes=window.writes):
-    return _writes(effects)[0], []
+def no_groups(self, base, keys, groups=(), _changed_since=window.Window.changed_since):
+    return _changed_since(self, base, keys)
 
 
 def forgets_the_tail(ino, found, holes, replaced, _cut=extents._cut_out):
@@ -140,8 +140,8 @@ MUTANTS = [
     ("transaction", view.Txn, "_settle", lambda self, key, own: None),
     ("transaction", LocalTxn, "get", local_ranges_hide_nothing),
     ("transaction", LocalTxn, "patch", local_patch_of_the_view),
-    ("window", window, "writes", no_ranges),
-    ("window", window, "writes", no_groups),
+    ("window", window.Window, "record", no_ranges),
+    ("window", window.Window, "changed_since", no_groups),
     ("file", extents, "_cut_out", forgets_the_tail),
     ("file", extents.Extent, "part", chunk_offset_stays),
     ("file", extents, "plan_truncate", truncate_keeps_the_last),
