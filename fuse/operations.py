@@ -14,6 +14,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pyfuse3
@@ -356,7 +357,8 @@ class Operations(pyfuse3.Operations):
         self.open_inodes.opened(handle, ino)
         if self._atimes is not None and mode == os.O_RDONLY and not flags & os.O_NOATIME:
             # Reads of pages that the kernel has do not arrive here, so this counts as one.
-            self._atimes.accessed(await self._fs.getattr(ino))
+            with suppress(FsError):  # the handle is open, even if the file is gone meanwhile
+                self._atimes.accessed(await self._fs.getattr(ino))
         if mode == os.O_RDONLY:
             self.push.opened(ino, handle)
         return pyfuse3.FileInfo(fh=handle, keep_cache=True)

@@ -11,6 +11,7 @@ import pyfuse3
 import pytest
 import trio
 
+from dfs.client.atimes import AccessTimes
 from dfs.client.filesystem import Caller
 from dfs.errors import ConfigError, FsError, NoQuorum
 from fuse.__main__ import Ready, main
@@ -116,6 +117,23 @@ async def test_a_name_that_is_absent_is_inode_0_and_not_cached():
         assert caught.value.errno == errno.ENOTDIR
         with pytest.raises(FsError, match="No such file"):
             await fs.lookup(1, b"none")
+
+
+async def test_an_open_file_does_not_need_its_access_time(monkeypatch):
+    """The handle is there already: failing would leave it open for ever."""
+    home = new_home()
+    async with filesystem(home) as fs:
+        operations = Operations(fs, Told(), atimes=AccessTimes(fs.session))
+        ino = await write_file(fs, 1, b"f", b"x")
+
+        async def gone(_ino):
+            raise FsError("No such file or directory", errno.ENOENT)
+
+        monkeypatch.setattr(fs, "getattr", gone)
+        info = await operations.open(ino, os.O_RDONLY, SimpleNamespace(uid=0))
+        assert bytes(await operations.read(info.fh, 0, 10)) == b"x"
+        await operations.release(info.fh)
+        assert not fs.files.is_open(ino)
 
 
 @pytest.mark.realtime
