@@ -33,6 +33,7 @@ import metadata.volumehome
 from dfs.client.chunkio import ChunkClient
 from dfs.client.filesystem import FileSystem
 from dfs.client.fsck import fsck
+from dfs.client.store import Prepared
 from dfs.errors import DfsError, FsError
 from dfs.ids import ROOT_INO
 from dfs.testing.holder_mutants import HOLDERS, SEEDED, broken
@@ -475,9 +476,9 @@ async def _judge_file(
 
 
 class _NoBarrier(ChunkClient):
-    async def put(self, data: Any, *, durable: bool = False) -> bytes:
+    async def put_prepared(self, prepared: Prepared, *, durable: bool = False) -> None:
         del durable
-        return await super().put(data)
+        await super().put_prepared(prepared)
 
     async def sync(self) -> int:
         return self.clock.time_ns()
