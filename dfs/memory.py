@@ -5,9 +5,13 @@ each chunk of 4 MiB then costs a thousand page faults.  Kept for reuse, writing 
 copies takes about a fifth less processor time of all processes together.  What was kept and is
 free at the moment goes back to the kernel once a minute, also from between what is in use: else a
 process that was busy once would be large for ever.
+
+The garbage collector is due after so many new objects in our processes (hours, in a quiet one) that
+the cycles which each ended connection leaves, of tracebacks and tasks, are looked for then, too.
 """
 
 import ctypes
+import gc
 
 import trio
 
@@ -44,7 +48,12 @@ def give_back() -> bool:
 
 
 async def give_back_often() -> None:
-    """Do so every minute, until cancelled."""
+    """Do so every minute, until cancelled; first free the cycles of what is not old.
+
+    That looks at what was made since the last time and is still there, 15 ms for 100,000 objects.
+    What is older is left to the collector's own rule: a full collection takes too long.
+    """
     while True:
         await trio.sleep(GIVE_BACK)
+        gc.collect(1)
         give_back()

@@ -1,7 +1,13 @@
 """The allocator takes its settings, and gives back what lies free between what is in use."""
 
+import gc
 import subprocess
 import sys
+import weakref
+
+import trio
+
+from dfs.memory import GIVE_BACK, give_back_often
 
 PROGRAM = """
 from dfs.memory import tune_allocator
@@ -46,3 +52,26 @@ def test_free_memory_between_used_memory_is_given_back():
     assert given == "True"
     assert int(kept) > int(full) - 20  # what this is about
     assert int(after) < int(full) - 80
+
+
+class Cycle:
+    """What refers to itself, as the traceback of a task does."""
+
+    def __init__(self):
+        self.me = self
+
+
+async def test_cycles_are_freed_every_minute():
+    thresholds = gc.get_threshold()
+    gc.set_threshold(10**9, 10**9, 10**9)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(give_back_often)
+            ended = weakref.ref(Cycle())
+            await trio.sleep(GIVE_BACK / 2)
+            assert ended() is not None
+            await trio.sleep(GIVE_BACK)
+            assert ended() is None
+            nursery.cancel_scope.cancel()
+    finally:
+        gc.set_threshold(*thresholds)
