@@ -19,6 +19,9 @@ of this one.  So when a request has waited for `STALLED`, the homes are asked wh
 (`explain`).  Then those who need no verdict are told ENOSPC: who waits for a batch, which is kept
 and goes on being sent; whose transaction never left the queue; and who keeps what the transaction
 commits, and commits it again.  Sending goes on, and ends with a verdict once there is room.
+
+Both ways of committing and the switch between them share one request, which makes the module longer
+than most.
 """
 
 import errno

@@ -104,12 +104,15 @@ class Compactor:
             await trio.sleep(STILL / 4)
 
     async def _compact(self, ino: int, start: int, end: int) -> bool:
-        def look(txn: Txn, start: int, end: int) -> list[extents.Extent]:
-            get_inode(txn, ino)
-            found = overlapping(scan_extents(txn, ino, start, end), start, end)
-            # What is large stays as it is: a file that grows by small appends is not written again
-            # and again, but once.
-            return [e for e in found if e.length < LARGE]
+        async def look(start: int, end: int) -> list[extents.Extent]:
+            def op(txn: Txn) -> list[extents.Extent]:
+                get_inode(txn, ino)
+                found = overlapping(scan_extents(txn, ino, start, end), start, end)
+                # What is large stays as it is: a file that grows by small appends is not written
+                # again and again, but once.
+                return [e for e in found if e.length < LARGE]
+
+            return await self._session.read(op)
 
         end = -(-end // MAX_EXTENT) * MAX_EXTENT
         # By their keys alone: to decode all that a large file has would keep everybody waiting.
@@ -119,13 +122,13 @@ class Compactor:
         done, rest = True, 0.0
         for window in windows:
             low, high = window * MAX_EXTENT, (window + 1) * MAX_EXTENT
-            found = await self._session.read(lambda txn: look(txn, low, high))  # noqa: B023 - called at once
+            found = await look(low, high)
             if not extents.plan_compact(found):
                 await trio.lowlevel.checkpoint()
                 continue
             await self._calm(rest)
             began = trio.current_time()
-            found = await self._session.read(lambda txn: look(txn, low, high))  # noqa: B023 - called at once
+            found = await look(low, high)
             for offset, length in extents.plan_compact(found):
                 seen = overlapping(found, offset, offset + length)
                 done = await self._rewrite(ino, seen, offset, length) and done

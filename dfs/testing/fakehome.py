@@ -6,6 +6,8 @@ optimistic concurrency judged one request at a time.  It delegates volumes when 
 it when it is told to (`revoke`) or `revoke_after` seconds after the recall.  Every client gets its
 own `FakeRpc`, whose knobs make calls slow, unreachable, or executed without an answer; arguments
 and results go through `dfs.codec`, so that only what fits on the wire passes.
+
+It is longer than most modules because it stands for a whole cluster, whose parts know each other.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -219,6 +219,9 @@ async def test_windows_with_many_extents_are_named():
                 assert named == wanted
             if not removed:  # those that are gone still count, and no others
                 gone = [e for e in placed if e.offset // size == last // 2]
-                await fs.session.transact(
-                    lambda t: [t.delete(e.put(attr.ino)[1]) for e in gone]  # noqa: B023
-                )
+
+                def remove(txn, ino=attr.ino, gone=gone):
+                    for e in gone:
+                        txn.delete(e.put(ino)[1])
+
+                await fs.session.transact(remove)

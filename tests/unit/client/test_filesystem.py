@@ -70,12 +70,18 @@ async def test_names_are_those_of_the_listing_and_need_no_inodes(bits):
         await fails(errno.ENOENT, fs.readdir_names(fh))
 
 
-async def test_names_of_a_cold_directory_are_fetched_without_its_inodes():
+async def home_of_a_thousand():
+    """A home whose volume's root has a thousand files, all of them in its tree."""
     home = new_home()
     async with filesystem(home) as fs, trio.open_nursery() as nursery:
         for n in range(1000):
             nursery.start_soon(fs.mknod, 1, b"f%d" % n, 0o100644)
     home.checkpoint(VOLUME)
+    return home
+
+
+async def test_names_of_a_cold_directory_are_fetched_without_its_inodes():
+    home = await home_of_a_thousand()
     async with filesystem(home, seed=1, mode="ro") as cold:
         cold.session.nodes.clear()
         fh, cookie, count = await cold.opendir(1), 0, 0
@@ -88,11 +94,7 @@ async def test_names_of_a_cold_directory_are_fetched_without_its_inodes():
 
 
 async def test_listing_a_cold_directory_fetches_in_few_rounds():
-    home = new_home()
-    async with filesystem(home) as fs, trio.open_nursery() as nursery:
-        for n in range(1000):
-            nursery.start_soon(fs.mknod, 1, b"f%d" % n, 0o100644)
-    home.checkpoint(VOLUME)
+    home = await home_of_a_thousand()
     async with filesystem(home, seed=1, mode="ro") as cold:
         assert len(await names(cold, 1)) == 1000
         assert home.blobs.gets < 25
