@@ -208,18 +208,25 @@ def test_another_client_is_seen(mount):
 
 
 def test_a_small_file_that_is_written_all_the_time_is_never_read_as_it_was_before(mount):
-    """What is pushed to the kernel at an open is not older than what the kernel has."""
+    """What is pushed to the kernel at an open is not older than what the kernel has.
+
+    A read beside a write may see the start of one content and the rest of the next: Linux copies
+    into and out of a cached page without a lock (ext4 and tmpfs do the same). Nothing else.
+    """
     m = mount()
     paths = [m.path / f"f{i}" for i in range(4)]
     done = dict.fromkeys(paths, 0)
     stop, wrong, reads = threading.Event(), [], []
+
+    def body(n):
+        return b"%08d" % n * 375  # numbers of eight bytes: no copy stops within one
 
     def write(path):
         n = 0
         while not stop.is_set():
             n += 1
             fd = os.open(path, os.O_WRONLY | os.O_CREAT)
-            os.pwrite(fd, b"%06d" % n * 500, 0)
+            os.pwrite(fd, body(n), 0)
             os.close(fd)
             done[path] = n
 
@@ -229,14 +236,16 @@ def test_a_small_file_that_is_written_all_the_time_is_never_read_as_it_was_befor
                 least = done[path]
                 with path.open("rb", buffering=0) as f:
                     content = f.read(8192)
+                most = done[path] + 1  # this one may be under way
                 reads.append(path)
-                if content[:6] * 500 != content or int(content[:6]) < least:
-                    wrong.append((path, least, content[:20]))
+                seen = {int(content[i : i + 8]) for i in range(0, len(content), 8)}
+                if len(content) != 3000 or min(seen) < least or max(seen) > most:
+                    wrong.append((path, least, len(content), sorted(seen)))
             if len(reads) % 40 == 0:  # the kernel forgets pages and inodes: they are pushed again
                 Path("/proc/sys/vm/drop_caches").write_text("3\n")
 
     for path in paths:
-        path.write_bytes(b"%06d" % 0 * 500)
+        path.write_bytes(body(0))
     threads = [threading.Thread(target=write, args=(path,)) for path in paths[:3]]
     threads += [threading.Thread(target=read) for _ in range(2)]
     for thread in threads:
@@ -248,8 +257,8 @@ def test_a_small_file_that_is_written_all_the_time_is_never_read_as_it_was_befor
     assert wrong == []
     assert len(reads) > 100
     for path in paths:
-        assert m.other("read", path.name) == f"{done[path]:06d}" * 500
-        assert path.read_text() == f"{done[path]:06d}" * 500
+        assert m.other("read", path.name) == body(done[path]).decode()
+        assert path.read_bytes() == body(done[path])
 
 
 def test_a_file_replaced_elsewhere_is_found_by_its_name(mount):
