@@ -30,6 +30,7 @@ from dfs.volume import entries
 from metadata.batches import Answer
 from metadata.delegation import Delegated
 from metadata.journals import Journal, Trimmed
+from metadata.pace import Pace
 from metadata.recall import RECALL_WAIT, Recall
 from metadata.requests import (
     Checkpoint,
@@ -52,7 +53,6 @@ SESSION_TTL = 24 * 3600.0  # seconds without a beat
 EXPIRY_LOOK = 10.0  # seconds between looks for sessions that are silent
 CHECKPOINT_BYTES = 16 << 20  # of journal, or a hundredth of the tree if that is more
 CHECKPOINT_AGE = 300.0  # seconds, if there is anything to fold
-CHECKPOINT_RETRY = 30.0  # seconds after a failure
 REST_AFTER = 5.0  # seconds without any session: who opens the volume next wants a short journal
 REST_BYTES = 256 << 10  # of journal that are worth that
 FOLD_BYTES = 32 << 20  # of entries in one fold, at most: it takes some eight times that in memory
@@ -107,7 +107,8 @@ class VolumeHome:
         self._recall: Recall  # there is one whenever there is a core
         self._backlog = 0
         self._covered = 0  # by the newest checkpoint seen here
-        self._checkpoint_at = 0.0  # time of the last one, or of the last attempt
+        self._checkpoint_at = 0.0  # time of the last one
+        self._pace = Pace()
         self._folding = False
         self._in_use_at = 0.0  # when there was a session last
         self._look_at = 0.0  # when to look for silent sessions
@@ -440,7 +441,7 @@ class VolumeHome:
     def _due(self, core: HomeCore, now: float) -> bool:
         tail = self._tail
         age = now - self._checkpoint_at
-        if not tail.loose or age < 0:
+        if not tail.loose or now < self._pace.retry_at:
             return False
         return (
             age >= CHECKPOINT_AGE
@@ -449,8 +450,8 @@ class VolumeHome:
             or (now - self._in_use_at >= REST_AFTER and tail.loose_bytes >= REST_BYTES)
         )
 
-    async def _to_fold(self, core: HomeCore) -> tuple[int, list[bytes]]:
-        """The oldest entries after the last checkpoint: (seq of the last one, the DATA entries)."""
+    async def _to_fold(self, core: HomeCore) -> tuple[int, int, list[bytes]]:
+        """The oldest entries after the last checkpoint: (seq of the last, bytes, DATA entries)."""
         upto, size, data = core.covered, 0, []
         most = fold_bytes(core)
         while upto < core.seq and size < most:
@@ -460,22 +461,28 @@ class VolumeHome:
                 if kind_of(entry) == entries.DATA:
                     data.append(entry)
             await trio.lowlevel.checkpoint()  # reading may touch the disk
-        return upto, data
+        return upto, size, data
 
     async def _checkpoint(self, core: HomeCore) -> None:
         """Fold the oldest entries into the tree and record it; harmless if another home does."""
+        pace, began, name = self._pace, self._clock.monotonic(), self.volume.hex()
         try:
-            upto, data = await self._to_fold(core)
+            upto, size, data = await self._to_fold(core)
             root, tree_bytes = core.root, core.tree_bytes
             if data:
                 root, tree_bytes = await self._folder(root, core.params.get("salt", b""), data)
             if self.core is core:
                 await self._run(core, Checkpoint(upto, root, tree_bytes))
+            took = self._clock.monotonic() - began
+            pace.folded(size, took)
+            left = self._tail.loose_bytes
+            log.info("volume %s: %d bytes folded in %.2f s, %d to go", name, size, took, left)
         except DfsError as e:
-            self._checkpoint_at = self._clock.monotonic() + CHECKPOINT_RETRY
-            log.warning("volume %s: cannot checkpoint now: %s", self.volume.hex(), e)
+            pause = pace.failed(self._clock.monotonic())
+            log.warning("volume %s: no checkpoint, next try in %.0f s: %s", name, pause, e)
         finally:
             self._folding = False
+        self.tick(self._clock.monotonic())  # the next may be due already
 
 
 def fold_bytes(core: HomeCore) -> int:

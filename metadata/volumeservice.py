@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 
 MAX_WATCH = 0.5  # seconds that a watch waits
 MAX_BACKLOG = 64 << 20  # bytes of effects that wait
-BEHIND = 3  # folds' worth of journal since the last checkpoint from which on commits are slowed
-SLOWED = 1.0  # seconds that each of them waits then, at most
+SLOWED = 1.0  # seconds that a commit waits for checkpoints, at most
+LOOKS = (0.001, 0.05)  # seconds between looks whether it still has to: shortest and longest
 
 
 class VolumeService(VolumeHome):
@@ -93,12 +93,13 @@ class VolumeService(VolumeHome):
 
     async def commit(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Judge and commit transactions; the answer of `vol.commit`."""
-        await self._slow_down()
         # Sessions have one commit under way, so another that overtakes this one is not of its own.
         check_commit(args)
         for _ in checks(args, system=self.volume == SYSTEM_VOLUME):
             await trio.lowlevel.checkpoint()
         request, have = made_commit(args)
+        if request.writing:
+            await self._slow_down(request.size)
         core, recall = self._current(), self._recall
         if self._backlog > MAX_BACKLOG:
             raise Busy(f"{self._backlog} bytes of commits wait at volume {self.volume.hex()}")
@@ -113,20 +114,23 @@ class VolumeService(VolumeHome):
                 self._backlog -= request.size
         return await self._tell(core, request, have, mark, seq, verdicts)
 
-    async def _slow_down(self) -> None:
-        """Let checkpoints catch up, for a while.
+    async def _slow_down(self, size: int) -> None:
+        """Let checkpoints catch up, for a while, before a commit of `size` bytes.
 
         Whatever is in no checkpoint yet is kept in memory, here and by every session.  A fold runs
         at a low priority: on a busy machine commits could outrun it for ever.
         """
-        for _ in range(20):
-            if not self._behind():
+        began, pace = self._clock.monotonic(), self._pace
+        while (core := self.core) is not None:
+            loose, fold = self._tail.loose_bytes, fold_bytes(core)
+            waited = self._clock.monotonic() - began
+            wanted = SLOWED if pace.behind(loose, fold) else pace.delay(size, loose, fold)
+            if waited >= min(wanted, SLOWED):
                 return
-            await trio.sleep(SLOWED / 20)
+            await trio.sleep(min(max(LOOKS[0], wanted - waited), LOOKS[1]))
 
-    def _behind(self) -> bool:
-        core = self.core
-        return core is not None and self._tail.loose_bytes > BEHIND * fold_bytes(core)
+    def _easy(self, core: HomeCore) -> bool:
+        return self._pace.easy(self._tail.loose_bytes, fold_bytes(core))
 
     async def _tell(
         self, core: HomeCore, request: Commit, have: int, mark: int, seq: int, verdicts: Verdicts
@@ -156,12 +160,12 @@ class VolumeService(VolumeHome):
         `commit` would raise.  Raises `InvalidArgument`.
         """
         core, recall = self._current(), self._recall
-        if check_commit(args) > MANY:
+        if check_commit(args) > MANY or not self._easy(core):
             return False
         for _, _, effects in args[4]:
             validate(effects, system=self.volume == SYSTEM_VOLUME)
         request, have = made_commit(args)
-        if not request.writing or self._backlog > MAX_BACKLOG or self._behind():
+        if not request.writing or self._backlog > MAX_BACKLOG:
             return False
         sid, size, mark = request.sid, request.size, core.launched
         recall.heard(sid)

@@ -1,6 +1,7 @@
 """The `vol.*` service on three real metadata nodes over a simulated network."""
 
 import contextlib
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -24,7 +25,7 @@ from dfs.testing.network import SimNetwork
 from dfs.volume import entries, tree
 from dfs.volume.effects import ADD, PATCH, PUT, SET
 from dfs.volume.items import DIR, F_MODE, F_NLINK, Inode, group, inode_key
-from metadata import requests, volumehome, volumes, volumeservice
+from metadata import pace, requests, volumehome, volumes, volumeservice
 
 VOLUME = b"v" * 16
 
@@ -547,27 +548,28 @@ async def test_a_volume_that_nobody_has_open_is_folded_soon_if_it_is_worth_it(mo
 
 async def test_a_fold_that_fails_is_tried_again(monkeypatch):
     monkeypatch.setattr(volumehome, "CHECKPOINT_AGE", 10.0)
-    failures = [NoQuorum("no blobs today")] * 2
+    tried = []
 
     async def folder(root, salt, data):
-        if failures:
-            raise failures.pop()
+        tried.append(trio.current_time())
+        if len(tried) <= 7:
+            raise NoQuorum("no blobs today")
         return b"r" * 32, 1000
 
     async with cluster(folder=folder) as c:
         a = await opened(c)
         await a.commit(txn([put(5)]))
-        await trio.sleep(60)
-        assert await journal_checkpoints(c) == []
-        await trio.sleep(60)
+        await trio.sleep(120)
         assert [e.body[1] for e in await journal_checkpoints(c)] == [b"r" * 32]
+    pauses = [later - earlier for earlier, later in pairwise(tried)]
+    assert [round(pause) for pause in pauses] == [1, 2, 4, 8, 16, 30, 30]
 
 
 @pytest.mark.parametrize("mutant", [False, True], ids=["right", "mutant"])
 async def test_commits_that_outrun_checkpoints_are_slowed(monkeypatch, mutant):
     monkeypatch.setattr(volumehome, "CHECKPOINT_BYTES", 2000)
     if mutant:  # nothing slows them
-        monkeypatch.setattr(volumeservice, "BEHIND", 1 << 30)
+        monkeypatch.setattr(pace, "BEHIND", 1 << 30)
     may_fold = trio.Event()
 
     async def folder(root, salt, data):
@@ -590,6 +592,31 @@ async def test_commits_that_outrun_checkpoints_are_slowed(monkeypatch, mutant):
         may_fold.set()
         await trio.sleep(2)
         assert await commits(5) < 0.1
+
+
+@pytest.mark.parametrize("mutant", [False, True], ids=["right", "mutant"])
+async def test_commits_come_as_fast_as_they_are_folded(monkeypatch, mutant):
+    """A steady pace instead of full speed and standstill in turns."""
+    monkeypatch.setattr(volumehome, "CHECKPOINT_BYTES", 3000)
+    monkeypatch.setattr(volumehome, "READ_BYTES", 500)
+    if mutant:  # nothing is slowed before the end
+        monkeypatch.setattr(pace, "EASY", pace.BEHIND - 0.001)
+
+    async def folder(root, salt, data):
+        await trio.sleep(1)
+        return b"r" * 32, 1
+
+    async with cluster(folder=folder) as c:
+        s = await opened(c)
+        longest, began = 0.0, trio.current_time()
+        committed = 0
+        while (now := trio.current_time()) - began < 15:
+            s.seq, verdicts = await s.commit(txn([put(5 + committed % 100)]))
+            assert verdicts == (True,)
+            committed += 1
+            if now - began > 5:  # the pace of folds is known
+                longest = max(longest, trio.current_time() - now)
+        assert (longest < 0.2) == (not mutant), longest
 
 
 async def test_a_client_far_behind_gets_entries_in_portions(monkeypatch):
