@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 TIMEOUT = 1.0  # seconds that the kernel may answer from its own caches
 BLOCK_SIZE = 4096  # of statfs
+REMOVED = 0  # handle of a directory that was opened after it was removed
 NO_LIMIT = 1 << 60  # bytes that statfs shows when nobody knows a limit
 
 Handler = Callable[..., Coroutine[Any, Any, Any]]
@@ -373,15 +374,17 @@ class Operations(pyfuse3.Operations):
     async def create(
         self, parent: int, name: bytes, mode: int, flags: int, ctx: Any
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
-        """CREATE: make and open."""
-        attr, handle = await self._fs.create(
-            parent,
-            name,
-            stat.S_IMODE(mode),
-            Caller(ctx.uid, ctx.gid),
-            exclusive=bool(flags & os.O_EXCL),
-            truncate=bool(flags & os.O_TRUNC),
-        )
+        """CREATE: make and open; never opens what is there."""
+        try:
+            attr, handle = await self._fs.create(
+                parent, name, stat.S_IMODE(mode), Caller(ctx.uid, ctx.gid)
+            )
+        except FsError as e:
+            if e.errno != errno.EEXIST or flags & os.O_EXCL:
+                raise
+            # Another client made it since the kernel found nothing.  What it is and whether this
+            # caller may open it is for the kernel to check: ESTALE makes it look again.
+            raise pyfuse3.FUSEError(errno.ESTALE) from None
         self.open_inodes.opened(handle, attr.ino)
         return pyfuse3.FileInfo(fh=handle, keep_cache=True), self._entry(parent, name, attr)
 
@@ -415,7 +418,7 @@ class Operations(pyfuse3.Operations):
         except FsError as e:
             if e.errno != errno.ENOENT or ino not in self._removed:
                 raise
-            return 0  # a working directory that was removed; the kernel itself lists it as empty
+            return REMOVED  # a working directory, say; the kernel itself lists it as empty
         return self.open_inodes.opened(handle, ino)
 
     async def readdir(self, fh: int, start: int, token: Any) -> None:
@@ -424,10 +427,13 @@ class Operations(pyfuse3.Operations):
 
     async def fsyncdir(self, fh: int, _datasync: bool) -> None:
         """FSYNCDIR."""
-        await self._fs.fsyncdir(fh)
+        if fh != REMOVED:  # which has nothing left to sync
+            await self._fs.fsyncdir(fh)
 
     async def releasedir(self, fh: int) -> None:
         """RELEASEDIR."""
+        if fh == REMOVED:
+            return
         self.open_inodes.released(fh)
         self.directories.listings.end(fh)
         await self._fs.releasedir(fh)

@@ -19,6 +19,7 @@ S_ISUID, S_ISGID, S_IXGRP = 0o4000, 0o2000, 0o010
 BLOCK = 512  # unit of st_blocks
 FLAG_XATTRS = 1  # INODE.flags: the inode has or had extended attributes
 MAX_SIZE = items.MAX_OFFSET
+MIN_TIME, MAX_TIME = -(1 << 63), (1 << 64) - 1  # nanoseconds that an item can hold: 1677 to 2554
 
 
 def fs_error(code: int, what: str = "") -> FsError:
@@ -126,7 +127,8 @@ def set_attr(
 
     Returns the inode as it becomes.  A change of owner or group clears set-user-ID, and
     set-group-ID of what its group may execute, on everything but directories, unless the same call
-    sets the mode.
+    sets the mode.  Times beyond what can be kept become the nearest that can, as on other file
+    systems of Linux (`timestamp_truncate`).
     """
     inode = get_inode(txn, ino)
     changes: list[fx.Change] = []
@@ -146,15 +148,19 @@ def set_attr(
         inode.gid = gid
         changes.append((items.F_GID, fx.SET, gid))
     if atime is not None:
-        inode.atime = atime
-        changes.append((items.F_ATIME, fx.LAST, atime))
+        inode.atime = _storable(atime)
+        changes.append((items.F_ATIME, fx.LAST, inode.atime))
     if mtime is not None:
-        inode.mtime = mtime
-        changes.append((items.F_MTIME, fx.LAST, mtime))
-    inode.ctime = now if ctime is None else ctime
+        inode.mtime = _storable(mtime)
+        changes.append((items.F_MTIME, fx.LAST, inode.mtime))
+    inode.ctime = now if ctime is None else _storable(ctime)
     changes.append((items.F_CTIME, fx.LAST, inode.ctime))
     patch_inode(txn, ino, *changes)
     return inode
+
+
+def _storable(time: int) -> int:
+    return max(MIN_TIME, min(time, MAX_TIME))
 
 
 def _limit_access_list(txn: Txn, ino: int, mode: int) -> None:

@@ -10,8 +10,8 @@ argument).  What makes the concurrency right is what each function *reads*:
   nobody;
 - a file's link count is SET, because "was that the last name?" must be decided by one of two
   unlinks;
-- rmdir reads the directory's whole ENTRY group; renaming a directory reads the INODEs of all
-  ancestors of its new place, so that two renames cannot make a loop.
+- rmdir reads the directory's whole ENTRY group; moving a directory to another one reads the INODEs
+  of all ancestors of its new place, so that two renames cannot make a loop.
 
 The module is longer than most so that all rules of names stand in one place.
 
@@ -44,8 +44,8 @@ from dfs.volume.view import Txn
 
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 MAX_LINKS = 65000
+MAX_DEPTH = 50_000  # of directories that others move into: a commit names no more that it read
 COOKIES = 4096  # names whose hashes are remembered
-MAX_DEPTH = 4096  # of directories; a longer chain of parents is a loop or damage
 
 
 class Caller(NamedTuple):
@@ -292,11 +292,16 @@ class Namespace:
             raise fs_error(errno.EEXIST, repr(new_name))
         if victim is None and flags & RENAME_EXCHANGE:
             raise fs_error(errno.ENOENT, repr(new_name))
-        if source[2] == DIR and source[1] in self._ancestors(txn, new_parent):
-            raise fs_error(errno.EINVAL, "a directory cannot move into itself")
         exchange = bool(flags & RENAME_EXCHANGE)
-        if victim is not None and victim[2] == DIR and victim[1] in self._ancestors(txn, parent):
-            raise fs_error(errno.EINVAL if exchange else errno.ENOTEMPTY, repr(new_name))
+        if new_parent != parent:  # within one directory nothing changes its place in the tree
+            if source[2] == DIR and source[1] in self._ancestors(txn, new_parent):
+                raise fs_error(errno.EINVAL, "a directory cannot move into itself")
+            if (
+                victim is not None
+                and victim[2] == DIR
+                and victim[1] in self._ancestors(txn, parent)
+            ):
+                raise fs_error(errno.EINVAL if exchange else errno.ENOTEMPTY, repr(new_name))
         if victim is not None and victim[1] == source[1]:
             return source[1], 0  # two names of one file: POSIX says do nothing
         if victim is None and key != new_key:
@@ -377,9 +382,11 @@ class Namespace:
         found = {ino}
         while ino != ROOT_INO:
             ino = self.directory(txn, ino).parent
-            if ino in found or len(found) > MAX_DEPTH:
+            if ino in found:
                 raise fs_error(errno.ELOOP, f"directory {ino:x} is its own ancestor")
             found.add(ino)
+            if len(found) > MAX_DEPTH:
+                raise fs_error(errno.ELOOP, f"more than {MAX_DEPTH} directories in one another")
         return found
 
     # ------------------------------------------------------------------ parts

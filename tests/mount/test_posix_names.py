@@ -4,6 +4,7 @@ import ctypes
 import os
 import socket
 import stat
+import subprocess
 
 import pytest
 
@@ -15,6 +16,7 @@ from tests.mount.differential import (
     content,
     create,
     renameat2,
+    tree,
     user,
 )
 
@@ -369,6 +371,29 @@ def test_a_path_as_deep_as_path_max(same):
     same(script)
 
 
+def test_renames_in_directories_deeper_than_any_path(same):
+    def script(s):
+        top = os.open(".", os.O_RDONLY)
+        for _ in range(4200):
+            os.mkdir("d")
+            os.chdir("d")
+        os.mkdir("x")
+        create("f")
+        s.do(os.rename, "x", "y")
+        os.mkdir("z")
+        s.do(os.rename, "z", "y/z")
+        s.do(renameat2, "y", "f", EXCHANGE)
+        s.do(os.rename, "f", "f/z/f")
+        s.note(tree())
+        os.fchdir(top)
+        s.do(os.rename, "d/d/d", "up")
+        os.rename("up", "d/d/d")
+        os.close(top)
+        subprocess.run(["rm", "-r", "d"], check=True)
+
+    same(script)
+
+
 def test_special_files(same):
     def script(s):
         os.mkfifo("fifo", 0o640)
@@ -439,6 +464,10 @@ def test_link_counts_of_directories(same):
         os.rmdir("../here")
         s.look(".")
         s.do(os.listdir, ".")
+        fd = os.open(".", os.O_RDONLY)
+        for fn in (os.fsync, os.fdatasync, os.fstat, os.listdir):
+            s.do(fn, fd)
+        os.close(fd)
         s.do(create, "x")
         os.chdir("/")
 

@@ -65,6 +65,23 @@ def test_utimensat_with_nanoseconds_now_and_omit(same):
     same(script)
 
 
+def test_times_beyond_what_can_be_kept_become_the_nearest(mnt):
+    """As ext4 has it, whose range is 1901 to 2446; here it is 1677 to 2554."""
+    create(mnt / "f")
+    for at, kept in (
+        (-(1 << 62), -(1 << 63)),
+        (-9223372037, -(1 << 63)),
+        (-9223372036, -9223372036 * 10**9),
+        (1 << 34, 10**9 << 34),
+        (1 << 40, (1 << 64) - 1),
+        (1 << 62, (1 << 64) - 1),
+    ):
+        utimensat(str(mnt / "f"), (at, 0), (at, 0))
+        time.sleep(0.01)
+        s = os.stat(mnt / "f")
+        assert (s.st_atime_ns, s.st_mtime_ns) == (kept, kept), at
+
+
 def test_a_time_set_is_not_undone_by_data_written_before(mnt):
     os.chdir("/")
     with open(mnt / "f", "wb", buffering=0) as f:

@@ -253,3 +253,22 @@ def test_whoever_started_us_is_told_why_not(tmp_path, capsys):
         assert line.readline().startswith("error: cluster file")
     assert "dfs cluster init" in capsys.readouterr().err
     Ready(None).tell("nobody listens")
+
+
+async def test_a_file_that_another_client_made_first_is_not_opened_without_a_look():
+    """The kernel has found nothing and so checked nothing: it must look, and check, again."""
+    home = new_home()
+    async with filesystem(home) as fs, filesystem(home, seed=1) as other:
+        operations = Operations(fs, Told())
+        ino = await write_file(other, 1, b"f", b"theirs")
+        ctx = SimpleNamespace(uid=4001, gid=4001)
+        for flags, code in (
+            (os.O_CREAT | os.O_RDWR, errno.ESTALE),
+            (os.O_CREAT | os.O_WRONLY | os.O_TRUNC, errno.ESTALE),
+            (os.O_CREAT | os.O_EXCL | os.O_WRONLY, errno.EEXIST),
+        ):
+            with pytest.raises(pyfuse3.FUSEError) as caught:
+                await operations.create(1, b"f", 0o100600, flags, ctx)
+            assert caught.value.errno == code
+        assert not fs.files.is_open(ino)
+        assert (await fs.getattr(ino)).size == 6
