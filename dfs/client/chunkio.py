@@ -16,7 +16,6 @@ barrier covers is decided by what the others have noted.
 """
 
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from random import Random
@@ -48,7 +47,7 @@ PUT_TIMEOUT = 20.0  # of one request
 WRITE_TIMEOUT = 60.0  # of a put with all its attempts
 PATIENCE = 2.0  # seconds before a silent server is backed up by another
 SYNC_TIMEOUT = 20.0
-RECENT = 60.0  # seconds for which `sync` still reports a put's stamp
+AGAIN = 8  # chunks that a barrier puts again at once
 
 Offload = Callable[..., Awaitable[Any]]
 
@@ -221,7 +220,6 @@ class ChunkClient:
         self._barrier = trio.Lock()
         self._nursery: trio.Nursery | None = None
         self._background = False
-        self._recent: deque[tuple[float, int]] = deque()  # (monotonic, stamp) of puts and touches
         self._puts = self._put_bytes = self._syncs = self._reputs = 0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -278,7 +276,6 @@ class ChunkClient:
         self._prepared.pop(prepared.chunk_id, None)
         self._puts += 1
         self._put_bytes += put.size
-        self._remember(put.stamp)
         if not durable:
             self._keep(put)
             await self._limit()
@@ -360,19 +357,13 @@ class ChunkClient:
 
     # ------------------------------------------------------------------------------------ barrier
 
-    async def sync(self) -> int:
+    async def sync(self) -> None:
         """Make every chunk put by this client durable on >= W servers.
 
-        Returns the oldest stamp (ns) among what this barrier covered and the puts and touches of
-        the last minute, 0 if there are none.  Raises `NoQuorum` or `DiskFull`; then the chunks are
-        still kept and the next call tries again.
+        Raises `NoQuorum` or `DiskFull`; then the chunks are still kept and the next call tries
+        again.
         """
-        kept = [p.stamp for p in self._unsynced.values()]
         await self._sync_all()
-        horizon = self.clock.monotonic() - RECENT
-        while self._recent and self._recent[0][0] < horizon:
-            self._recent.popleft()
-        return min([*kept, *(stamp for _, stamp in self._recent)], default=0)
 
     async def _sync_all(self) -> None:
         wanted = list(self._unsynced.values())
@@ -384,12 +375,18 @@ class ChunkClient:
                 return
             self._syncs += 1
             unproven = await self._sync_servers(puts)
+            again = [p for p in puts if p.chunk_id in unproven]
             for put in puts:
-                if put.chunk_id in unproven:
-                    await self._put_again(put)
-                if self._unsynced.get(put.chunk_id) is put:
-                    del self._unsynced[put.chunk_id]
-                    self._unsynced_bytes -= put.size
+                if put.chunk_id not in unproven:
+                    self._proven(put)
+            if again:
+                await self._put_all_again(again)
+
+    def _proven(self, put: _Put) -> None:
+        """W servers have it durably: its buffers need not be kept, unless for a later put."""
+        if self._unsynced.get(put.chunk_id) is put:
+            del self._unsynced[put.chunk_id]
+            self._unsynced_bytes -= put.size
 
     async def _sync_servers(self, puts: list[_Put]) -> set[bytes]:
         """Ask every server that acknowledged something to sync; ids that fewer than W proved.
@@ -433,12 +430,32 @@ class ChunkClient:
         """How many servers proved a chunk durable: synced in the run that acknowledged it."""
         return sum(boots.get(node) == boot for node, boot in acks.items())
 
-    async def _put_again(self, put: _Put) -> None:
-        """A server restarted or vanished since it acknowledged: send the kept buffers again."""
-        again = _Put(self, put.chunk_id, put.buffers, durable=True)
-        again.stamp = put.stamp
-        self._reputs += 1
-        await self._send(again)
+    async def _put_all_again(self, puts: list[_Put]) -> None:
+        """Servers restarted or vanished since they acknowledged: send the kept buffers again.
+
+        Each waits for disks, which a few at a time share.  After an error nothing new is sent.
+        """
+        left = iter(puts)
+        errors: list[DfsError] = []
+
+        async def send() -> None:
+            for put in left:
+                again = _Put(self, put.chunk_id, put.buffers, durable=True)
+                self._reputs += 1
+                try:
+                    await self._send(again)
+                except DfsError as e:
+                    errors.append(e)
+                else:
+                    self._proven(put)
+                if errors:
+                    return
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(min(AGAIN, len(puts))):
+                nursery.start_soon(send)
+        if errors:
+            raise errors[0]
 
     async def touch(self, ids: Iterable[bytes]) -> list[bool]:
         """Renew chunks that may exist already: True = W homes hold it durably, stamp renewed.
@@ -478,15 +495,7 @@ class ChunkClient:
             )
         if left:
             await done.wait()
-        self._remember(stamp)
         return [held[chunk_id] >= self.quorum(cluster) for chunk_id in wanted]
-
-    def _remember(self, stamp: int) -> None:
-        now = self.clock.monotonic()
-        recent = self._recent
-        recent.append((now, stamp))
-        while recent[0][0] < now - RECENT:
-            recent.popleft()
 
     # ------------------------------------------------------------------------------------ reading
 

@@ -159,11 +159,12 @@ class Compactor:
     ) -> bool:
         """Make one extent of those seen in a range; False if they were changed meanwhile."""
         pieces = await self._reader.gather(extents.plan_read(seen, offset, length))
-        chunk_id = await self._chunks.put(pieces, durable=True)
-        oldest = await self._chunks.sync()
-        new = [extents.in_chunk(offset, length, chunk_id, 0, length)]
+        stamp = self._clock.time_ns()
+        prepared = await self._chunks.prepare(pieces)
+        await self._chunks.put_prepared(prepared, durable=True)
+        new = [extents.in_chunk(offset, length, prepared.chunk_id, 0, length)]
         if not await self._session.transact(
-            lambda txn: self._contents.replace(txn, ino, seen, new), oldest=oldest
+            lambda txn: self._contents.replace(txn, ino, seen, new), oldest=stamp
         ):
             return False
         file = self._find(ino)

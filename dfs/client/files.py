@@ -60,6 +60,7 @@ AGE = 1.0  # seconds after which dirty data is committed without being asked
 # Pieces of dirty data that are committed earlier: nobody is answered while a commit works them out.
 MANY = 2000
 MAX_SIZE = items.MAX_OFFSET
+RENEW = 6 * 3600.0  # seconds after which a chunk is put again before it is named; homes take twice
 LOOK = 32  # commits of a file, of which one looks whether it is cut to pieces
 INLINE_HERE = 16 << 10  # bytes that need no chunk under the delegation: many share one entry
 
@@ -298,6 +299,7 @@ class Files:
     async def _put(self, upload: Upload, durable: bool) -> None:
         try:
             async with self._slots:
+                upload.stamp = self._clock.time_ns()
                 prepared = await self._chunks.prepare(upload.pieces)
                 upload.exchange(prepared)
                 await self._chunks.put_prepared(prepared, durable=durable)
@@ -469,7 +471,10 @@ class Files:
         self._maybe_forget(file)
 
     async def _store(self, buffer: WriteBuffer) -> tuple[list[Segment], int]:
-        """Make the bytes of the dirty segments durable, unless they are few enough to be inline."""
+        """Make the bytes of the dirty segments durable, unless they are few enough to be inline.
+
+        Returns the segments, and the stamp of the chunk among them that was sent first, 0 for none.
+        """
         limit = INLINE_HERE if self._session.here else INLINE
         if buffer.size <= limit and not any(isinstance(s.source, Upload) for s in buffer):
             return list(buffer), 0
@@ -478,8 +483,9 @@ class Files:
         # committed is the file as it was at one moment, and never nothing, however fast it changes.
         segments = list(buffer)
         wanted = list(dict.fromkeys(s.source for s in segments if isinstance(s.source, Upload)))
+        late = self._clock.time_ns() - int(RENEW * 1e9)
         for upload in wanted:
-            if upload.error is not None and upload not in self._uploads:
+            if (upload.error is not None or upload.stamp < late) and upload not in self._uploads:
                 self._send(upload)
         for upload in wanted:
             event = self._uploads.get(upload)
@@ -488,7 +494,8 @@ class Files:
         for upload in wanted:
             if upload.error is not None:
                 raise upload.error
-        return segments, await self._chunks.sync()
+        await self._chunks.sync()
+        return segments, min(upload.stamp for upload in wanted)
 
     def _pack(self, buffer: WriteBuffer) -> None:
         """Send what is in no chunk yet, adjacent pieces together, short ones in shared chunks."""

@@ -56,10 +56,6 @@ class ChunkStore(Protocol):
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None: ...  # noqa: D102
 
-    async def put(self, data: Buffers, *, durable: bool = False) -> bytes:
-        """Send a chunk to its servers; returns its id once W have it."""
-        ...
-
     async def prepare(self, data: Buffers) -> Prepared:
         """Hash and encode a chunk: its id is known before anything of it is sent.
 
@@ -69,11 +65,15 @@ class ChunkStore(Protocol):
         ...
 
     async def put_prepared(self, prepared: Prepared, *, durable: bool = False) -> None:
-        """Send a prepared chunk; `put` is `prepare` and this.  May be called again if it failed."""
+        """Send a prepared chunk; returns once W servers have it.  May be called again if it failed.
+
+        It is kept for a day from then on, or until a commit names it: the caller notes when it
+        called, and tells that to the commit (`oldest`).
+        """
         ...
 
-    async def sync(self) -> int:
-        """Make all chunks put so far durable on W servers; returns the oldest stamp."""
+    async def sync(self) -> None:
+        """Make all chunks put so far durable on W servers."""
         ...
 
     async def read(self, chunk_id: bytes, offset: int, length: int) -> Buffer:

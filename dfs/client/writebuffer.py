@@ -23,9 +23,12 @@ WINDOW = 4 << 20  # aligned part of a file that is uploaded as one chunk
 
 
 class Upload:
-    """A chunk on its way: its pieces, its id once it arrived, or why it failed."""
+    """A chunk on its way: its pieces, its id once it arrived, or why it failed.
 
-    __slots__ = ("chunk_id", "error", "length", "pieces", "starts")
+    `stamp`: when it was sent, in ns of the client's wall clock; no server counts it as older.
+    """
+
+    __slots__ = ("chunk_id", "error", "length", "pieces", "stamp", "starts")
 
     def __init__(self, pieces: Sequence[Buffer]) -> None:
         """Take the pieces in the order of the chunk."""
@@ -38,6 +41,7 @@ class Upload:
         self.length = at
         self.chunk_id = b""
         self.error: BaseException | None = None
+        self.stamp = 0
 
     def exchange(self, prepared: Prepared) -> None:
         """Hold the same bytes as the prepared chunk does: short pieces may be one there."""

@@ -36,7 +36,7 @@ from dfs.errors import (
     Unreachable,
 )
 from dfs.hashing import digest
-from dfs.testing.fakevolume import FakeVolume
+from dfs.testing.fakevolume import FakeVolume, chunks_named
 from dfs.volume import effects as fx
 from dfs.volume import entries, tree
 from dfs.volume.validation import validate
@@ -289,6 +289,7 @@ class FakeHome:
                 verdicts.append(ok)
             if accepted:
                 self._check_disks()
+                self._check_chunks(v, chunks_named(accepted), oldest)
                 part = (sid, no, tuple(verdicts), tuple(accepted))
                 v.window.record(v.seq + 1, accepted)
                 v.append(entries.DATA, (part,))
@@ -297,6 +298,16 @@ class FakeHome:
         seq, verdicts = session[1]
         news = tuple(e for e in v.after(have) if e[0] <= seq)
         return no, seq, verdicts, news, 1, v.delegation
+
+    def _check_chunks(self, v: FakeVolume, named: set[bytes], oldest: int) -> None:
+        """A commit tells how old the chunks are that it names first, or they could be collected."""
+        for chunk_id in named - v.named:
+            stamp = self.chunks.stamps.get(chunk_id)
+            if stamp is not None and not 0 < oldest <= stamp:
+                raise AssertionError(
+                    f"chunk {chunk_id.hex()[:16]} is of {stamp}, and its commit says {oldest}"
+                )
+        v.named |= named
 
     async def _watch(self, v: FakeVolume, sid: int, have: int, wait: float) -> Any:
         if sid in v.sessions:
@@ -439,6 +450,8 @@ class FakeChunkStore:
         """No chunks."""
         self.stored: dict[bytes, bytes] = {}
         self.durable: set[bytes] = set()
+        self.clock: Clock = SystemClock()
+        self.stamps: dict[bytes, int] = {}  # chunk id -> ns of the last put or touch
         self.full = False
         self.broken = False
         self.delay = 0.001
@@ -488,29 +501,33 @@ class FakeChunks:
         self._check(writing=True)
         chunk_id = prepared.chunk_id
         self.store.stored[chunk_id] = bytes(prepared.read(0, prepared.length))
+        self.store.stamps[chunk_id] = self.store.clock.time_ns()
         self.store.puts += 1
         self._mine.add(chunk_id)
         self._prepared.pop(chunk_id, None)
         if durable:
             self.store.durable.add(chunk_id)
 
-    async def sync(self) -> int:
+    async def sync(self) -> None:
         """Make what this client put durable."""
         await trio.sleep(self.store.delay)
         self._check(writing=True)
         self.store.durable |= self._mine
         self._mine.clear()
-        return 0
 
     def read_nowait(self, chunk_id: bytes, offset: int, length: int) -> Buffer | None:
         """Only what is not sent yet."""
         prepared = self._prepared.get(chunk_id)
         return None if prepared is None else bytes(prepared.read(offset, length))
 
-    async def touch(self, chunk_ids: Iterable[bytes]) -> list[bool]:
+    async def touch(self, chunk_ids: Sequence[bytes]) -> list[bool]:
         """Whether each chunk is held durably."""
         await trio.sleep(self.store.delay)
-        return [c in self.store.durable for c in chunk_ids]
+        held = [c in self.store.durable for c in chunk_ids]
+        self.store.stamps.update(
+            (c, self.store.clock.time_ns()) for c, yes in zip(chunk_ids, held, strict=True) if yes
+        )
+        return held
 
     async def read(self, chunk_id: bytes, offset: int, length: int) -> bytes:
         """A range of a chunk; raises `NotFound`."""

@@ -1,11 +1,23 @@
 """A volume of the fake home of `dfs.testing.fakehome`, as a plain object."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import trio
 
-from dfs.volume import entries
+from dfs.volume import effects as fx
+from dfs.volume import entries, items
 from dfs.volume.window import Window
+
+
+def chunks_named(effects: Iterable[fx.Effect]) -> set[bytes]:
+    """Ids of the chunks that extents among the effects name."""
+    extents = [
+        items.decode_extent(effect[2])
+        for effect in effects
+        if effect[0] == fx.PUT and items.split_key(effect[1])[1] == items.EXTENT
+    ]
+    return {fields[2] for fields in extents if fields[1]}
 
 
 class FakeVolume:
@@ -24,6 +36,7 @@ class FakeVolume:
         self.wanted_at: float | None = None  # when the delegation was recalled
         self.told: tuple[int, int, bool] | None = None  # what its holder's last watch said
         self.window = Window(0, 1 << 40)
+        self.named: set[bytes] = set()  # chunks that some commit named
         self.news = trio.Event()
 
     @property

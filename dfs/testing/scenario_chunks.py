@@ -23,7 +23,7 @@ from dfs.client.chunkio import ChunkClient
 from dfs.client.chunkread import ChunkReader
 from dfs.cluster.map import CHUNK, ClusterMap
 from dfs.env import Buffer, Rpc
-from dfs.errors import DfsError
+from dfs.errors import DfsError, StoreFailed
 from dfs.hashing import partition_of
 from dfs.testing.chunkcluster import ChunkCluster, SimClock
 from dfs.testing.network import SimNetwork
@@ -188,7 +188,10 @@ class _Scenario:
             nursery.cancel_scope.cancel()
 
     async def start(self, number: int) -> None:
-        node = await self.cluster.start(number)
+        try:
+            node = await self.cluster.start(number)
+        except StoreFailed:  # by the fault of `fail_sync`, if nothing was synced before the crash
+            node = await self.cluster.start(number)
         if self.mutant == "no-catch-up":
             node.catch_up.run_once = _idle  # type: ignore[method-assign]  # for one instance
             node.hand_over.run_once = _idle  # type: ignore[method-assign]  # for one instance
