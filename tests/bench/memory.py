@@ -19,6 +19,10 @@ flat      the same number of files in one directory: create, list, unlink, `rm -
 While files are made and removed a thread looks at a name, creates it and removes it all the time; its longest
 silence is shown, with the checkpoints that fell into it.  A node is its metadata daemon and the processes that it
 started.  Sizes are resident memory of /proc/PID/status, MiB.
+
+The soak judges what each process holds at least in a minute, over its second half.  For metadata nodes the store's
+caches of blocks and indexes are shown beside that, and how the rest grows: they fill with the data there is, up to
+the bounds of `metadata.store.options`.
 """
 
 import argparse
@@ -487,33 +491,50 @@ class Bench:
             self.watched.progress = rounds * 100
             for name, size in self.watched.sizes().items():
                 least[name] = min(least.get(name, size), size)
-            if now - last >= 60:
+            if now - last >= self.options.every:
                 last = now
+                for name, size in self.caches().items():
+                    least[name] = size
                 rows.append((now - began, least))
                 least = {}
             time.sleep(self.options.pause)
         return self.judge(rows)
 
+    def caches(self):
+        """Bytes of blocks and indexes in memory: "NODE-metadata caches" -> bytes."""
+        stores = {name: s["store"] for name, s in self.cluster.node_status().items()}
+        return {
+            f"{name}-metadata caches": store["cache_bytes"] + store["index_bytes"]
+            for name, store in stores.items()
+        }
+
     def judge(self, rows):
-        """Growth per hour of what each minute held at least, in the second half: the first fills caches."""
+        """Growth per hour in the second half; of metadata nodes without their bounded caches."""
         late = rows[len(rows) // 2 :]
         verdict = True
         for name in rows[-1][1]:
-            if name.endswith("workers"):
+            if name.endswith(("workers", "caches")):
                 continue
-            points = [(at / 3600, sizes.get(name, 0) / MIB) for at, sizes in late]
-            slope = (
-                statistics.linear_regression(*zip(*points, strict=True)).slope
-                if len(points) > 2
-                else 0.0
-            )
-            grows = slope > self.options.slope
+            caches = [sizes.get(f"{name} caches", 0) / MIB for _, sizes in late]
+            sizes = [sizes.get(name, 0) / MIB for _, sizes in late]
+            hours = [at / 3600 for at, _ in late]
+            growth = slope(hours, sizes)
+            beside = slope(hours, [a - b for a, b in zip(sizes, caches, strict=True)])
+            grows = beside > self.options.slope
             verdict &= not grows
             print(
-                f"{'':11}{name:20} {points[-1][1]:6.0f} MiB, {slope:+7.1f} MiB an hour"
+                f"{'':11}{name:20} {sizes[-1]:6.0f} MiB, {growth:+7.1f} MiB an hour"
                 f" {'GROWS' if grows else 'steady'}"
+                + (f"; caches {caches[-1]:.0f} MiB, the rest {beside:+.1f}" if any(caches) else "")
             )
         return verdict
+
+
+def slope(at, values):
+    """Of the line through the points; 0 for fewer than three."""
+    if len(at) < 3:
+        return 0.0
+    return statistics.linear_regression(at, values).slope
 
 
 def main():
