@@ -18,7 +18,8 @@ from dfs.client.registry import open_volume_by_name
 from dfs.client.session import Session
 from dfs.errors import DfsError
 from dfs.memory import give_back_often, tune_allocator
-from fuse.mount import MountOptions, check_mountpoint, check_system, serve
+from fuse.mount import MountOptions, check_system, serve
+from fuse.mountpoint import check_mountpoint
 
 log = logging.getLogger("fuse")
 

@@ -16,8 +16,10 @@ import trio
 from dfs.client.atimes import AccessTimes
 from dfs.client.filesystem import FileSystem
 from dfs.errors import ConfigError, DfsError, FsError
+from dfs.mountinfo import mounts_at
 from fuse.invalidate import Invalidator
 from fuse.listen import Listener, devices, install
+from fuse.mountpoint import claimed
 from fuse.operations import Operations
 
 log = logging.getLogger(__name__)
@@ -58,28 +60,6 @@ class MountOptions:
         return options
 
 
-def check_mountpoint(mountpoint: str) -> None:
-    """Raise `ConfigError` that says why nothing can be mounted there."""
-    path = Path(mountpoint)
-    try:
-        if not path.is_dir():
-            what = "is not a directory" if path.exists() else "does not exist; create it first"
-            raise ConfigError(f"mount point {path} {what}")
-        if is_mounted(mountpoint):
-            raise ConfigError(
-                f"mount point {path} is busy: something is mounted there;"
-                f" `fusermount3 -u {path}` unmounts it"
-            )
-        if any(path.iterdir()):
-            raise ConfigError(f"mount point {path} is not empty; a mount would hide its content")
-    except OSError as e:
-        if e.errno == errno.ENOTCONN:
-            raise ConfigError(
-                f"mount point {path} holds a dead mount; remove it with `fusermount3 -uz {path}`"
-            ) from e
-        raise ConfigError(f"mount point {path} is not usable: {e.strerror}") from e
-
-
 def check_system(device: str = "/dev/fuse") -> None:
     """Raise `ConfigError` when this machine cannot mount FUSE file systems."""
     if not Path(device).exists():
@@ -94,21 +74,6 @@ def check_system(device: str = "/dev/fuse") -> None:
         raise ConfigError("fusermount3 is not installed; install the package fuse3")
 
 
-def _mounts() -> list[tuple[str, str]]:
-    """(device "major:minor", mount point) of everything mounted."""
-    found = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields = line.split(" ")
-        found.append((fields[2], fields[4].encode().decode("unicode_escape")))
-    return found
-
-
-def is_mounted(mountpoint: str) -> bool:
-    """Whether something is mounted exactly there."""
-    real = os.path.realpath(mountpoint)
-    return any(place == real for _, place in _mounts())
-
-
 def tune(real_mountpoint: str, *, writeback: bool = False) -> None:
     """Raise the kernel's read-ahead and background limits; needs root, does nothing without.
 
@@ -117,7 +82,7 @@ def tune(real_mountpoint: str, *, writeback: bool = False) -> None:
     libfuse offers no option for either, but both may be set once the mount is there.  The argument
     must be resolved already: looking at the mount point now would wait for ourselves.
     """
-    minors = [device.split(":")[1] for device, place in _mounts() if place == real_mountpoint]
+    minors = [mount.device.split(":")[1] for mount in mounts_at(real_mountpoint)]
     if not minors:
         return
     wanted = [
@@ -144,20 +109,16 @@ def tune_collector() -> None:
 @contextlib.asynccontextmanager
 async def mounted(fs: FileSystem, options: MountOptions) -> AsyncIterator[Listener]:
     """The file system in the kernel for the length of the block; `serve` must run inside."""
-    before = devices()
     invalidator = Invalidator()
     atimes = AccessTimes(fs.session) if options.relatime and not options.read_only else None
     operations = Operations(
         fs, invalidator, xattrs=options.xattrs, acls=options.acls, atimes=atimes
     )
     try:
-        pyfuse3.init(operations, options.mountpoint, options.fuse_options())
-    except RuntimeError as e:
+        device = await _mount(operations, options)
+    except BaseException:
         invalidator.stop()
-        raise ConfigError(
-            f"cannot mount on {options.mountpoint}: {e}; the lines above tell what libfuse says"
-        ) from e
-    device = min(devices() - before)
+        raise
     invalidator.device = device
     listener = Listener(device)
     operations.waits = listener.pass_on
@@ -181,6 +142,19 @@ async def mounted(fs: FileSystem, options: MountOptions) -> AsyncIterator[Listen
         uninstall()
         invalidator.stop()
         pyfuse3.close(unmount=True)
+
+
+async def _mount(operations: Operations, options: MountOptions) -> int:
+    """Mount where nothing is mounted; returns the descriptor that requests come from."""
+    async with claimed(options.mountpoint):
+        before = devices()
+        try:
+            pyfuse3.init(operations, options.mountpoint, options.fuse_options())
+        except RuntimeError as e:
+            raise ConfigError(
+                f"cannot mount on {options.mountpoint}: {e}; the lines above tell what libfuse says"
+            ) from e
+        return min(devices() - before)
 
 
 async def serve(fs: FileSystem, options: MountOptions, ready: Callable[[], None]) -> None:

@@ -165,23 +165,8 @@ class ClusterDir:
     @contextlib.contextmanager
     def locked(self, timeout: float) -> Iterator[None]:
         """Only one command at a time starts or stops processes; raises `ConfigError`."""
-        end = time.monotonic() + timeout
-        directory = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            while True:
-                try:
-                    fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > end:
-                        raise ConfigError(
-                            f"another `dfs cluster up` or `down` is at work in {self.path}: "
-                            "wait for it, or stop it"
-                        ) from None
-                    time.sleep(_POLL)
+        with locked(self.path, timeout, "`dfs cluster up` or `down`"):
             yield
-        finally:
-            os.close(directory)
 
     def missing(self, node: Node) -> list[Path]:
         """Data directories that a node on this machine should have here and has not."""
@@ -237,6 +222,27 @@ class ClusterDir:
         return [
             role for role in ROLES if (self.path / node.name / DIRECTORIES[role] / MARKER).exists()
         ]
+
+
+@contextlib.contextmanager
+def locked(directory: Path, timeout: float, what: str) -> Iterator[None]:
+    """Hold the lock of a directory, which ends with the process; raises `ConfigError`."""
+    end = time.monotonic() + timeout
+    lock = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise ConfigError(
+                        f"another {what} is at work in {directory}: wait for it, or stop it"
+                    ) from None
+                time.sleep(_POLL)
+        yield
+    finally:
+        os.close(lock)
 
 
 def environment(program: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Mounts as processes: starting `python -m fuse`, finding what is mounted, unmounting."""
 
+import contextlib
 import errno
 import os
 import re
@@ -7,15 +8,19 @@ import select
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
-from dfs.cli.local import ClusterDir, Process, spawn, stop
+from dfs.cli.local import ClusterDir, Process, locked, spawn, stop
 from dfs.errors import ConfigError, DfsError
+from dfs.mountinfo import mounts_at
 
+KIND = "fuse.dfs"  # what the kernel calls our mounts
 LAZY_PATIENCE = 2.0  # seconds in which a detached mount ends if nothing uses it
 LINKS = 40  # symbolic links that are followed, as in the kernel
+NAMES_TIMEOUT = 10.0  # seconds for another command to take a name, which is a matter of moments
 READY_TIMEOUT = 60.0  # seconds a mount may take
 _MODULE = ("-m", "fuse")
 
@@ -27,13 +32,15 @@ def start_mount(
 
     Raises `DfsError` with the reason when the mount ends instead.
     """
-    process = _process(_place(file), volume, pid_file)
+    directory = _place(file)
     reader, writer = os.pipe()
     try:
         arguments = ["--cluster", str(file.absolute()), "--volume", volume, *options]
         arguments += ["--ready-fd", str(writer), str(where)]
-        child = spawn(process, arguments, pass_fds=(writer,))
-        process.pid_file.with_suffix(".mountpoint").write_text(f"{where}\n")
+        with _names(directory):
+            process = _process(directory, volume, pid_file)
+            child = spawn(process, arguments, pass_fds=(writer,))
+            process.pid_file.with_suffix(".mountpoint").write_text(f"{where}\n")
         os.close(writer)
         writer = -1
         said = _wait_ready(reader, child)
@@ -43,7 +50,9 @@ def start_mount(
             os.close(writer)
     if said == "ready":
         return child.pid
-    _forget(process)
+    with _names(directory):
+        if process.pid() in (child.pid, None):  # else the name is another mount's by now
+            _forget(process)
     if child.poll() is None:
         child.terminate()
     reason = said.removeprefix("error: ") or f"no answer, see {process.log}"
@@ -59,9 +68,10 @@ def check_mount_point(where: Path) -> Path:
             raise ConfigError(
                 f"{path} holds a dead mount whose process has ended: `dfs umount {path}` removes it"
             )
+        how = "dfs umount" if mounted[-1].kind == KIND else "umount"
         raise ConfigError(
-            f"{path} has a file system ({mounted[-1]}) mounted on it already: "
-            f"`dfs umount {path}` first, or choose another directory"
+            f"{path} has {mounted[-1]} mounted on it already: "
+            f"`{how} {path}` first, or choose another directory"
         )
     if not path.exists():
         raise ConfigError(f"mount point {path} does not exist: mkdir {path}")
@@ -104,17 +114,6 @@ def canonical(path: Path) -> Path:
     return path
 
 
-def mounts_at(path: Path) -> list[str]:
-    """File system types mounted at exactly this path, the visible one last."""
-    found = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields = line.split()
-        point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields[4])
-        if point == str(path):
-            found.append(fields[fields.index("-") + 1])
-    return found
-
-
 def unmount(path: Path, *, lazy: bool = False) -> None:
     """Unmount and wait until the mount's process has ended; raises `DfsError`.
 
@@ -123,8 +122,14 @@ def unmount(path: Path, *, lazy: bool = False) -> None:
     """
     path = canonical(path)
     pids = [pid for pid in _pids() if _mount_point(pid) == str(path)]
-    if not mounts_at(path):
+    mounted = mounts_at(path)
+    if not mounted:
         raise ConfigError(f"nothing is mounted on {path}")
+    if mounted[-1].kind != KIND:
+        raise ConfigError(
+            f"what is mounted on {path} is not of dfs, but {mounted[-1]}: "
+            f"`umount {path}` unmounts it"
+        )
     # Without -c it looks at the path first, which takes as long as a mount waits for a quorum.
     logs = [log for log in map(_log, pids) if log is not None]
     command = ["umount", "-c"] if os.geteuid() == 0 else ["fusermount3", "-u"]
@@ -167,7 +172,7 @@ def unmount(path: Path, *, lazy: bool = False) -> None:
 def unmount_all(directory: ClusterDir) -> None:
     """Unmount everything that was mounted from a cluster directory."""
     for process, where in directory.mounts():
-        if mounts_at(Path(where)):
+        if any(mount.kind == KIND for mount in mounts_at(where)[-1:]):
             try:
                 unmount(Path(where))
             except DfsError as e:
@@ -183,9 +188,13 @@ def unmount_all(directory: ClusterDir) -> None:
 
 def forget_dead(file: Path) -> None:
     """Remove pid files of mounts of a cluster whose processes have ended."""
-    for process, _ in _place(file).mounts():
-        if process.pid() is None:
-            _forget(process)
+    directory = _place(file)
+    if not directory.run.is_dir():
+        return
+    with _names(directory):
+        for process, _ in directory.mounts():
+            if process.pid() is None:
+                _forget(process)
 
 
 def _place(file: Path) -> ClusterDir:
@@ -194,6 +203,14 @@ def _place(file: Path) -> ClusterDir:
     if os.access(directory.path, os.W_OK):
         return directory
     return ClusterDir(Path(os.environ.get("XDG_RUNTIME_DIR") or Path.home() / ".cache") / "dfs")
+
+
+@contextlib.contextmanager
+def _names(directory: ClusterDir) -> Iterator[None]:
+    """Only one command at a time takes or gives up names of mounts, which is done in moments."""
+    directory.run.mkdir(parents=True, exist_ok=True)
+    with locked(directory.run, NAMES_TIMEOUT, "`dfs mount` or `umount`"):
+        yield
 
 
 def _process(directory: ClusterDir, volume: str, pid_file: Path | None) -> Process:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from localcluster import LocalCluster, wait_gone
 
+from dfs.mountinfo import mounts_at
+
 pytestmark = pytest.mark.realtime
 
 
@@ -170,6 +172,47 @@ def test_only_one_process_owns_a_data_directory(shared_cluster):
     assert not Path("/tmp/never").exists()
 
 
+def at_once(cluster, *commands):
+    """Run `dfs mount` several times at once; (status, standard error) of each."""
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "dfs.cli.main", "mount", *map(str, command)],
+            env=cluster.env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for command in commands
+    ]
+    said = [process.communicate(timeout=60)[1] for process in running]
+    return [(p.returncode, text) for p, text in zip(running, said, strict=True)]
+
+
+@pytest.mark.mount
+def test_mounts_that_are_made_at_once(cluster, tmp_path):
+    cluster.dfs("volume", "create", "v")
+    where = tmp_path / "m"
+    where.mkdir()
+    for _ in range(3):
+        done = at_once(cluster, ("v", where), ("v", where))
+        assert sorted(status for status, _ in done) == [0, 1]
+        assert any("dfs:v (fuse.dfs)" in text for status, text in done if status)
+        assert [str(m) for m in mounts_at(where)] == ["dfs:v (fuse.dfs)"]
+        cluster.umount(where)
+        assert not list((cluster.dir / "run").glob("mount*"))
+
+    places = [tmp_path / name for name in ("a", "b", "c")]
+    for place in places:
+        place.mkdir()
+    done = at_once(cluster, *(("v", place) for place in places))
+    assert [status for status, _ in done] == [0, 0, 0]
+    run = cluster.dir / "run"
+    said = {file.read_text().strip() for file in run.glob("mount*.mountpoint")}
+    assert said == {str(place) for place in places}
+    assert len({file.read_text() for file in run.glob("mount*.pid")}) == 3
+    cluster.down()  # it knows all of them
+    assert not any(mounts_at(place) for place in places)
+
+
 @pytest.mark.mount
 def test_mount_and_umount(cluster, tmp_path):
     cluster.dfs("volume", "create", "v")
@@ -178,7 +221,7 @@ def test_mount_and_umount(cluster, tmp_path):
     assert cluster.dfs("cat", "v:/file").stdout == "hello"
     again = cluster.dfs("mount", "v", where, check=False)
     assert again.returncode == 1
-    assert "mounted on it already" in again.stderr
+    assert "has dfs:v (fuse.dfs) mounted on it already" in again.stderr
     pid_file = cluster.dir / "run" / "mount-v.pid"
     pid = int(pid_file.read_text())
     cluster.umount(where)

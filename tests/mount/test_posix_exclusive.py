@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from localcluster import wait_until
 
-from dfs.cli.mounts import mounts_at
+from dfs.mountinfo import mounts_at
 from tests.mount import (
     test_posix_files,
     test_posix_permissions,

@@ -1,7 +1,6 @@
 """The command line where it needs no cluster: usage, errors, plans, reports."""
 
 import json
-import os
 import subprocess
 import sys
 import types
@@ -12,7 +11,6 @@ from click.testing import CliRunner
 
 from dfs.cli import check_cmd, context
 from dfs.cli.main import COMMANDS, cli, main
-from dfs.cli.mounts import mounts_at
 from dfs.cli.network import partitions_without_quorum, system_genesis
 from dfs.cli.plan import words
 from dfs.cli.spec import local_nodes
@@ -257,11 +255,3 @@ def test_sim_usage(args):
 def test_human_size():
     shown = [context.human_size(n) for n in (0, 1023, 1024, 1536, 10 << 20, 250 << 30, 3 << 50)]
     assert shown == ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "10.0 MiB", "250 GiB", "3072 TiB"]
-
-
-def test_mounts_are_read_from_the_kernel(tmp_path):
-    assert mounts_at(tmp_path) == []
-    from pathlib import Path
-
-    assert "proc" in mounts_at(Path("/proc"))
-    assert os.path.ismount("/proc")

@@ -10,6 +10,9 @@ import pytest
 
 from dfs.cli import mounts
 from dfs.errors import ConfigError, DfsError
+from dfs.mountinfo import Mount as Mounted
+
+MOUNTED = Mounted("0:45", "/m", "fuse.dfs", "dfs:v")
 
 
 class Mount:
@@ -26,7 +29,7 @@ class Mount:
         monkeypatch.setattr(mounts, "_pids", lambda: [self.process.pid])
         monkeypatch.setattr(mounts, "_mount_point", self.mount_point)
         monkeypatch.setattr(mounts, "canonical", lambda path: path)
-        monkeypatch.setattr(mounts, "mounts_at", lambda _: ["fuse.dfs"])
+        monkeypatch.setattr(mounts, "mounts_at", lambda _: [MOUNTED])
         monkeypatch.setattr(subprocess, "run", self.run)
 
     def mount_point(self, _pid):
@@ -87,6 +90,14 @@ def test_nothing_to_unmount(tmp_path):
         mounts.unmount(tmp_path)
 
 
+def test_what_others_have_mounted_is_named_and_left_alone(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", None)
+    with pytest.raises(ConfigError, match=r"not of dfs, but proc \(proc\): `umount /proc`"):
+        mounts.unmount(Path("/proc"))
+    with pytest.raises(ConfigError, match=r"proc \(proc\) mounted on it already: `umount /proc`"):
+        mounts.check_mount_point(Path("/proc"))
+
+
 def test_one_that_is_mounted_beneath_is_not_waited_for(mount, monkeypatch):
     m = mount("")
     monkeypatch.setattr(mounts, "_pids", lambda: [1, m.process.pid])
@@ -103,7 +114,7 @@ def test_links_are_followed_up_to_what_is_mounted(tmp_path, monkeypatch):
     (tmp_path / "loop").symlink_to("loop")
     looked = []
     wanted = tmp_path.resolve() / "real" / "m"
-    monkeypatch.setattr(mounts, "mounts_at", lambda path: ["fuse.dfs"] if path == wanted else [])
+    monkeypatch.setattr(mounts, "mounts_at", lambda path: [MOUNTED] if path == wanted else [])
     for name in ("stat", "lstat"):
         real = getattr(os, name)
         monkeypatch.setattr(

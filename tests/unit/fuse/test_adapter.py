@@ -16,7 +16,8 @@ from dfs.client.filesystem import Caller
 from dfs.errors import ConfigError, FsError, NoQuorum
 from fuse.__main__ import Ready, main
 from fuse.invalidate import Invalidator
-from fuse.mount import MountOptions, check_mountpoint, check_system
+from fuse.mount import MountOptions, check_system
+from fuse.mountpoint import check_mountpoint
 from fuse.operations import HANDLERS, TIMEOUT, Operations, _answering
 from tests.unit.client.support import filesystem, new_home, write_file
 
