@@ -211,7 +211,13 @@ def _tree(cls: type[DfsError]) -> dict[int, type[DfsError]]:
 
 
 def to_wire(error: BaseException) -> tuple[int, str, tuple[Any, ...]]:
-    """Encode an error for a reply; an unexpected exception becomes a plain `DfsError`."""
+    """Encode an error for a reply; an unexpected exception becomes a plain `DfsError`.
+
+    Of a group that is around a single error, as a nursery makes it, that error is encoded.
+    """
+    found = [*leaves(error)]
+    if len(found) == 1:
+        error = found[0]
     if isinstance(error, DfsError):
         return error.code, str(error), tuple(error.details)
     return DfsError.code, f"internal error: {type(error).__name__}: {error}", ()

@@ -67,7 +67,12 @@ async def fold(
                 root, nodes = fold_effects(cache.get, root, salt, part)
                 break
             except Missing as e:
-                cache.add(await blobs.get_many(e.hashes, timeout=TIMEOUT))
+                # What is not stored yet is on no home, whatever the cache has dropped.
+                here = {
+                    name: found for name in e.hashes if (found := held.get(name) or made.get(name))
+                }
+                absent = [name for name in e.hashes if name not in here]
+                cache.add(here | await blobs.get_many(absent, timeout=TIMEOUT))
             if attempt % ROUNDS == 0:  # what came last drove out what came first
                 cache.budget *= 2
         cache.add(nodes)

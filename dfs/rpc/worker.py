@@ -13,12 +13,13 @@ import os
 import signal
 import struct
 import sys
+import traceback
 from typing import Any, BinaryIO
 
 import trio
 
 from dfs.codec import pack, unpack
-from dfs.errors import to_wire
+from dfs.errors import DfsError, leaves, to_wire
 from dfs.memory import give_back
 
 LENGTH = struct.Struct("<I")
@@ -52,6 +53,8 @@ def _answer(job: list[bytes]) -> tuple[bool, Any]:
         result = _call(function, args)
         pack(result)  # a result that cannot be sent is the job's error
     except Exception as e:
+        if not all(isinstance(leaf, DfsError) for leaf in leaves(e)):
+            traceback.print_exc()  # of an error that nobody foresaw the answer tells too little
         return False, to_wire(e)
     return True, result
 

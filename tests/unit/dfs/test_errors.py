@@ -40,6 +40,15 @@ def test_an_unexpected_exception_is_an_internal_error():
     assert "KeyError" in text
 
 
+def test_a_group_around_one_error_travels_as_that():
+    lone = ExceptionGroup("nursery", [ExceptionGroup("inner", [NotFound("gone", b"x")])])
+    back = from_wire(*to_wire(lone))
+    assert (type(back), str(back), back.details) == (NotFound, "gone", (b"x",))
+    code, text, _ = to_wire(ExceptionGroup("nursery", [NotFound("a"), DiskFull("b")]))
+    assert code == DfsError.code
+    assert "nursery" in text
+
+
 def test_an_unknown_code_is_a_plain_error():
     assert type(from_wire(9999, "from the future", ())) is DfsError
 

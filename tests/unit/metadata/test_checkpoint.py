@@ -131,6 +131,22 @@ async def test_a_slice_that_needs_more_room_gets_it(monkeypatch):
         await fold(blobs, root, SALT, [data([everything])])
 
 
+@pytest.mark.parametrize("seed", range(4))
+async def test_nodes_that_are_not_stored_yet_outlast_the_cache(monkeypatch, seed):
+    """Slices of large values make more nodes than fit; the next slice needs the last of them."""
+    monkeypatch.setattr(checkpoint, "CACHE_BYTES", 50_000)
+    r, blobs, target, root = Random(seed), FakeBlobs(), Target(), b""
+    for _ in range(3):
+        numbers = [(r.randrange(3), r.randrange(1500)) for _ in range(2500)]
+        effects = [(PUT, extent_key(i + 7, n), encode_inline(r.randbytes(300))) for i, n in numbers]
+        apply(target, effects)
+        root, _ = await fold(blobs, root, SALT, [data(effects)])
+        assert root == tree.build(sorted(target.items()), SALT)[0]
+    cache = NodeCache()
+    cache.add(blobs.stored)
+    assert tree.check(cache.get, root, SALT) == len(target)
+
+
 async def test_a_root_is_only_returned_when_its_nodes_are_stored():
     blobs = FakeBlobs()
     blobs.broken = True
