@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.mount.differential import call
+
 pytestmark = pytest.mark.mount
 HERE = Path(__file__).parent
 
@@ -278,6 +280,46 @@ def test_a_write_error_comes_at_fsync_and_the_data_can_still_be_saved(mount):
         m.other("mend")
         os.fsync(f.fileno())
     assert (m.path / "f").read_bytes() == b"x" * 50_000
+
+
+@pytest.mark.parametrize("how", ["write", "fsync", "close", "truncate"])
+def test_an_error_of_write_behind_is_told_once_by_what_comes_next(mount, how):
+    m = mount()
+    f = m.path / "f"
+    fd = os.open(f, os.O_CREAT | os.O_RDWR)
+    m.other("break")
+    os.write(fd, b"x" * 50_000)
+    time.sleep(2)  # it was tried a second after the write
+    again = fd
+    if how == "write":
+        raises(errno.EIO, os.write, fd, b"not taken")
+    elif how == "fsync":
+        raises(errno.EIO, os.fsync, fd)
+    elif how == "truncate":
+        os.ftruncate(fd, 40_000)  # needs no commit
+        raises(errno.EIO, os.fsync, fd)
+    else:
+        raises(errno.EIO, os.close, fd)
+        m.other("mend")
+        again = os.open(f, os.O_RDWR)
+    m.other("mend")
+    os.fsync(again)
+    os.close(again)
+    assert f.read_bytes() == b"x" * (40_000 if how == "truncate" else 50_000)
+
+
+def test_syncfs_does_not_wait_for_the_mount_and_fsync_does(mount):
+    """The kernel tells file systems like this one nothing of it; `fuse/README.md` says so."""
+    m = mount()
+    with (m.path / "f").open("wb", buffering=0) as f:
+        m.other("break")
+        f.write(b"x" * 50_000)
+        call("syncfs", f.fileno())
+        raises(errno.EIO, os.fsync, f.fileno())
+        m.other("mend")
+        os.fsync(f.fileno())
+    readme = (HERE.parents[1] / "fuse" / "README.md").read_text()
+    assert any(line.startswith("| `sync`, `syncfs` |") for line in readme.splitlines())
 
 
 def test_without_a_quorum_calls_end_with_eio_and_work_again_later(mount):

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import struct
 import subprocess
@@ -91,6 +92,8 @@ def test_copy_file_range_and_sendfile_copy_through_the_page_cache(fd, mnt):
 
 def test_reflink_ioctls(fd, mnt):
     out = os.open(mnt / "clone", os.O_CREAT | os.O_RDWR)
+    whole = struct.pack("qQQQ", fd, 0, 0, 0)
+    refuses(errno.EOPNOTSUPP, fcntl.ioctl, out, 0x4020940D, whole)  # FICLONERANGE
     answer = refuses(errno.EOPNOTSUPP, fcntl.ioctl, out, 0x40049409, fd)  # FICLONE
     documented("FICLONE, FICLONERANGE", answer)
     os.close(out)
@@ -112,6 +115,97 @@ def test_whiteouts(mnt):
     answer = refuses(errno.EINVAL, renameat2, str(mnt / "f"), str(mnt / "g"), WHITEOUT)
     documented("`renameat2` RENAME_WHITEOUT", answer)
     assert os.listdir(mnt) == ["f"]
+
+
+def test_a_mount_is_the_lower_layer_of_overlayfs_and_not_the_upper(mnt, sides):
+    for name in ("lower", "upper", "work", "merged"):
+        (mnt / name).mkdir()
+    create(mnt / "lower" / "f", b"below")
+
+    def overlay(upper):
+        options = f"lowerdir={mnt}/lower,upperdir={upper}/upper,workdir={upper}/work"
+        command = ["mount", "-t", "overlay", "-o", options, "overlay", mnt / "merged"]
+        return subprocess.run(command, check=False, capture_output=True).returncode
+
+    assert overlay(mnt) != 0
+    elsewhere = sides.reference() / mnt.name
+    for name in ("upper", "work"):
+        (elsewhere / name).mkdir(parents=True)
+    assert overlay(elsewhere) == 0
+    try:
+        assert content(mnt / "merged" / "f") == b"below"
+        (mnt / "merged" / "f").write_bytes(b"above")
+        assert content(mnt / "merged" / "f") == b"above"
+    finally:
+        subprocess.run(["umount", mnt / "merged"], check=True)
+    assert content(mnt / "lower" / "f") == b"below"
+
+
+def test_blocks_are_counted_by_size(mnt):
+    create(mnt / "f")
+    os.truncate(mnt / "f", 10 << 20)
+    assert os.stat(mnt / "f").st_blocks * 512 == 10 << 20
+    documented("`st_blocks`, `du`", "holes included")
+
+
+def test_times_that_cannot_be_kept(mnt):
+    create(mnt / "f")
+    os.utime(mnt / "f", (1 << 40, -(1 << 40)))
+    time.sleep(1.1)  # longer than the kernel keeps attributes
+    s = os.stat(mnt / "f")
+    assert time.gmtime(s.st_atime).tm_year == 2554
+    assert time.gmtime(s.st_mtime).tm_year == 1677
+    documented("times before 1677 or after 2554", "nearest")
+
+
+def test_what_a_mapping_wrote_beyond_the_end_is_not_kept_while_the_file_does_not_grow(fd, mnt):
+    """The kernel cuts what it sends at the size."""
+    with mmap.mmap(fd, 0) as whole:
+        first = ctypes.c_char.from_buffer(whole)
+        address = ctypes.addressof(first)
+        ctypes.memset(address + 100_000, ord("Q"), 10)
+        call("msync", ctypes.c_void_p(address), ctypes.c_size_t(100_000), 4)  # MS_SYNC
+        del first  # or the mapping cannot be closed
+    os.fsync(fd)
+    assert os.fstat(fd).st_size == 100_000
+    assert content(mnt / "f") == b"x" * 100_000
+    documented("bytes beyond the end of file that", "may appear when the file grows")
+
+
+def test_handles_are_good_while_the_kernel_knows_the_inode(mnt):
+    create(mnt / "f", b"content")
+    handle, mount_id = ctypes.create_string_buffer(140), ctypes.c_int()
+    ctypes.memmove(handle, struct.pack("I", 128), 4)
+    call("name_to_handle_at", -100, str(mnt / "f"), handle, ctypes.byref(mount_id), 0)
+    top = os.open(mnt, os.O_RDONLY)
+    again = call("open_by_handle_at", top, handle, os.O_RDONLY)
+    assert os.read(again, 100) == b"content"
+    os.close(again)
+    deadline = time.monotonic() + 5
+    with pytest.raises(OSError, match="Stale file handle"):
+        while time.monotonic() < deadline:
+            Path("/proc/sys/vm/drop_caches").write_text("2\n")  # until the kernel has forgotten it
+            os.close(call("open_by_handle_at", top, handle, os.O_RDONLY))
+    os.close(top)
+    documented("`open_by_handle_at`, export by NFS", "`ESTALE`")
+
+
+def test_inotify_sees_only_this_mount(sides, mnt):
+    other = sides.mount(which=1) / mnt.name
+    assert wait_for(other)
+    created, moved = 0x100, 0xC0
+    watch = call("inotify_init1", os.O_NONBLOCK)
+    call("inotify_add_watch", watch, str(mnt), created | moved)
+    create(mnt / "here")
+    assert b"here" in os.read(watch, 4096)
+    create(other / "there")
+    os.rename(other / "there", other / "elsewhere")
+    assert wait_for(mnt / "elsewhere")
+    with pytest.raises(BlockingIOError):
+        os.read(watch, 4096)
+    os.close(watch)
+    sides.umount("posix", which=1)
+    documented("leases, `inotify`, `fanotify`", "this mount only")
 
 
 def test_swap_files(mnt):
