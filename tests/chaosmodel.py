@@ -142,7 +142,9 @@ class Model:
 
     def flush(self, number):
         """A file is closed, or synced: what was written before goes with it."""
-        newest = len(self.files[number].versions) - 1
+        file = self.files[number]
+        newest = len(file.versions)
+        file.versions.append(Version(file.content, len(self.states) - 1))  # all of its last write
         self._step(f"flush {number}", **{f"f{number}": newest})
 
     # -- what was done
@@ -249,7 +251,9 @@ def difference(found, wanted):
             break
         same = start + PAGE
     pairs = zip(found[same : same + PAGE], wanted[same : same + PAGE], strict=False)
-    first = next((same + i for i, (a, b) in enumerate(pairs) if a != b), min(len(found), len(wanted)))
+    first = next(
+        (same + i for i, (a, b) in enumerate(pairs) if a != b), min(len(found), len(wanted))
+    )
     zeros = " (zeros)" if found[first : first + 16] == bytes(len(found[first : first + 16])) else ""
     return f"{len(found)} bytes, wanted {len(wanted)}; first difference at {first}{zeros}"
 
@@ -262,3 +266,54 @@ def differing_names(names, found):
         return f"missing {missing}, not expected {more}"
     kinds = [p for p, n in names.items() if (n is None) != (found[p] is None)]
     return f"another type: {kinds}" if kinds else ""
+
+
+class Journal:
+    """What a database's journal may look like: files that grow at the end, synced record by record."""
+
+    def __init__(self, *, pages=False):
+        self.pages = pages
+        self.written = {}  # name -> bytes
+        self.synced = {}  # name -> how many of them are durable
+        self.removed = {}  # what is removed, and perhaps not durably
+
+    def write(self, name, data):
+        """A record is appended; the file is made if it is not there."""
+        self.written.setdefault(name, bytearray()).extend(data)
+
+    def ack(self, name):
+        """The file was synced."""
+        self.synced[name] = len(self.written[name])
+        self.removed.clear()
+
+    def remove(self, name):
+        """A file is removed."""
+        self.removed[name] = self.written.pop(name)
+        del self.synced[name]
+
+    def differs_now(self, found):
+        """As of `Model`."""
+        if wrong := differing_names(dict.fromkeys(self.written, 0), found):
+            return wrong
+        wrong = [f"{p}: {difference(c, self.written[p])}" for p, c in found.items()]
+        return next((w for w in wrong if not w.endswith("equal")), "")
+
+    def differs_after_crash(self, found):
+        """As of `Model`."""
+        for name, size in self.synced.items():
+            content = found.get(name, b"")
+            if content[:size] != self.written[name][:size]:
+                return f"{name}: {difference(content[:size], self.written[name][:size])}"
+        for name, content in found.items():
+            wanted = self.written.get(name, self.removed.get(name))
+            if wanted is None:
+                return f"{name} was never there"
+            if len(content) > len(wanted) or (not self.pages and wanted[: len(content)] != content):
+                return f"{name}, not synced: {difference(content, wanted)}"
+        return ""
+
+    def rebase(self, found):
+        """As of `Model`."""
+        self.written = {name: bytearray(content) for name, content in found.items()}
+        self.synced = {name: len(content) for name, content in found.items()}
+        self.removed = {}
