@@ -13,9 +13,9 @@ import functools
 import logging
 import os
 import stat
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import pyfuse3
 import trio
@@ -41,6 +41,7 @@ BLOCK_SIZE = 4096  # of statfs
 REMOVED = 0  # handle of a directory that was opened after it was removed
 NO_LIMIT = 1 << 60  # bytes that statfs shows when nobody knows a limit
 
+T = TypeVar("T")
 Handler = Callable[..., Coroutine[Any, Any, Any]]
 
 
@@ -175,9 +176,24 @@ class Operations(pyfuse3.Operations):
 
     # ------------------------------------------------------------------ names
 
+    async def _in(self, work: Awaitable[T], *directories: int) -> T:
+        """Do something with names in directories of which the kernel may know the wrong ones.
+
+        Where one was replaced by another client, ESTALE makes the kernel look its path up again:
+        the names may well be in the new one.  What was removed here the kernel knows itself.
+        """
+        try:
+            return await work
+        except FsError as e:
+            if e.errno == errno.ENOENT:
+                for ino in directories:
+                    if ino not in self._removed:
+                        await self._fs.getattr(ino)  # raises ESTALE
+            raise
+
     async def lookup(self, parent: int, name: bytes, _ctx: Any) -> pyfuse3.EntryAttributes:
         """LOOKUP."""
-        attr = await self._fs.find(parent, name)
+        attr = await self._in(self._fs.find(parent, name), parent)
         if attr is None:
             return _ABSENT
         if self.directories.listings:
@@ -195,24 +211,28 @@ class Operations(pyfuse3.Operations):
         self, parent: int, name: bytes, mode: int, rdev: int, ctx: Any
     ) -> pyfuse3.EntryAttributes:
         """MKNOD."""
-        attr = await self._fs.mknod(parent, name, mode, rdev, Caller(ctx.uid, ctx.gid))
+        work = self._fs.mknod(parent, name, mode, rdev, Caller(ctx.uid, ctx.gid))
+        attr = await self._in(work, parent)
         return self._entry(parent, name, attr)
 
     async def mkdir(self, parent: int, name: bytes, mode: int, ctx: Any) -> pyfuse3.EntryAttributes:
         """MKDIR."""
-        attr = await self._fs.mkdir(parent, name, mode & 0o7777, Caller(ctx.uid, ctx.gid))
+        work = self._fs.mkdir(parent, name, mode & 0o7777, Caller(ctx.uid, ctx.gid))
+        attr = await self._in(work, parent)
         return self._entry(parent, name, attr)
 
     async def symlink(
         self, parent: int, name: bytes, target: bytes, ctx: Any
     ) -> pyfuse3.EntryAttributes:
         """SYMLINK."""
-        attr = await self._fs.symlink(parent, name, target, Caller(ctx.uid, ctx.gid))
+        work = self._fs.symlink(parent, name, target, Caller(ctx.uid, ctx.gid))
+        attr = await self._in(work, parent)
         return self._entry(parent, name, attr)
 
     async def link(self, ino: int, parent: int, name: bytes, _ctx: Any) -> pyfuse3.EntryAttributes:
         """LINK."""
-        return self._entry(parent, name, await self._fs.link(ino, parent, name))
+        attr = await self._in(self._fs.link(ino, parent, name), parent)
+        return self._entry(parent, name, attr)
 
     async def readlink(self, ino: int, _ctx: Any) -> bytes:
         """READLINK."""
@@ -222,11 +242,11 @@ class Operations(pyfuse3.Operations):
 
     async def unlink(self, parent: int, name: bytes, _ctx: Any) -> None:
         """UNLINK."""
-        self._remember(await self._fs.unlink(parent, name))
+        self._remember(await self._in(self._fs.unlink(parent, name), parent))
 
     async def rmdir(self, parent: int, name: bytes, _ctx: Any) -> None:
         """RMDIR."""
-        self._remember(await self._fs.rmdir(parent, name))
+        self._remember(await self._in(self._fs.rmdir(parent, name), parent))
 
     def _remember(self, removed: Attr | None) -> None:
         """Keep the attributes of what was removed, as long as the kernel holds the inode."""
@@ -253,7 +273,7 @@ class Operations(pyfuse3.Operations):
                 replaced = await fs.getattr(other)
             except FsError:  # it is gone already
                 replaced = None
-        await fs.rename(parent, name, new_parent, new_name, flags)
+        await self._in(fs.rename(parent, name, new_parent, new_name, flags), parent, new_parent)
         self._remember(replaced)
         if moved:
             inodes.moved(moved, new_key, new_name)
@@ -375,10 +395,9 @@ class Operations(pyfuse3.Operations):
         self, parent: int, name: bytes, mode: int, flags: int, ctx: Any
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         """CREATE: make and open; never opens what is there."""
+        work = self._fs.create(parent, name, stat.S_IMODE(mode), Caller(ctx.uid, ctx.gid))
         try:
-            attr, handle = await self._fs.create(
-                parent, name, stat.S_IMODE(mode), Caller(ctx.uid, ctx.gid)
-            )
+            attr, handle = await self._in(work, parent)
         except FsError as e:
             if e.errno != errno.EEXIST or flags & os.O_EXCL:
                 raise

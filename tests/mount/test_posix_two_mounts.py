@@ -5,11 +5,12 @@ import errno
 import multiprocessing
 import os
 import stat
+import threading
 import time
 
 import pytest
 
-from tests.mount.differential import NOREPLACE, content, create, put, renameat2
+from tests.mount.differential import EXCHANGE, NOREPLACE, content, create, errno_of, put, renameat2
 
 pytestmark = pytest.mark.mount
 ALICE = 4001
@@ -168,6 +169,45 @@ def test_names_are_pushed(pair):
         waits.append(until(lambda: not os.listdir(two), SOON))
         waits.append(until(lambda f=f: not (two / f"{f}-moved").exists(), SOON))
     assert sorted(waits)[len(waits) // 2] < SOON / 2
+
+
+def test_names_are_found_in_a_directory_that_is_replaced_all_the_time(pair):
+    """Whichever directory has the name now, the file is in it; nobody is told that there is none.
+
+    The kernel looks its path up again once: after two replacements in a moment ESTALE is left.
+    """
+    one, two = pair
+    os.mkdir(one / "d")
+    create(one / "d/f")
+    until((two / "d/f").exists)
+    stop = threading.Event()
+
+    def replace():
+        while not stop.is_set():
+            os.mkdir(one / "new")
+            create(one / "new/f")
+            renameat2(str(one / "new"), str(one / "d"), EXCHANGE)
+            while errno_of(os.rmdir, one / "new"):  # the other mount may still be making files
+                for name in os.listdir(one / "new"):
+                    errno_of(os.unlink, one / "new" / name)
+
+    replacing = threading.Thread(target=replace)
+    replacing.start()
+    codes = collections.Counter()
+    try:
+        end = time.monotonic() + 3
+        n = 0
+        while time.monotonic() < end:
+            n += 1
+            codes[errno_of(os.stat, two / "d/f")] += 1
+            codes[errno_of(create, two / f"d/c{n}")] += 1
+            codes[errno_of(os.symlink, "target", two / f"d/l{n}")] += 1
+            codes[errno_of(os.chmod, two / "d", 0o755)] += 1
+    finally:
+        stop.set()
+        replacing.join(20)
+    assert set(codes) <= {0, errno.ESTALE}, codes
+    assert codes[0] > 10 * codes[errno.ESTALE]
 
 
 @pytest.mark.parametrize("size", [100, 5_000, 300_000])

@@ -273,3 +273,32 @@ async def test_a_file_that_another_client_made_first_is_not_opened_without_a_loo
             assert caught.value.errno == code
         assert not fs.files.is_open(ino)
         assert (await fs.getattr(ino)).size == 6
+
+
+async def test_names_in_a_directory_that_another_client_removed_are_looked_up_again():
+    """ESTALE, not ENOENT: the kernel may find another directory of that name."""
+    home = new_home()
+    async with filesystem(home) as fs, filesystem(home, seed=1) as other:
+        operations = Operations(fs, Told())
+        gone = (await other.mkdir(1, b"d", 0o755)).ino
+        ino = await write_file(fs, 1, b"f", b"x")
+        await other.rmdir(1, b"d")
+        ctx = SimpleNamespace(uid=0, gid=0)
+        for call, args in (
+            (operations.lookup, (gone, b"x", ctx)),
+            (operations.mknod, (gone, b"x", 0o100644, 0, ctx)),
+            (operations.mkdir, (gone, b"x", 0o755, ctx)),
+            (operations.symlink, (gone, b"x", b"target", ctx)),
+            (operations.link, (ino, gone, b"x", ctx)),
+            (operations.unlink, (gone, b"x", ctx)),
+            (operations.rmdir, (gone, b"x", ctx)),
+            (operations.rename, (gone, b"x", 1, b"y", 0, ctx)),
+            (operations.rename, (1, b"f", gone, b"y", 0, ctx)),
+            (operations.create, (gone, b"x", 0o100644, os.O_CREAT | os.O_WRONLY, ctx)),
+        ):
+            with pytest.raises(pyfuse3.FUSEError) as caught:
+                await call(*args)
+            assert caught.value.errno == errno.ESTALE, call
+        with pytest.raises(pyfuse3.FUSEError) as caught:
+            await operations.unlink(1, b"none", ctx)
+        assert caught.value.errno == errno.ENOENT
