@@ -128,10 +128,13 @@ async def mounted(fs: FileSystem, options: MountOptions) -> AsyncIterator[Listen
     uninstall = install(listener)
     try:
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(operations.contention.run)
             if atimes is not None:
                 nursery.start_soon(atimes.run)
             yield listener
             nursery.cancel_scope.cancel()
+        with trio.move_on_after(FLUSH_TIMEOUT):
+            await operations.contention.end()
         if atimes is not None:
             try:
                 with trio.move_on_after(FLUSH_TIMEOUT):

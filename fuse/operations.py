@@ -26,6 +26,7 @@ from dfs.client.filesystem import Attr, Caller, FileSystem
 from dfs.client.namespace import RENAME_EXCHANGE
 from dfs.errors import DfsError, FsError
 from dfs.volume import items
+from fuse.contention import Contention
 from fuse.handles import OpenInodes
 from fuse.inodes import InodeTable
 from fuse.invalidate import Invalidator
@@ -122,6 +123,7 @@ class Operations(pyfuse3.Operations):
         self.open_inodes = OpenInodes()
         self.directories = Directories(fs, self.inodes, _blank(), self._fill, atimes)
         self._removed = Removed()
+        self.contention = Contention(fs)
         self.push = Push(fs)
         self._time_ns = fs.session.cluster.clock.time_ns
         if not self._alone:
@@ -193,7 +195,8 @@ class Operations(pyfuse3.Operations):
 
     async def lookup(self, parent: int, name: bytes, _ctx: Any) -> pyfuse3.EntryAttributes:
         """LOOKUP."""
-        attr = await self._in(self._fs.find(parent, name), parent)
+        find = self.contention.look_up if self.contention.active else self._fs.find
+        attr = await self._in(find(parent, name), parent)
         if attr is None:
             return _ABSENT
         if self.directories.listings:
@@ -360,17 +363,24 @@ class Operations(pyfuse3.Operations):
     # ------------------------------------------------------------------ files
 
     async def open(self, ino: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
-        """OPEN; O_TRUNC arrives here.  ESTALE makes the kernel look the name up again."""
+        """OPEN; O_TRUNC arrives here.  ESTALE makes the kernel look the name up again, once."""
         mode = flags & os.O_ACCMODE
         if flags & os.O_TRUNC and ctx.uid:
             await self._clear_privileges(ino)
-        handle = await self._fs.open(
-            ino,
-            # To write a part of a page the kernel reads the page first.
-            readable=mode != os.O_WRONLY or self._alone,
-            writable=mode != os.O_RDONLY,
-            truncate=bool(flags & os.O_TRUNC),
-        )
+        try:
+            handle = await self._fs.open(
+                ino,
+                # To write a part of a page the kernel reads the page first.
+                readable=mode != os.O_WRONLY or self._alone,
+                writable=mode != os.O_RDONLY,
+                truncate=bool(flags & os.O_TRUNC),
+            )
+        except FsError as e:
+            if e.errno == errno.ESTALE:
+                self.contention.failed()
+                if await self.contention.absent(ino):
+                    raise pyfuse3.FUSEError(errno.ENOENT) from None
+            raise
         # What others changed was queued for invalidation while the open brought the view up to
         # date; the kernel must have dropped its size and pages before it reads: close-to-open.
         if self._invalidator.is_pending(ino):
@@ -403,6 +413,7 @@ class Operations(pyfuse3.Operations):
                 raise
             # Another client made it since the kernel found nothing.  What it is and whether this
             # caller may open it is for the kernel to check: ESTALE makes it look again.
+            self.contention.failed()
             raise pyfuse3.FUSEError(errno.ESTALE) from None
         self.open_inodes.opened(handle, attr.ino)
         return pyfuse3.FileInfo(fh=handle, keep_cache=True), self._entry(parent, name, attr)

@@ -28,8 +28,10 @@ from dfs.client.files import Files
 from dfs.client.handles import DirHandle, FileHandle, HandleTable
 from dfs.client.listing import Entry, Name
 from dfs.client.namespace import Caller, Namespace
+from dfs.client.openfile import File
 from dfs.client.orphans import Orphans
 from dfs.client.quota import Quota
+from dfs.client.removal import Removal
 from dfs.client.session import DEADLINE, Session
 from dfs.client.store import ChunkStore
 from dfs.codec import Buffer
@@ -94,6 +96,7 @@ class FileSystem:
             kernel_times=kernel_times,
         )
         self._capacity = capacity
+        self._leaving: dict[int, Removal] = {}  # inodes that are gone once a commit is answered
         self._room_until: float | None = None  # when the end stops waiting for room
         self._time_ns = session.cluster.clock.time_ns
 
@@ -256,6 +259,20 @@ class FileSystem:
             attr = await session.read(lambda txn: lookup(txn, parent, name))
         return self.files.overlay(attr) if attr is not None else None
 
+    async def find_held(self, parent: int, name: bytes) -> tuple[Attr | None, File | None]:
+        """`find`, and count a regular file as open: it outlives the removal of its name from here.
+
+        `files.close` gives up the file that is returned.
+        """
+        while True:
+            attr = await self.find(parent, name)
+            if attr is None or attr.kind != REG:
+                return attr, None
+            leaving = self._leaving.get(attr.ino)
+            if leaving is None:
+                return attr, self.files.open(attr.ino)
+            await leaving.wait()
+
     async def readlink(self, ino: int) -> bytes:
         """Target of a symbolic link."""
 
@@ -322,8 +339,12 @@ class FileSystem:
         """
         self._writable()
         now = self._time_ns()
-        unlink, is_open = self.namespace.unlink, self.files.is_open
-        attr = await self.session.transact(lambda txn: unlink(txn, parent, name, now, is_open))
+        unlink = self.namespace.unlink
+        removal = Removal(self.files.is_open, self._leaving)
+        try:
+            attr = await self.session.transact(lambda txn: unlink(txn, parent, name, now, removal))
+        finally:
+            removal.end()
         self.files.overlay(attr)
         await self.files.unlinked(attr.ino)
         return attr
@@ -340,11 +361,15 @@ class FileSystem:
         """rename(2); flags RENAME_NOREPLACE = 1, RENAME_EXCHANGE = 2."""
         self._writable()
         now = self._time_ns()
-        _, other = await self.session.transact(
-            lambda txn: self.namespace.rename(
-                txn, parent, name, new_parent, new_name, now, self.files.is_open, flags
+        removal = Removal(self.files.is_open, self._leaving)
+        try:
+            _, other = await self.session.transact(
+                lambda txn: self.namespace.rename(
+                    txn, parent, name, new_parent, new_name, now, removal, flags
+                )
             )
-        )
+        finally:
+            removal.end()
         if other and not flags & namespace.RENAME_EXCHANGE:
             await self.files.unlinked(other)
 
@@ -388,7 +413,12 @@ class FileSystem:
         if writable or truncate:
             self._writable()
         await self.session.refresh()
-        attr = await self.session.read(lambda txn: attributes.get_attr(txn, ino))
+        while True:
+            attr = await self.session.read(lambda txn: attributes.get_attr(txn, ino))
+            leaving = self._leaving.get(ino)
+            if leaving is None:
+                break
+            await leaving.wait()  # its last name is being removed: then it is gone, or stays
         if attr.kind == DIR:
             raise fs_error(errno.EISDIR)
         handle = self._open(ino, readable=readable, writable=writable)
