@@ -181,16 +181,32 @@ def without_privileges(mode: int) -> int:
 # ----------------------------------------------------------------------------------------- xattrs
 
 XATTR_CREATE, XATTR_REPLACE = 1, 2
+NAMESPACES = (b"user", b"trusted", b"security")
 MAX_XATTR = items.MAX_ITEM - 1024
 
 
 def get_xattr(txn: Txn, ino: int, name: bytes) -> bytes:
-    """One extended attribute; raises ENODATA."""
+    """One extended attribute; raises ENODATA, EOPNOTSUPP for what no file can have."""
     get_inode(txn, ino)
     value = txn.get(items.xattr_key(ino, name)) if name else None
     if value is None:
+        _check_xattr_name(name)
         raise fs_error(errno.ENODATA, repr(name))
     return items.decode_xattr(value)
+
+
+def _check_xattr_name(name: bytes) -> None:
+    """Raise EOPNOTSUPP, EINVAL for a name in no namespace that there is, or of nothing else.
+
+    Of the `system` namespace there are access control lists only.
+    """
+    namespace, dot, rest = name.partition(b".")
+    if name in (acl.ACCESS, acl.DEFAULT):
+        return
+    if not dot or namespace not in NAMESPACES:
+        raise fs_error(errno.EOPNOTSUPP, f"extended attribute {name!r}")
+    if not rest:
+        raise fs_error(errno.EINVAL, f"extended attribute {name!r}")
 
 
 def list_xattrs(txn: Txn, ino: int) -> list[bytes]:
@@ -203,16 +219,11 @@ def list_xattrs(txn: Txn, ino: int) -> list[bytes]:
 def set_xattr(txn: Txn, ino: int, name: bytes, value: bytes, now: int, flags: int = 0) -> None:
     """Set an extended attribute; flags as of setxattr(2).
 
-    Of the `system` namespace there are access control lists only.  One for access sets the
-    permission bits, and is not kept if they say as much.
+    An access control list for access sets the permission bits, and is not kept if they say as much.
     """
     if not 0 < len(name) <= items.MAX_NAME:
         raise fs_error(errno.ERANGE, "name of an extended attribute")
-    namespace, _, rest = name.partition(b".")
-    if namespace == b"system" and name not in (acl.ACCESS, acl.DEFAULT):
-        raise fs_error(errno.EOPNOTSUPP, repr(name))
-    if not rest:
-        raise fs_error(errno.EINVAL, repr(name))
+    _check_xattr_name(name)
     if len(value) > MAX_XATTR:
         raise fs_error(errno.E2BIG, f"extended attribute of {len(value)} bytes")
     inode = get_inode(txn, ino)
@@ -224,7 +235,7 @@ def set_xattr(txn: Txn, ino: int, name: bytes, value: bytes, now: int, flags: in
         if not there and flags & XATTR_REPLACE:
             raise fs_error(errno.ENODATA, repr(name))
     changes: list[fx.Change] = [(items.F_CTIME, fx.LAST, now)]
-    entries = acl.decode(value) if namespace == b"system" else []
+    entries = acl.decode(value) if name in (acl.ACCESS, acl.DEFAULT) else []
     if name == acl.DEFAULT and inode.kind != DIR:
         raise fs_error(errno.EACCES, repr(name))
     if name == acl.ACCESS:

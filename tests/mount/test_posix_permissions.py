@@ -2,10 +2,21 @@
 
 import os
 import stat
+import subprocess
 
 import pytest
 
-from tests.mount.differential import EXCHANGE, content, create, put, renameat2, umask, user
+from tests.mount.differential import (
+    EXCHANGE,
+    compare,
+    content,
+    create,
+    errno_of,
+    put,
+    renameat2,
+    umask,
+    user,
+)
 
 pytestmark = pytest.mark.mount
 ALICE, BOB, TEAM = 4001, 4002, 5000
@@ -269,3 +280,103 @@ def test_programs_run_only_with_the_execute_bit(same):
         s.do(os.access, "run", os.X_OK)
 
     same(script)
+
+
+def test_a_read_only_mount_refuses_every_change(sides, tmp_path):
+    """And nothing that is none: reading, opening of FIFOs, sync."""
+
+    def script(s):
+        for name in ("f", "none", "d", "l"):
+            for flags in (
+                R,
+                W,
+                os.O_RDWR,
+                R | os.O_TRUNC,
+                R | os.O_CREAT,
+                W | os.O_CREAT,
+                R | os.O_CREAT | os.O_EXCL,
+                R | os.O_APPEND,
+            ):
+                s.note(name, flags)
+                s.do(opened, name, flags)
+        for who in (0, ALICE):
+            with user(who) if who else umask(0o022):
+                s.do(os.mkdir, "new")
+                s.do(os.mkdir, "d")
+                s.do(os.rmdir, "d")
+                s.do(os.rmdir, "none")
+                s.do(os.unlink, "f")
+                s.do(os.unlink, "none")
+                s.do(os.rename, "f", "g")
+                s.do(renameat2, "f", "d", EXCHANGE)
+                s.do(os.link, "f", "g")
+                s.do(os.symlink, "x", "g")
+                s.do(os.symlink, "x", "f")
+                s.do(os.mkfifo, "q")
+                s.do(os.chmod, "f", 0o600)
+                s.do(os.chown, "f", 1, 1)
+                s.do(os.utime, "f")
+                s.do(os.truncate, "f", 0)
+                s.do(content, "f")
+                for access in (os.R_OK, os.W_OK):
+                    s.do(os.access, "f", access)
+                    s.do(os.access, "p", access)
+        s.do(opened, "p", os.O_RDWR | os.O_NONBLOCK)
+        fd = os.open("f", R)
+        s.do(os.fsync, fd)
+        s.do(os.fchmod, fd, 0o600)
+        s.do(os.ftruncate, fd, 0)
+        os.close(fd)
+        s.note(bool(os.statvfs(".").f_flag & os.ST_RDONLY))
+
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    tmpfs = ["mount", "-t", "tmpfs", "-o"]
+    subprocess.run([*tmpfs, "noatime,nosuid,nodev,mode=0755", "ro", reference], check=True)
+    try:
+        mine = sides.mount("ro")
+        for place in (mine, reference):
+            create(place / "f", b"content")
+            os.mkdir(place / "d")
+            os.symlink("f", place / "l")
+            os.mkfifo(place / "p", 0o666)
+        sides.umount("ro")
+        subprocess.run(["mount", "-o", "remount,ro", reference], check=True)
+        mine = sides.mount("ro", "--read-only")
+        compare(script, mine, reference)
+        sides.umount("ro", "--read-only")
+    finally:
+        subprocess.run(["umount", reference], check=True)
+
+
+def test_the_root_is_a_directory_like_any_other(sides):
+    """But that nobody may remove, rename or link it."""
+
+    def script(s):
+        top = os.getcwd()
+        for fn, *args in (
+            (os.rmdir, top), (os.unlink, top), (os.mkdir, top), (os.rename, top, top + "x"),
+        ):  # fmt: skip
+            s.note(fn.__name__)
+            s.note(errno_of(fn, *args))
+        s.do(os.chmod, ".", 0o1777)
+        s.do(os.chown, ".", 5, 6)
+        s.look(".")
+        s.do(os.utime, ".", (1, 2))
+        s.note(os.stat(".").st_mtime)
+        os.mkdir("a")
+        s.do(os.rename, "a", ".")
+        s.do(os.rename, "a/..", "b")
+        s.do(renameat2, "a", ".", EXCHANGE)
+        s.do(os.link, ".", "l")
+        s.look(".")
+        with user(ALICE):
+            s.do(create, "mine")
+            s.do(os.rmdir, "a")
+        os.unlink("mine")
+        os.rmdir("a")
+        os.chmod(".", 0o755)
+        os.chown(".", 0, 0)
+
+    compare(script, sides.mount("root"), sides.reference("noatime,size=1m"))
+    sides.umount("root")

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from tests.mount.differential import create, user
+from tests.mount.differential import create, put, user
 
 pytestmark = pytest.mark.mount
 KEEP, CREATE, REPLACE = 0, os.XATTR_CREATE, os.XATTR_REPLACE
@@ -92,7 +92,30 @@ def test_who_may_and_which_namespaces(same):
             s.do(os.getxattr, "f", key)
         os.removexattr("f", "security.a")
         os.removexattr("f", "trusted.a")
+        for key in ("user", "user.", "trusted.", "foo.a", "system.a", "foo", "USER.a"):
+            s.do(os.setxattr, "f", key, b"1")
+            s.do(os.getxattr, "f", key)
+            s.do(os.removexattr, "f", key)
         everything(s, "f")
+
+    on_request(same, script)
+
+
+def test_capabilities_go_with_what_they_were_given_to(same):
+    """A write, a truncation and a change of owner take `security.capability` away."""
+
+    def script(s):
+        create("f", b"content")
+        for fn, *args in (
+            (put, "f", b"x"),
+            (os.truncate, "f", 3),
+            (os.chown, "f", 1, 1),
+            (os.chmod, "f", 0o600),
+            (os.link, "f", "l"),
+        ):
+            os.setxattr("f", "security.capability", b"\1\0\0\2" + bytes(16))
+            s.do(fn, *args)
+            s.do(os.getxattr, "f", "security.capability")
 
     on_request(same, script)
 
