@@ -21,6 +21,7 @@ from localcluster import wait_until
 from dfs.mountinfo import mounts_at
 from tests.mount import (
     test_posix_files,
+    test_posix_io,
     test_posix_permissions,
     test_posix_random,
     test_posix_times,
@@ -74,7 +75,13 @@ EXCEPT = {
     "test_times_beyond_what_can_be_kept_become_the_nearest",
 }
 
-for _module in (test_posix_files, test_posix_permissions, test_posix_random, test_posix_times):
+for _module in (
+    test_posix_files,
+    test_posix_io,
+    test_posix_permissions,
+    test_posix_random,
+    test_posix_times,
+):
     for _name, _fn in list(vars(_module).items()):
         if not _name.startswith("test_") or _name in EXCEPT:
             continue

@@ -169,6 +169,60 @@ def test_every_rename(same):
     same(script)
 
 
+CALLS = {
+    "create": lambda p: opened(p, os.O_CREAT | os.O_WRONLY),
+    "exclusive": lambda p: opened(p, os.O_CREAT | os.O_EXCL | os.O_WRONLY),
+    "open": lambda p: opened(p, os.O_RDONLY),
+    "nofollow": lambda p: opened(p, os.O_RDONLY | os.O_NOFOLLOW),
+    "directory": lambda p: opened(p, os.O_DIRECTORY),
+    "truncating": lambda p: opened(p, os.O_RDWR | os.O_TRUNC),
+    "mkdir": os.mkdir,
+    "mknod": lambda p: os.mknod(p, 0o100644),
+    "symlink": lambda p: os.symlink("x", p),
+    "link to": lambda p: os.link("f", p),
+    "link": lambda p: os.link(p, "hard", follow_symlinks=False),
+    "link followed": lambda p: os.link(p, "hard", follow_symlinks=True),
+    "lstat": os.lstat,
+    "stat": os.stat,
+    "readlink": os.readlink,
+    "truncate": lambda p: os.truncate(p, 0),
+    "chmod": lambda p: os.chmod(p, 0o755),
+    "lchown": lambda p: os.lchown(p, 0, 0),
+    "utime": os.utime,
+    "rmdir": os.rmdir,
+    "unlink": os.unlink,
+}
+
+
+def test_slashes_at_the_end_and_links_to_nothing(same):
+    """Every call with every kind of last component, with `/`, `//` and `/.` behind it."""
+
+    def kinds():
+        os.mkdir("d")
+        create("f")
+        for name, target in (
+            ("ld", "d"), ("lf", "f"), ("dangling", "none"), ("ld/", "d/"), ("lf/", "f/"), ("dangling/", "none/"),
+        ):  # fmt: skip
+            os.symlink(target, name.replace("/", "slash"))
+
+    def script(s):
+        kinds()
+        before = set(os.listdir("."))
+        for kind in (*sorted(before), "new"):
+            for ending in ("", "/", "//", "/."):
+                for name, fn in CALLS.items():
+                    s.note(kind + ending, name)
+                    s.do(fn, kind + ending)
+                    if set(os.listdir(".")) != before:
+                        s.note(tree())
+                        for entry in list(os.scandir(".")):
+                            remove = os.rmdir if entry.is_dir(follow_symlinks=False) else os.unlink
+                            remove(entry.name)
+                        kinds()
+
+    same(script)
+
+
 def back(old, new):
     """Undo a rename, if it took place."""
     if not os.path.lexists(new) and os.path.lexists(old):

@@ -1,5 +1,7 @@
 """Who may do what: permission bits, set-ID bits, sticky directories, umask; compared with tmpfs."""
 
+import ctypes
+import mmap
 import os
 import stat
 import subprocess
@@ -8,6 +10,7 @@ import pytest
 
 from tests.mount.differential import (
     EXCHANGE,
+    call,
     compare,
     content,
     create,
@@ -165,6 +168,97 @@ def test_a_write_through_a_mapping_or_an_old_descriptor_by_somebody_else(same):
             s.do(os.pwrite, fd, b"y", 5)
         s.do(os.fstat, fd)
         os.close(fd)
+
+    same(script)
+
+
+def test_whatever_writes_clears_set_id_bits(same):
+    """Also for a member of the file's group, and without write(2)."""
+
+    def script(s):
+        owned("w", ALICE, TEAM, 0o6775)
+        with open("source", "wb") as f:
+            f.write(b"x" * 100)
+        source = os.open("source", R)
+        for how in ("put", "truncate", "sendfile", "copy_file_range", "splice", "mapping"):
+            os.chmod("w", 0o6775)
+            with user(BOB, groups=(TEAM,)):
+                fd = os.open("w", os.O_RDWR)
+                if how == "put":
+                    s.do(os.write, fd, b"x" * 10)
+                elif how == "truncate":
+                    s.do(os.ftruncate, fd, 5)
+                elif how == "sendfile":
+                    s.do(os.sendfile, fd, source, 0, 10)
+                elif how == "copy_file_range":
+                    s.do(os.copy_file_range, source, fd, 10, 0, 0)
+                elif how == "splice":
+                    r, w = os.pipe()
+                    os.write(w, b"piped")
+                    s.do(os.splice, r, fd, 5)
+                    os.close(r)
+                    os.close(w)
+                else:
+                    with mmap.mmap(fd, 5) as m:
+                        m[0] = 7
+                        m.flush()
+                os.close(fd)
+            s.note(how)
+            s.look("w")
+        os.close(source)
+
+    same(script)
+
+
+def test_futimens_with_and_without_times(same):
+    """To now: with the right to write, or as owner.  To anything else: as owner."""
+    now, omit = (0, (1 << 30) - 1), (0, (1 << 30) - 2)
+
+    def futimens(fd, atime, mtime):
+        call("futimens", fd, (ctypes.c_long * 4)(*atime, *mtime))
+
+    def script(s):
+        owned("f", ALICE, ALICE, 0o600)
+        fds = [os.open("f", os.O_RDWR), os.open("f", R), os.open("f", os.O_PATH)]
+        for mode in (0o600, 0o602, 0o604):
+            os.chmod("f", mode)
+            for who in (ALICE, BOB):
+                with user(who):
+                    for fd in fds:
+                        for pair in (
+                            (now, now), (omit, omit), (now, omit), (omit, now), ((5, 5), now), ((5, 5), (6, 6)),
+                        ):  # fmt: skip
+                            s.note(mode, who, pair)
+                            s.do(futimens, fd, *pair)
+        for fd in fds:
+            os.close(fd)
+
+    same(script)
+
+
+def test_what_sticky_directories_protect_by_the_settings_of_the_kernel(same):
+    """fs.protected_regular, _fifos, _symlinks and _hardlinks."""
+
+    def script(s):
+        owned("f", 0, 0, 0o600)
+        os.mkdir("t")
+        os.chmod("t", 0o1777)
+        with user(ALICE):
+            create("t/a", b"x", 0o666)
+            os.mkfifo("t/p", 0o666)
+            os.chmod("t/p", 0o666)
+            os.symlink("../f", "t/l")
+            os.symlink("a", "t/la")
+        for who in (BOB, ALICE, 0):
+            with user(who) if who else umask(0o022):
+                s.do(opened, "t/a", os.O_CREAT | os.O_RDWR)
+                s.do(opened, "t/a", os.O_RDWR)
+                s.do(opened, "t/p", os.O_CREAT | os.O_RDWR | os.O_NONBLOCK)
+                s.do(content, "t/l")
+                s.do(content, "t/la")
+                s.do(os.link, "t/a", f"hard{who}")
+                s.do(os.link, "f", f"root{who}")
+                s.do(opened, "t/a", R | os.O_NOATIME)
 
     same(script)
 
