@@ -109,6 +109,9 @@ class Cluster:
         self.blobs = blobs
         self.clock = clock
         self.random = random
+        self.silent: dict[
+            int, float
+        ] = {}  # node that did not answer lately -> when to ask it again
         self._seeds = seeds
         self._set_map = set_map
 

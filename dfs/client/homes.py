@@ -8,8 +8,19 @@ import trio
 from dfs.client.connect import Cluster
 from dfs.cluster.map import METADATA, ClusterMap
 from dfs.env import Priority
-from dfs.errors import DfsError, Fenced, InUse, InvalidArgument, NotHome, StaleEpoch
+from dfs.errors import (
+    DeadlineExceeded,
+    DfsError,
+    Fenced,
+    InUse,
+    InvalidArgument,
+    NotHome,
+    StaleEpoch,
+    Unreachable,
+)
 from dfs.hashing import digest, partition_of
+
+SILENT = 5.0  # seconds during which a node that did not answer is asked last
 
 
 class Homes:
@@ -44,7 +55,13 @@ class Homes:
         homes = self.numbers()
         if self.owner is not None and self.owner in homes:
             return self.owner
-        return homes[self._rotation % len(homes)]
+        at = self._rotation % len(homes)
+        homes = (*homes[at:], *homes[:at])
+        silent = self._cluster.silent
+        if not silent:
+            return homes[0]
+        now = self._cluster.clock.monotonic()
+        return next((home for home in homes if silent.get(home, 0.0) <= now), homes[0])
 
     def heard(self, owner: int | None) -> None:
         """An answer named the owner (None or negative: it does not know)."""
@@ -69,12 +86,13 @@ class Homes:
         except (Fenced, InUse, InvalidArgument):  # answers, not failures
             raise
         except DfsError as e:
-            self._failed(home)
+            self._failed(home, e)
             if isinstance(e, StaleEpoch) and not self._cluster.learn(e):
                 await self._cluster.refresh_map()
             elif isinstance(e, NotHome):
                 await self._moved(home, e)
             raise
+        self._cluster.silent.pop(home, None)
         return result
 
     def launch(
@@ -98,7 +116,7 @@ class Homes:
                 then(answer[0])
                 return
             if not isinstance(answer, Fenced | InUse | InvalidArgument):
-                self._failed(home)
+                self._failed(home, answer)
             then(answer)
 
         self._cluster.rpc.request(
@@ -110,8 +128,14 @@ class Homes:
             epoch=current.epoch,
         )
 
-    def _failed(self, home: int) -> None:
-        """An attempt at `home` came to nothing: the next one goes to another."""
+    def _failed(self, home: int, error: DfsError) -> None:
+        """An attempt at `home` came to nothing: the next one goes to another.
+
+        What did not answer at all is asked last for a while, by the process's other sessions too:
+        opening a volume takes two of them, and each would wait anew for a node that is stopped.
+        """
+        if isinstance(error, Unreachable | DeadlineExceeded):
+            self._cluster.silent[home] = self._cluster.clock.monotonic() + SILENT
         if self.owner == home:
             homes = self.numbers()
             self.owner = None
