@@ -453,16 +453,18 @@ class Worker:
         self.model.make(path)
         fd = self.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR)
         self.model.ack()
+        number, content = self.model.names[path], self.data()
         try:
-            content = self.data()[:100_000]
-            n = self.call("pwrite", os.pwrite, fd, content, 0)
+            self.write(number, fd, 0, content)
             if self.chance(0.5):
-                self.call("fsync", os.fsync, fd)
+                self.sync(number, fd)
             self.model.remove(path)
             self.call("unlink", os.unlink, self.root / path)
             self.model.ack()
             found = self.call("pread", os.pread, fd, len(content) + 1, 0)
-            assert found == content[:n], f"unlinked, still open: {difference(found, content)}"
+            if self.generation_killed(self.generation):
+                raise Died
+            assert found == content, f"unlinked, still open: {difference(found, content)}"
         finally:
             with contextlib.suppress(OSError):
                 os.close(fd)

@@ -182,6 +182,18 @@ class Chaos:
             finally:
                 os.kill(pid, signal.SIGCONT)
 
+    def disturb_both(self):
+        """A mount dies while a node is stopped that has its last requests unread."""
+        node = self.random.choice(self.cluster.nodes)
+        with self.faults.during(f"{node} metadata stopped"):
+            self.cluster.kill(node, ("metadata",), signal.SIGSTOP)
+            try:
+                time.sleep(self.random.uniform(0.1, 1.5))
+                self.kill_mount(self.random.randrange(len(self.mounts)))
+                self.over.wait(self.random.uniform(0, 3))
+            finally:
+                self.cluster.kill(node, ("metadata",), signal.SIGCONT)
+
     def nemesis(self, work, calm):
         try:
             while not self.over.wait(self.random.uniform(*calm)):
@@ -240,9 +252,11 @@ class Chaos:
             ]
             nemeses = []
             if "node" in args.faults:
-                nemeses.append((self.disturb_node, (0.5, 6)))
+                nemeses.append((self.disturb_node, (0.5 * args.calm, 6 * args.calm)))
             if "mount" in args.faults:
-                nemeses.append((self.disturb_mount, (2, 15)))
+                nemeses.append((self.disturb_mount, (2 * args.calm, 15 * args.calm)))
+            if "both" in args.faults:
+                nemeses.append((self.disturb_both, (2 * args.calm, 8 * args.calm)))
             acting = [threading.Thread(target=self.nemesis, args=n, daemon=True) for n in nemeses]
             for thread in [*threads, *acting]:
                 thread.start()
@@ -357,7 +371,10 @@ def main():
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--databases", type=int, default=0, help="so many workers sync a journal")
     parser.add_argument("--rates", action="store_true", help="show operations each second")
-    parser.add_argument("--faults", default="node,mount", help="which of node, mount")
+    parser.add_argument(
+        "--faults", default="node,mount", help="which of node, mount; or both: at once"
+    )
+    parser.add_argument("--calm", type=float, default=1.0, help="factor to the time between faults")
     parser.add_argument("--slow", type=float, default=3.0, help="seconds worth telling")
     parser.add_argument("--large", type=float, default=0.02, help=f"chance of {LARGE} bytes")
     parser.add_argument("--away", type=float, default=8.0, help="most seconds until a restart")
