@@ -195,9 +195,10 @@ class ChunkNode:
     async def _put(self, ctx: Context, args: tuple[Any, ...], data: memoryview) -> Reply:
         chunk_id, durable, stamp, *more = args
         self._check(ctx, chunk_id)
-        stamp = self._stamp(stamp)
         store = self.store
         copy = bool(more and more[0])
+        # By a clock of a writer that is wrong the chunk could seem old enough to be collected.
+        stamp = self._stamp(stamp if copy else 0)
         if copy and store.condemned(chunk_id, stamp):
             return (False, self.boot), b""  # a copy of garbage: as good as stored
         new = False
@@ -224,12 +225,12 @@ class ChunkNode:
         return await self._env.disk.run(_verify, chunk_id, data)
 
     async def _touch(self, ctx: Context, args: tuple[Any, ...], _data: memoryview) -> Reply:
-        ids, stamp, *more = args
+        ids, _, *more = args
         for chunk_id in ids:
             self._check(ctx, chunk_id)
         if more and len(more[0]) != len(ids):
             raise InvalidArgument(f"{len(more[0])} stamps for {len(ids)} chunks")
-        stamps = [self._stamp(s) for s in more[0]] if more else self._stamp(stamp)
+        stamps = [self._stamp(s) for s in more[0]] if more else self._stamp(0)
         return (tuple(await self.store.touch(ids, stamps)),), b""
 
     async def _sync(self, _ctx: Context, _args: tuple[Any, ...], _data: memoryview) -> Reply:

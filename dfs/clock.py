@@ -13,8 +13,12 @@ class Clock(Protocol):
         """Seconds on a clock that never goes back; only differences mean anything."""
         ...
 
+    def elapsed_ns(self) -> int:
+        """Nanoseconds on a clock like `monotonic`, which goes on while the machine is suspended."""
+        ...
+
     def time_ns(self) -> int:
-        """Nanoseconds since the epoch, as wall clocks tell them: may jump."""
+        """Nanoseconds since the epoch, as wall clocks tell them: may jump, or be wrong."""
         ...
 
 
@@ -24,6 +28,11 @@ class SystemClock:
     def monotonic(self) -> float:
         """See `Clock.monotonic`; must be called inside a trio run."""
         return trio.current_time()
+
+    def elapsed_ns(self) -> int:
+        """See `Clock.elapsed_ns`; must be called inside a trio run."""
+        suspended = -time.monotonic_ns() + time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        return int(trio.current_time() * 1e9) + suspended
 
     def time_ns(self) -> int:
         """See `Clock.time_ns`."""

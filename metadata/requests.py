@@ -156,9 +156,11 @@ def check_commit(args: tuple[Any, ...]) -> int:
     `MAX_REQUEST`.
     """
     sid, no, base, have, txns, oldest, epoch = args
-    for value in (sid, no, base, have, oldest, epoch):
+    for value in (sid, no, base, have, epoch):
         if type(value) is not int or value < 0:
             raise InvalidArgument(f"commit with a malformed number: {value!r}")
+    if type(oldest) is not int:  # below 0 it is an age
+        raise InvalidArgument(f"commit with a malformed age of its chunks: {oldest!r:.80}")
     if no == 0:
         raise InvalidArgument("requests of a session are numbered from 1")
     if type(txns) is not tuple or not 0 < len(txns) <= MAX_TXNS:

@@ -346,11 +346,11 @@ class HomeCore:
     def _refuse(self, session: Session, request: Commit, now: int) -> DfsError | None:
         if request.writing and not session.writes:
             return InvalidArgument(f"session {request.sid} is read-only")
-        if request.oldest and now - request.oldest > MAX_CHUNK_AGE:
+        oldest = request.oldest
+        if oldest and (age := now - oldest if oldest > 0 else -oldest) > MAX_CHUNK_AGE:
             return InvalidArgument(
-                f"the oldest chunk of this commit was put or touched"
-                f" {(now - request.oldest) // 10**9} s ago, more than"
-                f" {MAX_CHUNK_AGE // 10**9}: touch its chunks again"
+                f"the oldest chunk of this commit was put or touched {age // 10**9} s ago,"
+                f" more than {MAX_CHUNK_AGE // 10**9}: touch its chunks again"
             )
         return refuse(request, self.epoch, self.holder)
 

@@ -339,12 +339,14 @@ class Committer:
         Every read was just found unchanged up to the view's seq: that is its base.
         """
         session = self._session
+        # Clocks of other machines may tell anything: what is sent is an age.
+        age = max(1, self._clock.elapsed_ns() - oldest) if oldest else 0
         self._no += 1
         self._open_since = self._clock.monotonic()
         if self._calm:
             self._requested.unpark_all()
         seq = session.view.seq
-        return (session.volume, session.sid, self._no, seq, seq, txns, oldest, epoch)
+        return (session.volume, session.sid, self._no, seq, seq, txns, -age, epoch)
 
     async def _send(self, request: tuple[Any, ...], batch: Batch | None = None) -> tuple[bool, ...]:
         """Send one request until there is a verdict; raises `FsError` when there will be none."""

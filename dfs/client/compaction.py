@@ -159,7 +159,7 @@ class Compactor:
     ) -> bool:
         """Make one extent of those seen in a range; False if they were changed meanwhile."""
         pieces = await self._reader.gather(extents.plan_read(seen, offset, length))
-        stamp = self._clock.time_ns()
+        stamp = self._clock.elapsed_ns()
         prepared = await self._chunks.prepare(pieces)
         await self._chunks.put_prepared(prepared, durable=True)
         new = [extents.in_chunk(offset, length, prepared.chunk_id, 0, length)]

@@ -48,7 +48,7 @@ class Batch:
         self.ranges: list[tuple[bytes, bytes]] = []
         self.effects: tuple[Effect, ...] = ()  # once it is closed
         self.size = 0
-        self.oldest = 0  # stamp of the oldest chunk that it relies on
+        self.oldest = 0  # when the first chunk that it relies on was sent
         self.waiters: list[Waiter] = []
 
     def close(self, view: View) -> None:

@@ -299,7 +299,7 @@ class Files:
     async def _put(self, upload: Upload, durable: bool) -> None:
         try:
             async with self._slots:
-                upload.stamp = self._clock.time_ns()
+                upload.stamp = self._clock.elapsed_ns()
                 prepared = await self._chunks.prepare(upload.pieces)
                 upload.exchange(prepared)
                 await self._chunks.put_prepared(prepared, durable=durable)
@@ -483,7 +483,7 @@ class Files:
         # committed is the file as it was at one moment, and never nothing, however fast it changes.
         segments = list(buffer)
         wanted = list(dict.fromkeys(s.source for s in segments if isinstance(s.source, Upload)))
-        late = self._clock.time_ns() - int(RENEW * 1e9)
+        late = self._clock.elapsed_ns() - int(RENEW * 1e9)
         for upload in wanted:
             if (upload.error is not None or upload.stamp < late) and upload not in self._uploads:
                 self._send(upload)

@@ -251,7 +251,8 @@ class Session:
         `op` is pure and is run again after a conflict.  A `DfsError` that it raises is only raised
         here once the home has confirmed that what the operation read is still so.  Raises `FsError`
         EIO when no quorum answered until the deadline, ENOSPC when the homes' disks are full.
-        `oldest`: stamp of the oldest chunk the effects rely on.  `kept`: the caller keeps what it
+        `oldest`: when the first of the chunks that the effects rely on was sent
+        (`Clock.elapsed_ns`), 0 if there are none.  `kept`: the caller keeps what it
         commits, and commits it again after an error; so it may be told ENOSPC before it is known
         whether it was committed.
         """

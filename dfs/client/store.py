@@ -68,7 +68,7 @@ class ChunkStore(Protocol):
         """Send a prepared chunk; returns once W servers have it.  May be called again if it failed.
 
         It is kept for a day from then on, or until a commit names it: the caller notes when it
-        called, and tells that to the commit (`oldest`).
+        called (`Clock.elapsed_ns`), and tells that to the commit (`oldest`).
         """
         ...
 

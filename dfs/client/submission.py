@@ -59,7 +59,7 @@ class Submission(Waiter):
     __slots__ = ("groups", "kept", "keys", "oldest", "size", "txn")
 
     def __init__(self, txn: Txn, oldest: int, *, kept: bool = False) -> None:
-        """`oldest`: stamp of the oldest chunk that the effects rely on, 0 if none.
+        """`oldest`: as of `Session.transact`.
 
         `kept`: what it commits is kept until that succeeds, and may be committed twice.
         """

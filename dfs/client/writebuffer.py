@@ -25,7 +25,7 @@ WINDOW = 4 << 20  # aligned part of a file that is uploaded as one chunk
 class Upload:
     """A chunk on its way: its pieces, its id once it arrived, or why it failed.
 
-    `stamp`: when it was sent, in ns of the client's wall clock; no server counts it as older.
+    `stamp`: when it was sent, by `Clock.elapsed_ns`; no server counts it as older.
     """
 
     __slots__ = ("chunk_id", "error", "length", "pieces", "stamp", "starts")

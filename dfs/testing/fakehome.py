@@ -43,6 +43,7 @@ from dfs.volume.validation import validate
 from dfs.volume.window import Window
 
 HOMES = (1, 2, 3)
+ON_THE_WAY = 60 * 10**9  # ns that a commit may be old when it arrives
 RECALL_WAIT = 0.5  # seconds that a request waits for the return of a delegation
 
 
@@ -301,11 +302,12 @@ class FakeHome:
 
     def _check_chunks(self, v: FakeVolume, named: set[bytes], oldest: int) -> None:
         """A commit tells how old the chunks are that it names first, or they could be collected."""
+        now = self.chunks.clock.elapsed_ns()
         for chunk_id in named - v.named:
-            stamp = self.chunks.stamps.get(chunk_id)
-            if stamp is not None and not 0 < oldest <= stamp:
+            age = now - self.chunks.stamps.get(chunk_id, now)
+            if chunk_id in self.chunks.stamps and not age - ON_THE_WAY <= -oldest != 0:
                 raise AssertionError(
-                    f"chunk {chunk_id.hex()[:16]} is of {stamp}, and its commit says {oldest}"
+                    f"chunk {chunk_id.hex()[:16]} is {age} ns old, and its commit says {-oldest}"
                 )
         v.named |= named
 
@@ -451,7 +453,7 @@ class FakeChunkStore:
         self.stored: dict[bytes, bytes] = {}
         self.durable: set[bytes] = set()
         self.clock: Clock = SystemClock()
-        self.stamps: dict[bytes, int] = {}  # chunk id -> ns of the last put or touch
+        self.stamps: dict[bytes, int] = {}  # chunk id -> when it was last put or touched
         self.full = False
         self.broken = False
         self.delay = 0.001
@@ -501,7 +503,7 @@ class FakeChunks:
         self._check(writing=True)
         chunk_id = prepared.chunk_id
         self.store.stored[chunk_id] = bytes(prepared.read(0, prepared.length))
-        self.store.stamps[chunk_id] = self.store.clock.time_ns()
+        self.store.stamps[chunk_id] = self.store.clock.elapsed_ns()
         self.store.puts += 1
         self._mine.add(chunk_id)
         self._prepared.pop(chunk_id, None)
@@ -525,7 +527,9 @@ class FakeChunks:
         await trio.sleep(self.store.delay)
         held = [c in self.store.durable for c in chunk_ids]
         self.store.stamps.update(
-            (c, self.store.clock.time_ns()) for c, yes in zip(chunk_ids, held, strict=True) if yes
+            (c, self.store.clock.elapsed_ns())
+            for c, yes in zip(chunk_ids, held, strict=True)
+            if yes
         )
         return held
 

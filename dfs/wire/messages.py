@@ -57,7 +57,8 @@ answers; one that does not own the ballot forwards to the owner.
         txns: ((keys, groups, effects), ...): keys and groups this transaction read, as bytes, and
         effects as in `dfs.volume.effects`.  A transaction without effects is validated only.
         base: the seq its reads come from.  have: the last seq applied to the caller's view.
-        oldest: stamp (ns) of the oldest chunk put or touch the effects rely on, 0 if none.
+        oldest: of the chunk puts and touches the effects rely on, 0 if none: below 0 the age (ns) of the
+        oldest, as -age, by a clock that cannot be wrong, only slow; above 0 its stamp by the wall clock.
         epoch: of the delegation the caller holds: what it read is not judged; 0: an ordinary commit.
         verdicts: one bool per transaction, True = committed (or valid), False = Conflict.
         seq: of the entry that holds the committed ones (or of the last chosen entry, for none).
@@ -115,11 +116,12 @@ table: 0 registers, 1 blobs.  For registers both must be homes of the partitions
 Chunkserver (design.md section 8).  An encoded chunk is `dfs.chunks.format`: header + stored blocks.
     chunk.put(chunk_id, durable, stamp, copy=False)  data=encoded chunk -> (stored_new, boot)
         verified completely before it is acknowledged; durable=True means fdatasync first.
+        stamp: of a copy; a writer's put has the server's own time, whatever it says.
         copy=True: from another server, not from a writer; ignored if the collector condemned the
         chunk at or after `stamp`.
         errors: Corrupt, DiskFull, StaleEpoch
     chunk.touch((chunk_id, ...), stamp, stamps=absent) -> ((bool, ...),)  # a put without bytes: True = held, durable, stamp renewed
-        stamps: one for each chunk, in place of `stamp`.
+        stamps: one for each chunk, of copies.  Without: the server's own time, whatever `stamp` says.
     chunk.sync()                         -> (boot,)                      # all puts acknowledged before are durable after
         boot: random number of this run of the server.  A sync whose boot differs from a put's proves
         nothing about that put (the server restarted in between): the client puts it again.

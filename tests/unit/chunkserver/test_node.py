@@ -78,14 +78,19 @@ async def test_every_answer_has_the_form_of_the_catalogue():
         assert (await call("chunk.put", chunk_id, False, 1, data=raw))[0] == (True, node.boot)
         assert (await call("chunk.put", chunk_id, True, 1, data=raw))[0] == (False, node.boot)
         assert (await call("chunk.sync"))[0] == (node.boot,)
+        put_at = node.store.index.get(chunk_id).stamp
+        await trio.sleep(1)
         assert (await call("chunk.touch", (chunk_id, bytes(32)), 5))[0] == ((True, False),)
+        touched = node.store.index.get(chunk_id).stamp  # by the server's clock, not the caller's
+        assert 10**9 <= touched - put_at < 2 * 10**9
         (plain, stamp), answer = await call("chunk.get", chunk_id, 1, 1)
-        assert (plain, stamp) == (len(data), 5)
+        assert (plain, stamp) == (len(data), touched)
         got = chunks.decode_range(answer, chunk_id, 65536, 65536)
         assert bytes(got) == data[65536:131072]
         assert (await call("chunk.get", chunk_id, 0, -1))[1] == raw
         assert (await call("chunk.report", chunk_id))[0] == ("ok",)
-        assert (await call("chunk.list", b"", 10))[0] == (((chunk_id, len(data), len(raw), 5),),)
+        listed = (chunk_id, len(data), len(raw), touched)
+        assert (await call("chunk.list", b"", 10))[0] == ((listed,),)
         assert (await call("chunk.summary"))[1] == node.store.index.summary()
         (status,), _ = await call("node.status")
         assert (status["chunks"], status["errors"], status["quarantined"]) == (1, (), 0)
@@ -97,7 +102,7 @@ async def test_every_answer_has_the_form_of_the_catalogue():
         assert [w["name"] for w in workers] == [w[0] for w in status["workers"]]
         (paused,), _ = await call("node.steer", "scrub", "pause")
         assert paused["state"] == "paused"
-        assert (await call("chunk.delete", (chunk_id,), 5))[0] == ()  # touched at 5: it stays
+        assert (await call("chunk.delete", (chunk_id,), touched))[0] == ()  # no older: it stays
         assert node.store.held(chunk_id)
         assert (await call("chunk.delete", (chunk_id,)))[0] == ()
         with pytest.raises(NotFound):

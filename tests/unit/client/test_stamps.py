@@ -22,6 +22,16 @@ from tests.unit.client.support import VOLUME, filesystem, new_home
 WINDOW = 4 << 20
 
 
+class SkewedClock(SimClock):
+    """A wall clock that is `ahead` seconds ahead of the cluster's."""
+
+    def __init__(self, ahead):
+        self.ahead = ahead
+
+    def time_ns(self):
+        return super().time_ns() + int(self.ahead * 1e9)
+
+
 class Stand:
     """A file system on simulated chunkservers, and what its commits said."""
 
@@ -33,16 +43,18 @@ class Stand:
         if method == "vol.commit":
             named = set().union(*(chunks_named(effects) for _, _, effects in args[5]))
             if named:
-                self.commits.append((self.check(args[6], named), named))
+                self.commits.append((self.check(-args[6], named), named))
         return await handle(method, args)
 
-    def check(self, oldest, named):
-        """No commit may say that its chunks are younger than W servers know them to be."""
+    def check(self, age, named):
+        """No commit may say that its chunks are younger than W servers know them to be; seconds."""
+        assert age > 0
         for chunk_id in named:
             entries = [node.store.index.get(chunk_id) for node in self.servers.nodes.values()]
             stamps = sorted((e.stamp for e in entries if e is not None), reverse=True)
-            assert 0 < oldest <= stamps[1]
-        return (self.servers.clock.time_ns() - oldest) / 1e9
+            # A request is a moment old when it arrives.
+            assert self.servers.clock.time_ns() - stamps[1] <= age + 10**9
+        return age / 1e9
 
     def crash(self):
         """Two servers of three: nothing can be put."""
@@ -55,14 +67,16 @@ class Stand:
 
 
 @contextlib.asynccontextmanager
-async def on_chunkservers(*, client_class=ChunkClient):
-    """A `Stand`; wall clocks follow the virtual one."""
+async def on_chunkservers(*, client_class=ChunkClient, skew=0.0):
+    """A `Stand`; wall clocks follow the virtual one, the client's is `skew` seconds ahead."""
     rng, clock, home = random.Random(1), SimClock(), new_home()
-    cluster = home.client(clock=clock)
+    wrong = SkewedClock(skew)
+    cluster = home.client(clock=wrong)
     async with SimNetwork(rng, clock) as network, trio.open_nursery() as nursery:
         servers = ChunkCluster(rng, network, clock, nursery, 3)
         await servers.start_all()
         chunks = servers.client(client_class=client_class)
+        chunks.clock = wrong
         session = Session(cluster, VOLUME, mode="rw", name="test", delegate=False)
         await nursery.start(session.run)
         await session.transact(lambda txn: make_root(txn, 1))
@@ -103,6 +117,46 @@ async def test_a_commit_carries_the_stamp_of_its_oldest_chunk_however_late_it_co
         [(age, named)] = stand.commits
         assert len(named) == 2
         assert delay < age < delay + 60
+        await fs.release(fh)
+
+
+@pytest.mark.parametrize("hours", [-500_000, -13, -1, 1, 13])
+async def test_a_client_whose_clock_is_wrong_commits_and_what_it_put_is_not_old(hours):
+    async with on_chunkservers(skew=hours * 3600.0) as stand:
+        fs, servers = stand.fs, stand.servers
+        fh = await make(fs, b"skewed")
+        began = servers.clock.time_ns()
+        await fs.write(fh, 0, servers.random.randbytes(WINDOW))
+        await fs.fsync(fh)
+        [(age, named)] = stand.commits
+        assert age < 10
+        for chunk_id in named:  # else a collector would take it for forgotten, or keep it for ever
+            for node in servers.nodes.values():
+                entry = node.store.index.get(chunk_id)
+                assert entry is None or began <= entry.stamp <= servers.clock.time_ns()
+        await stand.chunks.touch(named)
+        assert (
+            max(n.store.index.get(c).stamp for n in servers.nodes.values() for c in named) > began
+        )
+        await fs.release(fh)
+
+
+@pytest.mark.parametrize("step", [-13 * 3600.0, 13 * 3600.0])
+async def test_a_clock_that_is_set_while_a_chunk_waits_changes_nothing(step):
+    async with on_chunkservers() as stand:
+        fs, servers = stand.fs, stand.servers
+        fh = await make(fs, b"late")
+        await fs.write(fh, 0, servers.random.randbytes(WINDOW))
+        await trio.sleep(0.3)
+        await stand.chunks.sync()
+        stand.crash()
+        await fs.write(fh, WINDOW, servers.random.randbytes(50_000))
+        stand.chunks.clock.ahead = step
+        await trio.sleep(100)
+        await stand.restart()
+        await fsynced(fs, fh)
+        [(age, _)] = stand.commits
+        assert 100 < age < 160
         await fs.release(fh)
 
 
@@ -185,6 +239,7 @@ async def test_the_fake_home_finds_a_commit_that_says_its_chunks_are_younger(lie
 
     async def lying(self, buffer):
         segments, oldest = await store(self, buffer)
+        await trio.sleep(1800)
         return segments, oldest + lie if lie else 0
 
     monkeypatch.setattr(files.Files, "_store", lying)

@@ -235,8 +235,14 @@ def test_read_only_sessions_write_nothing():
 def test_old_chunks_are_refused():
     j = Journal(1)
     hour = 3600 * 10**9
-    for age, refused in ((11 * hour, False), (13 * hour, True)):
-        request = commit(1, 1 + refused, 2, txn(put(5)), oldest=20 * hour - age)
+    cases = [
+        (20 * hour - 11 * hour, False),  # a stamp
+        (20 * hour - 13 * hour, True),
+        (-11 * hour, False),  # an age: whatever the clock of the session says
+        (-13 * hour, True),
+    ]
+    for no, (oldest, refused) in enumerate(cases, 1):
+        request = commit(1, no, 2, txn(put(5)), oldest=oldest)
         j.core.submit(request)
         formed = j.core.form(20 * hour)
         answers = dict(formed.answers)
