@@ -228,6 +228,22 @@ async def test_two_clients_moving_directories_into_each_other_make_no_loop():
             assert set(await names(a, 1)) & {x, y}
 
 
+async def test_directories_are_renamed_and_moved_at_any_depth():
+    home = new_home()
+    async with filesystem(home) as fs:
+        chain = [1]
+        for _ in range(4200):  # deeper than a path can say: who gets there goes step by step
+            chain.append((await fs.mkdir(chain[-1], b"d", 0o755)).ino)
+        bottom = chain[-1]
+        await fs.mkdir(bottom, b"x", 0o755)
+        y = await fs.mkdir(bottom, b"y", 0o755)
+        await fs.rename(bottom, b"x", bottom, b"z")
+        await fs.rename(bottom, b"z", y.ino, b"z")
+        await fs.rename(y.ino, b"z", 1, b"up")
+        await fails(errno.EINVAL, fs.rename(1, b"d", bottom, b"loop"))
+        await fails(errno.ENOTEMPTY, fs.rename(1, b"up", 1, b"d"))
+
+
 async def test_removing_a_directory_races_with_creating_in_it():
     home = new_home()
     async with filesystem(home) as a, filesystem(home, seed=1) as b:

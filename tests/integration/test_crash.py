@@ -25,9 +25,10 @@ BIG = random.Random(1).randbytes(200_000)
 class Killable:
     """A mount of a volume of its own, whose process can be killed and made again."""
 
-    def __init__(self, sides, volume):
-        self.cluster, self.volume = sides.cluster, volume
-        self.path = sides.mount(volume)
+    def __init__(self, cluster, volume, path):
+        self.cluster, self.volume = cluster, volume
+        cluster.dfs("volume", "create", volume)
+        self.path = cluster.mount(volume, path)
 
     def kill(self):
         pid = int((self.cluster.dir / "run" / f"mount-{self.volume}.pid").read_text())
@@ -41,8 +42,8 @@ class Killable:
         return self.cluster.dfs("fsck", self.volume).stdout
 
 
-def killable(sides, volume):
-    k = Killable(sides, volume)
+def killable(cluster, volume, path):
+    k = Killable(cluster, volume, path)
     for n in range(30):  # enough for the mount to be given the delegation
         (k.path / f"warm{n}").write_bytes(b"x")
     return k
@@ -207,17 +208,16 @@ def script(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def crashed(sides, script):
+def crashed(shared_cluster, script, tmp_path_factory):
     """(mount, what was synced, operations) after one kill: it takes seconds until a dead mount is fenced."""
-    k = killable(sides, "crash")
+    k = killable(shared_cluster, "crash", tmp_path_factory.mktemp("mounts") / "crash")
     expected, left_open = sync_in_every_way(k.path)
     operations = Round(k, script, 0)
     for fd in left_open:
         with contextlib.suppress(OSError):  # ENOTCONN
             os.close(fd)
     said = k.again()
-    yield k.path, expected, operations, said
-    sides.umount("crash")
+    return k.path, expected, operations, said
 
 
 def test_what_was_synced_in_whatever_way_is_there(crashed):
@@ -233,9 +233,9 @@ def test_what_was_synced_in_whatever_way_is_there(crashed):
     assert (top / "closed").exists()
 
 
-def test_a_prefix_of_all_operations_is_left(sides, crashed):
+def test_a_prefix_of_all_operations_is_left(crashed, tmp_path):
     """Names, attributes and content as they were after one of the operations since the last sync."""
-    crashed[2].judge(sides.reference())
+    crashed[2].judge(tmp_path)
 
 
 def test_numbers_of_entries_and_links_are_right_afterwards(crashed):
@@ -247,11 +247,10 @@ def test_numbers_of_entries_and_links_are_right_afterwards(crashed):
 
 
 @pytest.mark.slow
-def test_a_prefix_is_left_many_times(sides, script):
+def test_a_prefix_is_left_many_times(shared_cluster, script, tmp_path):
     """`DFS_CRASH_ROUNDS` times."""
-    k = killable(sides, "crashes")
+    k = killable(shared_cluster, "crashes", tmp_path / "mount")
     for seed in range(1, 1 + int(os.environ.get("DFS_CRASH_ROUNDS", "10"))):
         operations = Round(k, script, seed)
         assert ": sound" in k.again()
-        operations.judge(sides.reference())
-    sides.umount("crashes")
+        operations.judge(tmp_path)
