@@ -26,14 +26,14 @@ makes a node fetch that map before it answers.
         errors: ConfigError (the id was removed)
     node.lsm()                           -> (map of str -> value,)  # levels of the store, see `dfs kv lsm`
 
-Metadata node: blobs (immutable, content-addressed; design.md section 4)
+Metadata node: blobs (immutable, content-addressed)
     blob.put(((hash, length), ...)) data=the blobs, one after the other
                                          -> (durable_count,)        # verified, then synced by group commit
                                          errors: Corrupt, DiskFull, StaleEpoch
     blob.get((hash, ...))                -> ((length or -1, ...),)  data=those found, one after the other
     blob.has((hash, ...))                -> ((bool, ...),)
 
-Metadata node: journals (design.md section 5); casts, not calls, except the last two
+Metadata node: journals; casts, not calls, except the last two
     jrnl(volume, from_node, message)     cast; message = one tuple of `metadata.journal`
     jrnl.genesis(volume, entry)          -> (seq,)                  # idempotent; only while the registry says `creating`
     jrnl.status(volume)                  -> (map of str -> value)   # for fsck, status and tests
@@ -47,7 +47,7 @@ Metadata node: registers; see `metadata/KV.md` for levels and guarantees
         ("h", row, register, target, written); the reply to a refused one is ("!", code, text, details)
     reg.scan(from_node, space, prefix, (partitions as u16s, after_row), limit) -> (((row, register), ...), last_row or b"")
 
-Metadata node: volume home (design.md section 6).  Any metadata node that is a home of the volume
+Metadata node: volume home.  Any metadata node that is a home of the volume
 answers; one that does not own the ballot forwards to the owner.
     vol.open(volume, mode, nonce, name)  -> (sid, seq, checkpoint_seq, root or b"", ((seq, entry), ...), owner, params)
         mode: "rw" | "ro" | "rwx" (exclusive: the only one that writes); nonce: 16 bytes that make a resend idempotent; name: for people.
@@ -113,7 +113,7 @@ table: 0 registers, 1 blobs.  For registers both must be homes of the partitions
     tomb.purge(from_node, partition, ((row, value_digest), ...)) -> ((gone, ...),)
         both only in the one stable epoch that both nodes have (`StaleEpoch`), from the first home
 
-Chunkserver (design.md section 8).  An encoded chunk is `dfs.chunks.format`: header + stored blocks.
+Chunkserver.  An encoded chunk is `dfs.chunks.format`: header + stored blocks.
     chunk.put(chunk_id, durable, stamp, copy=False)  data=encoded chunk -> (stored_new, boot)
         verified completely before it is acknowledged; durable=True means fdatasync first.
         stamp: of a copy; a writer's put has the server's own time, whatever it says.
