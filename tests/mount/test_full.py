@@ -49,10 +49,20 @@ class SmallDisks:
         """Leave so many bytes free on the disks of a role."""
         for (node, which), where in self.disks.items():
             if which == role and node in (nodes or self.cluster.nodes):
-                s = os.statvfs(where)
-                fd = os.open(where / "ballast", os.O_CREAT | os.O_WRONLY)
-                os.posix_fallocate(fd, 0, s.f_bavail * s.f_frsize - room)
-                os.close(fd)
+                wait_until(lambda at=where: self._filled(at, room), 10, f"{where} is filled")
+
+    def _filled(self, where, room):
+        s = os.statvfs(where)
+        fd = os.open(where / "ballast", os.O_CREAT | os.O_WRONLY)
+        try:
+            os.posix_fallocate(fd, 0, s.f_bavail * s.f_frsize - room)
+        except OSError as e:
+            if e.errno != errno.ENOSPC:  # the node took some since we looked
+                raise
+            return False
+        finally:
+            os.close(fd)
+        return True
 
     def leave(self):
         """Take what was filled away."""
